@@ -1,0 +1,69 @@
+"""Plain (bf16, fp16, f32) Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+from coterie.errors import CheckpointError
+
+from coterie.checkpoints.activation import activation_of
+from coterie.checkpoints.folder import Folder
+from coterie.checkpoints.hf_fused import open_fused
+from coterie.checkpoints.hf_separate import open_separate
+from coterie.checkpoints.naming import find_layers
+from coterie.checkpoints.reader import LayerReader, Reader
+
+# Models that store gate and up of fused experts as alternating columns.
+INTERLEAVED = {"gpt_oss"}
+COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+class HFReader(Reader):
+    """A plain Hugging Face checkpoint, each expert stored apart or all of a layer stacked.
+
+    Raises MissingTensorError when it has no experts, listing the names tried.
+    """
+
+    def __init__(self, folder: Folder):
+        self.folder = folder
+        config = folder.text_config
+        num_layers = config.get("num_hidden_layers")
+        self.activation = activation_of(config)
+        try:
+            self._names = find_layers(folder.shard_of, num_layers if isinstance(num_layers, int) else None)
+        except CheckpointError as error:
+            raise type(error)(f"{folder.path}: {error.args[0]}") from None
+
+    @classmethod
+    def recognises(cls, folder: Folder) -> bool:
+        return True
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self._names)
+
+    def layer(self, layer: int) -> LayerReader:
+        if layer not in self._names:
+            raise CheckpointError(
+                f"{self.folder.path} has no experts in layer {layer}; layers with experts: {spans(self.layers)}"
+            )
+        names, config = self._names[layer], self.folder.text_config
+        if names.fused:
+            reader = open_fused(self.folder, names, self.activation, config.get("model_type") in INTERLEAVED)
+        else:
+            reader = open_separate(self.folder, names, self.activation)
+        counts = [config[key] for key in COUNT_KEYS if isinstance(config.get(key), int)]
+        if counts and reader.num_experts not in counts:
+            raise CheckpointError(
+                f"{self.folder.path}, {names.stem}: {reader.num_experts} experts, config.json says {counts[0]}"
+            )
+        return reader
+
+
+def spans(numbers: tuple[int, ...]) -> str:
+    """Ascending numbers in few words: "0-3, 5"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)

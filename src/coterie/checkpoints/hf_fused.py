@@ -1,0 +1,98 @@
+"""Experts stored as one stack a layer: `gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`, or both transposed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coterie.activations import Activation
+from coterie.errors import CheckpointError, MissingTensorError
+from torch import Tensor
+
+from coterie.checkpoints.folder import Folder
+from coterie.checkpoints.naming import FUSED, PLAIN_DTYPES, UNGATED, LayerNames, names_tried
+from coterie.checkpoints.reader import LayerReader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedExperts(LayerReader):
+    """One layer of stacked tensors. `first` names gate and up (up alone without a gate), `down` the other.
+
+    transposed: stored [E, in, out]. interleaved: gate and up alternate, else gate comes first.
+    """
+
+    folder: Folder
+    first: str
+    down: str
+    transposed: bool
+    interleaved: bool
+
+    def _split(self, both: Tensor, dim: int) -> dict[str, Tensor]:
+        """gate and up out of the dimension that holds both."""
+        if not self.has_gate:
+            return {"up": both}
+        if self.interleaved:
+            gate, up = both.unflatten(dim, (-1, 2)).unbind(dim + 1)
+        else:
+            gate, up = both.chunk(2, dim)
+        return {"gate": gate, "up": up}
+
+    def expert(self, expert: int) -> dict[str, Tensor]:
+        first, down = self.folder.tensor(self.first)[expert], self.folder.tensor(self.down)[expert]
+        if self.transposed:
+            first, down = first.T, down.T
+        weights = self._split(first, 0) | {"down": down}
+        return {part: weight if weight.stride(1) == 1 else weight.contiguous() for part, weight in weights.items()}
+
+    def biases(self) -> dict[str, Tensor]:
+        if not self.biased:
+            return {}
+        biases = self._split(self.folder.tensor(f"{self.first}_bias"), 1)
+        biases["down"] = self.folder.tensor(f"{self.down}_bias")
+        return {part: bias.float().contiguous() for part, bias in biases.items()}
+
+    def release(self, expert: int) -> None:
+        for name in (self.first, self.down):
+            self.folder.release(name, expert, self.num_experts)
+
+
+def open_fused(folder: Folder, names: LayerNames, activation: Activation, interleaved: bool) -> FusedExperts:
+    """Reads the layout off the two shapes. Raises CheckpointError when they fit neither layout."""
+    pair = next((pair for pair in FUSED if names.leaves == set(pair)), None)
+    if pair is None or (pair == UNGATED) == names.has_gate:
+        raise MissingTensorError(
+            f"{folder.path}, {names.stem}: found only {', '.join(sorted(names.leaves))} of a layer's experts; "
+            f"the names tried: {', '.join(names_tried(names.stem))}"
+        )
+    first, down = (f"{names.stem}.{leaf}" for leaf in pair)
+    folds = 2 if names.has_gate else 1
+    experts, *found = folder.shape(first, 3, PLAIN_DTYPES)
+    _, rows, columns = folder.shape(down, 3, PLAIN_DTYPES)
+    if found == [folds * columns, rows]:
+        transposed, hidden, intermediate = False, rows, columns
+    elif found == [columns, folds * rows]:
+        transposed, hidden, intermediate = True, columns, rows
+    else:
+        raise CheckpointError(
+            f"{folder.file_of(first).path}, tensors {first} {[experts, *found]} and {down} {[_, rows, columns]}: "
+            f"expected [E, {folds}I, H] and [E, H, I], or [E, H, {folds}I] and [E, I, H]"
+        )
+    folder.expect(down, (experts, rows, columns), PLAIN_DTYPES)
+    biased = f"{first}_bias" in folder.shard_of
+    if biased:
+        folder.expect(f"{first}_bias", (experts, folds * intermediate), PLAIN_DTYPES)
+        folder.expect(f"{down}_bias", (experts, hidden), PLAIN_DTYPES)
+    return FusedExperts(
+        num_experts=experts,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        has_gate=names.has_gate,
+        biased=(("gate",) if names.has_gate else ()) + ("up", "down") if biased else (),
+        activation=activation,
+        tensors=(first, down, f"{first}_bias", f"{down}_bias") if biased else (first, down),
+        nbytes=folder.nbytes(first) + folder.nbytes(down),
+        folder=folder,
+        first=first,
+        down=down,
+        transposed=transposed,
+        interleaved=interleaved,
+    )

@@ -1,0 +1,93 @@
+"""What expert tensors are called in Hugging Face checkpoints, and finding them among all names of one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from coterie.errors import CheckpointError, MissingTensorError
+
+from coterie.checkpoints.tensorfile import shown
+
+# One row a family: what gate, up and down of one expert are called under `...experts.{e}.`
+PER_EXPERT = (
+    {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+    {"gate": "w1", "up": "w3", "down": "w2"},
+)
+# One row a family: what follows the block in `layers.{L}.{block}.`, gate and up (or up alone) first, then down.
+UNGATED = ("experts.up_proj", "experts.down_proj")
+FUSED = (
+    ("experts.gate_up_proj", "experts.down_proj"),
+    UNGATED,
+    ("experts.fc1.weight", "experts.fc2.weight"),
+    ("input_linear.weight", "output_linear.weight"),
+)
+BLOCKS = ("mlp", "block_sparse_moe", "ffn", "feed_forward", "mixer")
+# Blocks whose experts have no gate.
+UNGATED_BLOCKS = ("mixer",)
+PLAIN_DTYPES = ("BF16", "F16", "F32")
+# Draft layers for multi-token prediction: not part of the model that is run.
+DRAFT = "mtp."
+
+_LEAVES = "|".join(sorted({leaf for row in PER_EXPERT for leaf in row.values()}))
+_STACKS = "|".join(sorted({re.escape(leaf) for row in FUSED for leaf in row}))
+_BLOCK = rf"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:{'|'.join(BLOCKS)})"
+_SEPARATE = re.compile(rf"(?P<stem>{_BLOCK}\.experts)\.(?P<expert>\d+)\.(?P<leaf>{_LEAVES})\.weight")
+_FUSED = re.compile(rf"(?P<stem>{_BLOCK})\.(?P<leaf>{_STACKS})")
+
+
+@dataclass(slots=True)
+class LayerNames:
+    """The expert tensors of one layer: `stem` is what their names begin with.
+
+    Stored one by one, `experts` maps each expert's number to the leaves it has and `stem` ends in "experts"; stored as
+    stacks, `experts` is empty, `leaves` has the stacks' and `stem` ends in the block.
+    """
+
+    layer: int
+    stem: str
+    leaves: set[str] = field(default_factory=set)
+    experts: dict[int, set[str]] = field(default_factory=dict)
+
+    @property
+    def fused(self) -> bool:
+        return not self.experts
+
+    @property
+    def has_gate(self) -> bool:
+        return self.stem.removesuffix(".experts").rsplit(".", 1)[-1] not in UNGATED_BLOCKS
+
+
+def find_layers(names: Iterable[str], num_layers: int | None = None) -> dict[int, LayerNames]:
+    """The layers that have experts, by layer number, among all tensor names of a checkpoint.
+
+    Layers from `num_layers` on (draft layers stored behind the model's own) and multi-token prediction modules are left
+    out. Raises MissingTensorError when there are none, CheckpointError when two modules claim the same layer.
+    """
+    found: dict[int, LayerNames] = {}
+    for name in names:
+        match = _SEPARATE.fullmatch(name) or _FUSED.fullmatch(name)
+        if match is None or name.startswith(DRAFT):
+            continue
+        layer, stem = int(match["layer"]), match["stem"]
+        if num_layers is not None and layer >= num_layers:
+            continue
+        names_of = found.setdefault(layer, LayerNames(layer, stem))
+        if names_of.stem != stem:
+            raise CheckpointError(f"layer {layer} has experts under {shown(names_of.stem)} and under {shown(stem)}")
+        if "expert" in match.re.groupindex:
+            names_of.experts.setdefault(int(match["expert"]), set()).add(match["leaf"])
+        else:
+            names_of.leaves.add(match["leaf"])
+    if not found:
+        raise MissingTensorError("no experts found; the names tried: " + ", ".join(names_tried()))
+    return dict(sorted(found.items()))
+
+
+def names_tried(layer: str = "*.layers.{L}", expert: str = "{e}") -> list[str]:
+    """Every name under which experts are looked for; `layer` is a layer's or a stem's beginning of them."""
+    within = "" if layer.rsplit(".", 1)[-1] in ("experts", *BLOCKS) else "{" + ",".join(BLOCKS) + "}."
+    block = layer.removesuffix(".experts")
+    separate = [f"{block}.{within}experts.{expert}.{leaf}.weight" for row in PER_EXPERT for leaf in row.values()]
+    return separate + list(dict.fromkeys(f"{block}.{within}{leaf}" for row in FUSED for leaf in row))

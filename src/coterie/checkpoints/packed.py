@@ -1,0 +1,200 @@
+"""The packed format (docs/format.md): what a layer's file is called, what it holds, what its metadata says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from coterie.activations import Activation
+from coterie.errors import ArgumentError, CheckpointError
+from coterie.formats import Format, resolve
+
+from coterie.checkpoints.tensorfile import TensorFile, shown
+
+VERSION = "1.0"
+PARTS = ("weight", "scale", "zero")
+# A folder that holds this file is a conversion still running, or one that was killed.
+UNFINISHED = "coterie-unfinished.json"
+FILE_NAME = re.compile(r"experts-(\d{5,})\.safetensors")
+
+
+def layer_file(path: str | os.PathLike, layer: int) -> Path:
+    """Where the packed experts of a layer are: `path` itself if a .safetensors file, else a file in that folder."""
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / f"experts-{layer:05d}.safetensors"
+
+
+def packed_layers(folder: Path) -> list[int]:
+    """The layers that have a packed file in a folder, ascending."""
+    return sorted(int(match[1]) for file in folder.iterdir() if (match := FILE_NAME.fullmatch(file.name)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedLayer:
+    """What a packed layer is: all that its metadata says, and from which every tensor's name and size follow.
+
+    biased: those of gate, up, down that have biases. source: where the weights came from, for people to read.
+    """
+
+    layer: int
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    spec: Format
+    has_gate: bool
+    activation: Activation
+    biased: tuple[str, ...] = ()
+    source: str = ""
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        return ("gate", "up", "down") if self.has_gate else ("up", "down")
+
+    def matrix(self, projection: str) -> tuple[int, int]:
+        """Rows and columns of one expert's matrix."""
+        sizes = (self.intermediate_size, self.hidden_size)
+        return sizes[::-1] if projection == "down" else sizes
+
+    def part_name(self, projection: str, expert: int, part: str) -> str:
+        return f"blk.{self.layer}.ffn_{projection}_exps.{expert}.numa.0.{part}"
+
+    def bias_name(self, projection: str) -> str:
+        return f"blk.{self.layer}.ffn_{projection}_exps.bias"
+
+    def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """(name, dtype, shape) of every tensor in file order: all weights, all scales, all zero points, all biases.
+
+        Weights come first, and their sizes are multiples of 64 bytes, so that each of them is 64-byte aligned.
+        """
+        sizes = {projection: self.spec.matrix_nbytes(*self.matrix(projection)) for projection in self.projections}
+        for part in PARTS:
+            for expert in range(self.num_experts):
+                for projection in self.projections:
+                    if part in sizes[projection]:
+                        yield self.part_name(projection, expert, part), "U8", (sizes[projection][part],)
+        for projection in self.biased:
+            yield self.bias_name(projection), "F32", (self.num_experts, self.matrix(projection)[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        biases = sum(4 * self.num_experts * self.matrix(projection)[0] for projection in self.biased)
+        sizes = (self.spec.matrix_nbytes(*self.matrix(projection)) for projection in self.projections)
+        return biases + self.num_experts * sum(sum(size.values()) for size in sizes)
+
+    def metadata(self) -> dict[str, str]:
+        return {
+            "format": "pt",
+            "coterie.version": VERSION,
+            "coterie.experts": self.spec.name,
+            "coterie.group_size": str(self.spec.group_size),
+            "coterie.zero_point": str(self.spec.zero_point).lower(),
+            "coterie.num_experts": str(self.num_experts),
+            "coterie.hidden_size": str(self.hidden_size),
+            "coterie.intermediate_size": str(self.intermediate_size),
+            "coterie.layer": str(self.layer),
+            "coterie.numa": "1",
+            "coterie.has_gate": str(self.has_gate).lower(),
+            "coterie.activation": json.dumps(asdict(self.activation)),
+            "coterie.source": self.source,
+        }
+
+
+def is_packed(file: TensorFile) -> bool:
+    """Whether a safetensors file says it is in the packed format, of whatever version."""
+    return "coterie.version" in file.metadata
+
+
+def read_layout(file: TensorFile) -> PackedLayer:
+    """The layer that a file holds, after checking that it holds exactly that. Raises CheckpointError."""
+    get = _Metadata(file)
+    version = get.text("coterie.version")
+    if not re.fullmatch(r"1\.\d{1,9}", version):
+        raise CheckpointError(
+            f"{file.path}: packed format version {shown(version)}, this coterie reads 1.x; "
+            "update coterie, or convert the original checkpoint again"
+        )
+    partitions = get.number("coterie.numa", 1)
+    if partitions != 1:
+        raise CheckpointError(
+            f"{file.path}: packed for {partitions} NUMA partitions, this coterie reads 1; convert the original again"
+        )
+    layout = PackedLayer(
+        layer=get.number("coterie.layer", 0),
+        num_experts=get.number("coterie.num_experts", 1),
+        hidden_size=get.number("coterie.hidden_size", 1),
+        intermediate_size=get.number("coterie.intermediate_size", 1),
+        spec=get.spec(),
+        has_gate=get.flag("coterie.has_gate"),
+        activation=get.activation(),
+        source=file.metadata.get("coterie.source", ""),
+    )
+    biased = tuple(p for p in layout.projections if layout.bias_name(p) in file.entries)
+    parts = len(layout.spec.matrix_nbytes(1, 1)) * len(layout.projections)
+    if len(file.entries) - len(biased) != layout.num_experts * parts:
+        raise CheckpointError(
+            f"{file.path}: {len(file.entries) - len(biased)} tensors, expected {layout.num_experts * parts}: "
+            f"{parts} for each of {layout.num_experts} experts"
+        )
+    layout = replace(layout, biased=biased)
+    for name, dtype, shape in layout.tensors():
+        entry = file.entry(name)
+        if (entry.dtype, entry.shape) != (dtype, shape):
+            raise CheckpointError(
+                f"{file.path}, tensor {name}: expected {dtype} {list(shape)}, "
+                f"found {entry.dtype} {shown(list(entry.shape))}"
+            )
+    return layout
+
+
+class _Metadata:
+    """A file's metadata, each value checked as it is taken."""
+
+    def __init__(self, file: TensorFile):
+        self._file = file
+
+    def text(self, key: str) -> str:
+        if key not in self._file.metadata:
+            raise CheckpointError(f"{self._file.path} is not a packed layer: its metadata has no {key}")
+        return self._file.metadata[key]
+
+    def _bad(self, key: str, expected: str) -> CheckpointError:
+        return CheckpointError(f"{self._file.path}: {key} is {shown(self.text(key))}, expected {expected}")
+
+    def number(self, key: str, least: int) -> int:
+        text = self.text(key)
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+            raise self._bad(key, f"a whole number from {least} to 999999999")
+        return int(text)
+
+    def flag(self, key: str) -> bool:
+        text = self.text(key)
+        if text not in ("true", "false"):
+            raise self._bad(key, "true or false")
+        return text == "true"
+
+    def spec(self) -> Format:
+        name, group_size = self.text("coterie.experts"), self.number("coterie.group_size", 0)
+        try:
+            return resolve(name, group_size, self.flag("coterie.zero_point"))
+        except ArgumentError as error:
+            raise CheckpointError(f"{self._file.path}: weight format {shown(name)}: {error}") from error
+
+    def activation(self) -> Activation:
+        key = "coterie.activation"
+        try:
+            found = json.loads(self.text(key))
+            expected = asdict(Activation())
+            if not isinstance(found, dict) or found.keys() != expected.keys():
+                raise self._bad(key, f"an object of {', '.join(expected)}")
+            if not all(isinstance(found[name], (int, float)) for name in expected if name != "kind"):
+                raise self._bad(key, "numbers but for kind")
+            return Activation(found["kind"], *(float(found[name]) for name in expected if name != "kind"))
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise self._bad(key, f"an activation as JSON ({shown(str(error))})") from error

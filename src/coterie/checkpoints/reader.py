@@ -1,0 +1,68 @@
+"""What every reader of a checkpoint format gives: the experts of a layer, one at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from coterie.activations import Activation
+from torch import Tensor
+
+from coterie.checkpoints.folder import Folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReader(ABC):
+    """The experts of one layer of a checkpoint. Everything but the weights' values was checked when it was made.
+
+    num_experts (E), hidden_size (H), intermediate_size (I), has_gate, biased (those of gate,
+    up, down that have biases) and activation say what the layer is;
+    `tensors` names every tensor it is made of, `nbytes` counts the bytes of its weights as stored.
+    """
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    has_gate: bool
+    biased: tuple[str, ...]
+    activation: Activation
+    tensors: tuple[str, ...]
+    nbytes: int
+
+    @abstractmethod
+    def expert(self, expert: int) -> dict[str, Tensor]:
+        """The weights of one expert: {"gate": [I, H], "up": [I, H], "down": [H, I]}, no "gate" where has_gate is False.
+
+        Floating point, rows contiguous; views of the mapped file wherever the stored layout allows.
+        """
+
+    @abstractmethod
+    def biases(self) -> dict[str, Tensor]:
+        """The biases of `biased`, float32: of {"gate": [E, I], "up": [E, I], "down": [E, H]}."""
+
+    @abstractmethod
+    def release(self, expert: int) -> None:
+        """Lets go of the memory that reading that expert took; views of it stay valid."""
+
+
+class Reader(ABC):
+    """A checkpoint whose experts can be read. One subclass a format, one row in `readers.READERS`."""
+
+    folder: Folder
+
+    @abstractmethod
+    def __init__(self, folder: Folder): ...
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, folder: Folder) -> bool:
+        """Whether a checkpoint looks like this format, judged by its config and the names of its tensors."""
+
+    @property
+    @abstractmethod
+    def layers(self) -> tuple[int, ...]:
+        """The numbers of the layers that have experts, ascending."""
+
+    @abstractmethod
+    def layer(self, layer: int) -> LayerReader:
+        """The reader of one layer; raises CheckpointError when the layer is not whole, before reading any weight."""

@@ -1,0 +1,138 @@
+"""A safetensors file written piece by piece, in any order, that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from coterie.errors import CheckpointError
+from torch import Tensor
+
+from coterie.checkpoints.tensorfile import DTYPES
+
+ALIGNMENT = 64
+CHUNK = 64 << 20
+
+
+def write_error(path: str | os.PathLike, error: OSError) -> CheckpointError:
+    """The one-line error for a write that the system refused."""
+    return CheckpointError(
+        f"cannot write {os.fspath(path)}: {error.strerror or error}. Nothing was left that looks whole; "
+        "free some space or choose another output, and run it again"
+    )
+
+
+class TensorWriter:
+    """Writes one safetensors file of a layout known beforehand. Use it as a context manager.
+
+    `tensors` are (name, dtype as in the file, shape) in file order; the data section starts 64-byte aligned. Bytes go
+    to a temporary file beside `path`; leaving the block without an exception checks that every byte came, syncs, and
+    renames. Raises CheckpointError when the system refuses a write.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+    ):
+        self.path = Path(path)
+        self._missing: dict[str, int] = {}
+        self._stops: dict[str, int] = {}
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        position = 0
+        for name, dtype, shape in tensors:
+            if name in self._stops:
+                raise CheckpointError(f"cannot write {self.path}: two tensors are named {name!r}")
+            nbytes = math.prod(shape) * DTYPES[dtype][0] // 8
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+            position += nbytes
+            self._stops[name] = position
+            self._missing[name] = nbytes
+        text = json.dumps(header, separators=(",", ":")).encode("ascii")
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        self._head = len(text).to_bytes(8, "little") + text
+        self._stops = {name: len(self._head) + stop for name, stop in self._stops.items()}
+        self.nbytes = len(self._head) + position
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> TensorWriter:
+        try:
+            self._file = os.open(self._temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        try:
+            self._write(memoryview(self._head), 0)
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def write(self, name: str, data: Tensor) -> None:
+        """Writes the next bytes of tensor `name`, all or some of those still missing: uint8, contiguous."""
+        missing = self._missing[name]
+        if data.numel() > missing:
+            raise CheckpointError(
+                f"cannot write {self.path}: tensor {name!r} takes {missing} more bytes, got {data.numel()}"
+            )
+        self._write(memoryview(data.numpy()), self._stops[name] - missing)
+        self._missing[name] = missing - data.numel()
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        data = data.cast("B")
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(self._file, data[done : done + CHUNK], offset + done)
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+    def __exit__(self, kind, value, traceback) -> None:
+        if kind is not None:
+            self._abandon()
+            return
+        unwritten = [name for name, nbytes in self._missing.items() if nbytes]
+        if unwritten:
+            self._abandon()
+            raise CheckpointError(
+                f"cannot finish {self.path}: {len(unwritten)} tensors were not written: {unwritten[0]!r}"
+            )
+        try:
+            os.fsync(self._file)
+            os.close(self._file)
+            os.replace(self._temporary, self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            self._temporary.unlink(missing_ok=True)
+            raise write_error(self.path, error) from error
+
+    def _abandon(self) -> None:
+        os.close(self._file)
+        self._temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file atomically and durably. Raises CheckpointError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise write_error(path, error) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames within a folder durable."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
