@@ -1,0 +1,6 @@
+"""Conversion tools: checkpoints in, packed checkpoints out."""
+
+from coterie.convert.cpu import Progress, convert_cpu
+from coterie.convert.report import ConversionReport, ProjectionError
+
+__all__ = ["ConversionReport", "Progress", "ProjectionError", "convert_cpu"]

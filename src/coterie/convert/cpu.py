@@ -1,0 +1,156 @@
+"""Packing the experts of a Hugging Face checkpoint for the CPU; the rest of the checkpoint is copied."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from coterie.errors import ArgumentError, CheckpointError
+from coterie.experts import Experts
+from coterie.formats import Format, resolve
+
+from coterie import cpu
+from coterie.checkpoints import LayerReader, LayerWriter, Reader, open_reader, packed
+from coterie.checkpoints.hf import spans
+from coterie.checkpoints.packed import PackedLayer, layer_file
+from coterie.convert.output import OutputFolder
+from coterie.convert.report import ConversionReport, ProjectionError, relative_error
+from coterie.convert.rest import Rest
+
+
+class Progress(Protocol):
+    """Called after each expert: `layer` of `layers` and `expert` of `experts`, both counted from 1, and the bytes of
+    expert weights read from the source since the start."""
+
+    def __call__(self, layer: int, layers: int, expert: int, experts: int, bytes_done: int) -> None: ...
+
+
+def convert_cpu(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    quant_method: str = "int4",
+    group_size: int | None = None,
+    zero_point: bool = False,
+    threads: int | None = None,
+    layers: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Converts the checkpoint folder `source` into the new or empty folder `output`.
+
+    Beyond the page cache, one expert is in memory at a time. `layers` packs those layers alone, as loose files to be
+    merged, without the rest of the checkpoint. Everything that can be checked is checked before `output` is touched;
+    a conversion that fails removes what it wrote, one that is killed leaves a folder that nothing loads.
+
+    Raises ArgumentError (options, output folder) and CheckpointError (broken source, output that cannot be written).
+    """
+    started = time.perf_counter()
+    source, output = Path(source), Path(output)
+    spec = resolve(quant_method, group_size, zero_point)
+    if packed(source):
+        raise ArgumentError(f"{source} is packed already: convert the original checkpoint")
+    reader = open_reader(source)
+    if not reader.folder.config:
+        raise CheckpointError(f"{source} is not a model folder: it has no config.json")
+    readers = {layer: reader.layer(layer) for layer in _selected(reader, layers)}
+    layouts = {layer: _layout(layer, r, spec, source) for layer, r in readers.items()}
+    scratch = {(r.hidden_size, r.intermediate_size, r.has_gate): _one_expert(r, spec) for r in readers.values()}
+    rest = Rest(reader.folder, {name for r in readers.values() for name in r.tensors}) if layers is None else None
+    packed_bytes = sum(layout.nbytes for layout in layouts.values())
+
+    errors: dict[str, ProjectionError] = {}
+    with _threads(threads), OutputFolder(output, packed_bytes + (rest.nbytes if rest else 0)) as folder:
+        bytes_done = 0
+        for position, (layer, r) in enumerate(readers.items(), 1):
+            one = scratch[r.hidden_size, r.intermediate_size, r.has_gate]
+            with LayerWriter(folder.file(layer_file("", layer).name), layouts[layer]) as writer:
+                for expert in range(r.num_experts):
+                    _pack_expert(r, layer, expert, one, errors)
+                    writer.write_experts(one, expert)
+                    r.release(expert)
+                    bytes_done += r.nbytes // r.num_experts
+                    if progress is not None:
+                        progress(position, len(readers), expert + 1, r.num_experts, bytes_done)
+                for projection, bias in r.biases().items():
+                    writer.write_bias(projection, bias)
+        if rest is not None:
+            rest.copy(spec, folder)
+    return ConversionReport(
+        source=source,
+        output=output,
+        quant_method=spec.name,
+        group_size=spec.group_size,
+        zero_point=spec.zero_point,
+        layers=tuple(readers),
+        source_bytes=sum(r.nbytes for r in readers.values()),
+        packed_bytes=packed_bytes,
+        rest_bytes=rest.tensor_bytes if rest else 0,
+        seconds=time.perf_counter() - started,
+        errors=errors,
+    )
+
+
+def _selected(reader: Reader, layers: Sequence[int] | None) -> Sequence[int]:
+    if layers is None:
+        return reader.layers
+    unknown = sorted(set(layers) - set(reader.layers))
+    if unknown or not layers:
+        asked = f"layer {unknown[0]} has no experts" if unknown else "no layers were asked for"
+        raise ArgumentError(f"{asked}; layers with experts: {spans(reader.layers)}")
+    return sorted(set(layers))
+
+
+def _layout(layer: int, reader: LayerReader, spec: Format, source: Path) -> PackedLayer:
+    return PackedLayer(
+        layer=layer,
+        num_experts=reader.num_experts,
+        hidden_size=reader.hidden_size,
+        intermediate_size=reader.intermediate_size,
+        spec=spec,
+        has_gate=reader.has_gate,
+        activation=reader.activation,
+        biased=reader.biased,
+        source=source.resolve().name,
+    )
+
+
+def _one_expert(reader: LayerReader, spec: Format) -> Experts:
+    """Room for one packed expert, used for each in turn."""
+    return Experts.empty(
+        1,
+        reader.hidden_size,
+        reader.intermediate_size,
+        format=spec.name,
+        group_size=spec.group_size,
+        zero_point=spec.zero_point,
+        activation=reader.activation,
+        has_gate=reader.has_gate,
+    )
+
+
+def _pack_expert(
+    reader: LayerReader, layer: int, expert: int, one: Experts, errors: dict[str, ProjectionError]
+) -> None:
+    for projection, weight in reader.expert(expert).items():
+        try:
+            one.pack_projection(projection, 0, weight)
+        except ArgumentError as problem:
+            raise CheckpointError(f"layer {layer}, expert {expert}, {projection}: {problem}") from problem
+        error = relative_error(weight, one.dequantize_projection(projection, 0))
+        errors.setdefault(projection, ProjectionError()).add(layer, expert, error)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Computes with `count` threads while the block runs."""
+    before = cpu.threads()
+    if count is not None:
+        cpu.set_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            cpu.set_threads(before)
