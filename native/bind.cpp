@@ -1,0 +1,183 @@
+// The Python module coterie._native: addresses and sizes in, results written in place. Shapes and dtypes are checked by src/coterie/experts.py.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+#include <chrono>
+#include <string>
+#include <tuple>
+
+#include "formats/unpack.h"
+#include "layer/forward.h"
+#include "runtime/dispatch.h"
+#include "runtime/memory.h"
+#include "runtime/numa.h"
+#include "runtime/threads.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace coterie;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using LayoutTuple = std::tuple<int, int64_t, int64_t, int64_t, bool>;  // format, rows, cols, group, zero point
+
+Layout layout_of(const LayoutTuple& t) {
+  return {static_cast<Format>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t)};
+}
+
+nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>> allocate(int64_t bytes) {
+  uint8_t* memory = allocate_pages(bytes);
+  if (!memory) throw std::bad_alloc();
+  struct Owner {
+    uint8_t* memory;
+    int64_t bytes;
+  };
+  nb::capsule owner(new Owner{memory, bytes}, [](void* p) noexcept {
+    auto* o = static_cast<Owner*>(p);
+    free_pages(o->memory, o->bytes);
+    delete o;
+  });
+  return nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>>(memory, {static_cast<size_t>(bytes)}, owner);
+}
+
+bool pack(const LayoutTuple& t, uintptr_t source, int dtype, int64_t stride, bool search, uintptr_t weight, uintptr_t scale, uintptr_t zero) {
+  nb::gil_scoped_release released;
+  const Layout layout = layout_of(t);
+  const Kernels& k = kernels();
+  std::atomic<bool> finite{true};
+  parallel(layout.panels(), [&](int64_t panel, int) {
+    static thread_local std::vector<float> scratch;
+    scratch.resize(layout.padded_cols() * kPanelRows);
+    if (!k.pack_panel(layout, panel, at<void>(source), static_cast<DType>(dtype), stride, search, at<uint8_t>(weight), at<uint8_t>(scale),
+                      at<uint8_t>(zero), scratch.data()))
+      finite = false;
+  });
+  return finite;
+}
+
+void unpack(const LayoutTuple& t, uintptr_t weight, uintptr_t scale, uintptr_t zero, uintptr_t to) {
+  nb::gil_scoped_release released;
+  const Layout layout = layout_of(t);
+  const Matrix matrix{at<uint8_t>(weight), at<uint8_t>(scale), at<uint8_t>(zero)};
+  parallel(layout.panels(), [&](int64_t panel, int) { unpack_panels(layout, matrix, panel, panel + 1, at<float>(to)); });
+}
+
+// The experts of a layer, by the addresses of their packed parts.
+class Layer {
+ public:
+  Layer(const LayoutTuple& in, const LayoutTuple& out, std::tuple<int, float, float, float> activation,
+        const nb::ndarray<int64_t, nb::shape<3, -1, 3>, nb::c_contig, nb::device::cpu>& parts, bool has_gate, uintptr_t gate_bias, uintptr_t up_bias,
+        uintptr_t down_bias) {
+    layer_.in = layout_of(in);
+    layer_.out = layout_of(out);
+    layer_.count = static_cast<int64_t>(parts.shape(1));
+    layer_.hidden = layer_.in.cols;
+    layer_.intermediate = layer_.in.rows;
+    layer_.has_gate = has_gate;
+    layer_.activation = {static_cast<ActivationKind>(std::get<0>(activation)), std::get<1>(activation), std::get<2>(activation),
+                         std::get<3>(activation)};
+    layer_.gate_bias = at<float>(gate_bias);
+    layer_.up_bias = at<float>(up_bias);
+    layer_.down_bias = at<float>(down_bias);
+    auto matrices = [&](int projection) {
+      std::vector<Matrix> list;
+      for (int64_t e = 0; e < layer_.count; e++)
+        list.push_back({at<uint8_t>(parts(projection, e, 0)), at<uint8_t>(parts(projection, e, 1)), at<uint8_t>(parts(projection, e, 2))});
+      return list;
+    };
+    layer_.gate = matrices(0);
+    layer_.up = matrices(1);
+    layer_.down = matrices(2);
+  }
+
+  void forward(int64_t tokens, int64_t top_k, uintptr_t x, int x_dtype, int64_t x_stride, uintptr_t ids, uintptr_t weights, uintptr_t out,
+               int out_dtype) const {
+    const Batch batch{tokens,          top_k,          at<void>(x), static_cast<DType>(x_dtype),    x_stride,
+                      at<int64_t>(ids), at<float>(weights), at<void>(out), static_cast<DType>(out_dtype)};
+    for (int64_t i = 0; i < tokens * top_k; i++)
+      if (batch.ids[i] < -1 || batch.ids[i] >= layer_.count)
+        throw nb::value_error(("expert id " + std::to_string(batch.ids[i]) + " of token " + std::to_string(i / top_k) + " is out of range: expected -1 or 0.." +
+                               std::to_string(layer_.count - 1))
+                                  .c_str());
+    nb::gil_scoped_release released;
+    coterie::forward(layer_, kernels(), batch);
+  }
+
+ private:
+  Experts layer_{};
+};
+
+double seconds_of(const std::function<void()>& work) {
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Bytes per second that all threads together read from memory far larger than the caches; the best of a few passes.
+double measure_read_bandwidth() {
+  nb::gil_scoped_release released;
+  constexpr int64_t kBytes = int64_t{512} << 20, kPart = 4 << 20;
+  uint8_t* memory = allocate_pages(kBytes);
+  if (!memory) return 0.0;
+  parallel(kBytes / kPart, [&](int64_t i, int) {
+    for (int64_t b = 0; b < kPart; b += 8) *reinterpret_cast<int64_t*>(memory + i * kPart + b) = i + b;
+  });
+  double best = 0.0;
+  std::atomic<uint64_t> sum{0};
+  for (int pass = 0; pass < 4; pass++) {
+    const double s = seconds_of([&] { parallel(kBytes / kPart, [&](int64_t i, int) { sum += kernels().read(memory + i * kPart, kPart); }); });
+    best = std::max(best, kBytes / s);
+  }
+  free_pages(memory, kBytes);
+  return best;
+}
+
+// Multiply-adds per second, all threads together, of the dot products the bf16 or the integer path issues; the best of a few passes.
+double measure_dot_rate(bool integer) {
+  nb::gil_scoped_release released;
+  constexpr int64_t kDots = 1 << 24;
+  const Kernels& k = kernels();
+  double best = 0.0;
+  for (int pass = 0; pass < 4; pass++) {
+    const double s = seconds_of([&] { parallel(thread_count(), [&](int64_t, int) { k.dots(kDots, integer); }); });
+    best = std::max(best, static_cast<double>(kDots) * thread_count() * (integer ? k.macs_per_integer_dot : k.macs_per_float_dot) / s);
+  }
+  return best;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "coterie's CPU engine";
+  nb::class_<Layer>(m, "Layer")
+      .def(nb::init<const LayoutTuple&, const LayoutTuple&, std::tuple<int, float, float, float>,
+                    const nb::ndarray<int64_t, nb::shape<3, -1, 3>, nb::c_contig, nb::device::cpu>&, bool, uintptr_t, uintptr_t, uintptr_t>())
+      .def("forward", &Layer::forward);
+  m.def("allocate", &allocate, "bytes"_a, "Zeroed huge-page memory as a uint8 tensor.");
+  m.def("pack", &pack);
+  m.def("unpack", &unpack);
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* k : available_kernels()) names.push_back(k->name);
+    return names;
+  });
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("isa_reason", [] { return kernels_reason(); });
+  m.def("use_isa", &use_kernels, "name"_a, "Switch instruction set in this process (for tests and comparisons).");
+  m.def("available_cpus", &available_cpus);
+  m.def("threads", &thread_count);
+  m.def("set_threads", &set_thread_count, "count"_a);
+  m.def("numa_nodes", &numa_nodes);
+  m.def("release_workspace", &release_workspace);
+  m.def("measure_read_bandwidth", &measure_read_bandwidth, "Bytes per second, all threads.");
+  m.def("measure_dot_rate", &measure_dot_rate, "integer"_a, "Multiply-adds per second, all threads.");
+}

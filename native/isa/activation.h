@@ -1,0 +1,94 @@
+// act(gate, up) of an expert, in plain C for the compiler to vectorise. Formulas: Activation in src/coterie/activations.py.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "layer/experts.h"
+
+namespace coterie {
+namespace {
+
+inline float bits_to_float(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+inline uint32_t float_to_bits(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+
+// e^x to 2e-7; 0 below -87, infinity above 88.7, NaN through.
+inline float exp_f32(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  float y = x < -87.0f ? -87.0f : x;
+  y = y > 88.5f ? 88.5f : y;
+  const float shifted = y * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const float scaled = p * bits_to_float((float_to_bits(shifted) + 127) << 23);
+  const float high = x > 88.7f ? bits_to_float(0x7f800000) : scaled;
+  return x < -87.0f ? 0.0f : high;
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exp_f32(-x)); }
+
+// erf by Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
+inline float erf_f32(float x) {
+  const float a = x < 0.0f ? -x : x;
+  const float t = 1.0f / (1.0f + 0.3275911f * a);
+  const float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+  const float y = 1.0f - p * exp_f32(-a * a);
+  return x < 0.0f ? -y : y;
+}
+
+inline float gelu_tanh(float x) {
+  const float u = 0.7978845608f * (x + 0.044715f * x * x * x);
+  return x * sigmoid(2.0f * u);  // (1 + tanh u) / 2 = sigmoid(2 u)
+}
+
+inline void add(float* to, const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] += from[i];
+}
+
+// gate[i] = act(gate[i]) * (up[i] + up_offset); without a gate, act(up[i]).
+inline void activate(const Activation& a, bool has_gate, float* gate, const float* up, int64_t n) {
+  if (a.limit > 0.0f && has_gate) {
+    float* clamped = const_cast<float*>(up);
+    for (int64_t i = 0; i < n; i++) {
+      gate[i] = gate[i] > a.limit ? a.limit : gate[i];
+      clamped[i] = clamped[i] > a.limit ? a.limit : clamped[i] < -a.limit ? -a.limit : clamped[i];
+    }
+  }
+  switch (a.kind) {
+    case ActivationKind::silu:
+      for (int64_t i = 0; i < n; i++) gate[i] = gate[i] * sigmoid(a.alpha * gate[i]);
+      break;
+    case ActivationKind::gelu:
+      for (int64_t i = 0; i < n; i++) gate[i] = 0.5f * gate[i] * (1.0f + erf_f32(gate[i] * 0.7071067812f));
+      break;
+    case ActivationKind::gelu_tanh:
+      for (int64_t i = 0; i < n; i++) gate[i] = gelu_tanh(gate[i]);
+      break;
+    case ActivationKind::relu:
+      for (int64_t i = 0; i < n; i++) gate[i] = gate[i] < 0.0f ? 0.0f : gate[i];
+      break;
+    case ActivationKind::relu2:
+      for (int64_t i = 0; i < n; i++) gate[i] = gate[i] < 0.0f ? 0.0f : gate[i] * gate[i];
+      break;
+  }
+  if (has_gate)
+    for (int64_t i = 0; i < n; i++) gate[i] *= up[i] + a.up_offset;
+}
+
+}  // namespace
+}  // namespace coterie

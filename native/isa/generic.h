@@ -1,0 +1,384 @@
+// The kernels, written once over an instruction set `Isa` (see the simd_*.h beside this file) and compiled per instruction set.
+// Everything here has internal linkage: no code compiled for one instruction set may be shared with another.
+#pragma once
+#include <vector>
+
+#include "isa/activation.h"
+#include "isa/kernels.h"
+#include "isa/pack.h"
+
+namespace coterie {
+namespace {
+
+// Four panels of weights, all of one layout. Panels past the matrix repeat the first; their results are not used.
+struct Block {
+  const uint8_t* weight[kBlockPanels];
+  const uint8_t* scale[kBlockPanels];
+  const uint8_t* zero[kBlockPanels];
+};
+
+// Rows of staged activations that go through a tile together.
+template <int M>
+struct Rows {
+  const uint8_t* data[M];
+  const float* scale[M];
+  const int32_t* sum[M];
+
+  Rows(const Staged& x, const int32_t* index, bool per_group_sum) {
+    for (int m = 0; m < M; m++) {
+      int64_t i = index[m];
+      data[m] = x.data + i * x.row_bytes;
+      scale[m] = x.scale + i * x.groups();
+      sum[m] = per_group_sum ? x.group_sum + i * x.groups() : x.sum + i * x.units();
+    }
+  }
+};
+
+template <class Isa, int NP>
+inline void prefetch_lines(const uint8_t* ahead, int64_t line) {
+  for (int p = 0; p < NP; p++) Isa::prefetch(ahead + (line * NP + p) * kLine);
+}
+
+// out[m][16 p + lane] = sum over columns of weight * activation, in f32, for M rows and NP panels of bf16 weights.
+template <class Isa, int M, int NP, bool Ahead>
+inline void bf16_tile(const uint8_t* const* weight, const Rows<M>& rows, int64_t lines, float* out, const uint8_t* ahead) {
+  typename Isa::F acc[M][NP];
+  for (int m = 0; m < M; m++)
+    for (int p = 0; p < NP; p++) acc[m][p] = Isa::zero();
+  for (int64_t line = 0; line < lines; line++) {
+    if (Ahead) prefetch_lines<Isa, NP>(ahead, line);
+    typename Isa::Pair w[NP];
+#pragma GCC unroll 4
+    for (int p = 0; p < NP; p++) w[p] = Isa::load_pair(weight[p] + line * kLine);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      auto x = Isa::broadcast_pair(rows.data[m] + line * 2 * Isa::kFloatBytes);
+#pragma GCC unroll 4
+      for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p], x);
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int p = 0; p < NP; p++) Isa::store(out + (m * kBlockPanels + p) * kPanelRows, acc[m][p]);
+}
+
+// How the integer tile reads weights and their scales.
+enum class Codes { bytes, nibbles };       // one column quad a line, or two
+enum class Scales { row, group, decoded };  // f32 per row at the end; bf16 per unit; f32 per unit (made by decode_panel)
+
+template <class Isa, int M, int NP, Codes codes, Scales scales, bool Zero, bool Ahead>
+inline void integer_tile(const Block& b, int panel, const Rows<M>& rows, int64_t cols, int64_t unit, float* out, const uint8_t* ahead) {
+  constexpr int kLineCols = codes == Codes::bytes ? 4 : 8;
+  constexpr int kOffset = codes == Codes::bytes ? 128 : 8;
+  constexpr int kStep = 4 * Isa::kIntegerBytes;
+  typename Isa::F total[M][NP];
+  for (int m = 0; m < M; m++)
+    for (int p = 0; p < NP; p++) total[m][p] = Isa::zero();
+  int64_t line = 0;
+  const int64_t lines = cols / kLineCols, unit_lines = unit / kLineCols, units_per_group = kActivationGroup / unit;
+  for (int64_t u = 0; line < lines; u++) {
+    typename Isa::I acc[M][NP];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      auto start = Zero ? Isa::integer_zero() : Isa::integer_set1(-kOffset * rows.sum[m][u]);
+#pragma GCC unroll 4
+      for (int p = 0; p < NP; p++) acc[m][p] = start;
+    }
+    const int64_t end = line + unit_lines < lines ? line + unit_lines : lines;
+    for (; line < end; line++) {
+      if (Ahead) prefetch_lines<Isa, NP>(ahead, line);
+      if (codes == Codes::bytes) {
+        typename Isa::Quad w[NP];
+#pragma GCC unroll 4
+        for (int p = 0; p < NP; p++) w[p] = Isa::load_quad(b.weight[panel + p] + line * kLine);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+          auto x = Isa::broadcast_quad(rows.data[m] + line * kStep);
+#pragma GCC unroll 4
+          for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p], x);
+        }
+      } else {
+        typename Isa::Quad low[NP], high[NP];
+#pragma GCC unroll 4
+        for (int p = 0; p < NP; p++) Isa::load_nibbles(b.weight[panel + p] + line * kLine, low[p], high[p]);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+          auto x = Isa::broadcast_quad(rows.data[m] + line * 2 * kStep);
+#pragma GCC unroll 4
+          for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], low[p], x);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+          auto x = Isa::broadcast_quad(rows.data[m] + line * 2 * kStep + kStep);
+#pragma GCC unroll 4
+          for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], high[p], x);
+        }
+      }
+    }
+    const int64_t group = u / units_per_group;
+    typename Isa::F ws[NP], z[NP];
+#pragma GCC unroll 4
+    for (int p = 0; p < NP; p++) {
+      if (scales == Scales::group) ws[p] = Isa::load_bf16(b.scale[panel + p] + u * kPanelRows * 2);
+      if (scales == Scales::decoded) ws[p] = Isa::load(reinterpret_cast<const float*>(b.scale[panel + p]) + u * kPanelRows);
+      if (Zero) z[p] = Isa::load_bytes(b.zero[panel + p] + (scales == Scales::row ? 0 : u) * kPanelRows);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      auto xs = Isa::set1(rows.scale[m][group]);
+      typename Isa::F sum;
+      if (Zero) sum = Isa::set1(-static_cast<float>(rows.sum[m][u]));
+#pragma GCC unroll 4
+      for (int p = 0; p < NP; p++) {
+        auto v = Isa::to_float(acc[m][p]);
+        if (Zero) v = Isa::fma(z[p], sum, v);
+        total[m][p] = Isa::fma(v, scales == Scales::row ? xs : Isa::mul(xs, ws[p]), total[m][p]);
+      }
+    }
+  }
+  for (int p = 0; p < NP; p++) {
+    typename Isa::F ws;
+    if (scales == Scales::row) ws = Isa::load(reinterpret_cast<const float*>(b.scale[panel + p]));
+    for (int m = 0; m < M; m++)
+      Isa::store(out + (m * kBlockPanels + p) * kPanelRows, scales == Scales::row ? Isa::mul(total[m][p], ws) : total[m][p]);
+  }
+}
+
+// A block of packed weights, made ready for `count` rows: as packed, or decoded to bytes where that pays.
+struct Ready {
+  Block block;
+  bool decoded;
+};
+
+// Rows from which decoding 4-bit codes to bytes once costs less than unpacking them in every tile.
+constexpr int64_t kDecodeFrom = 16;
+
+template <class Isa>
+struct Engine {
+  static Ready ready(const Layout& layout, const Block& block, int64_t count, bool tiles, uint8_t* scratch) {
+    const bool decode = layout.format == Format::int4 && layout.group && (tiles || (layout.group < kActivationGroup && count >= kDecodeFrom));
+    if (!decode) return {block, false};
+    Ready r{block, true};
+    int64_t weight_bytes = layout.padded_cols() * kPanelRows;
+    int64_t scale_bytes = round_up(layout.padded_cols(), kActivationGroup) / kActivationGroup * kPanelRows * 4;
+    for (int p = 0; p < kBlockPanels; p++) {
+      uint8_t* weight = scratch + p * (weight_bytes + scale_bytes);
+      float* scale = reinterpret_cast<float*>(weight + weight_bytes);
+      bool repeated = p > 0 && block.weight[p] == block.weight[0];
+      if (!repeated) Isa::decode_panel(layout, block.weight[p], block.scale[p], block.zero[p], weight, scale);
+      r.block.weight[p] = repeated ? r.block.weight[0] : weight;
+      r.block.scale[p] = repeated ? r.block.scale[0] : reinterpret_cast<uint8_t*>(scale);
+    }
+    return r;
+  }
+
+  template <int M, bool Ahead>
+  static void tile(const Layout& layout, const Ready& r, const Staged& x, const int32_t* index, float* out, const uint8_t* ahead) {
+    constexpr int NP = Isa::tile_panels(M);
+    const int64_t cols = layout.padded_cols(), lines = cols / layout.columns_per_line();
+    const Rows<M> rows(x, index, r.decoded);
+    const Block& b = r.block;
+    for (int p = 0; p < kBlockPanels; p += NP) {
+      float* to = out + p * kPanelRows;
+      const uint8_t* next = Ahead ? ahead + p * lines * kLine : nullptr;
+      if (layout.format == Format::bf16)
+        bf16_tile<Isa, M, NP, Ahead>(b.weight + p, rows, lines, to, next);
+      else if (r.decoded)
+        integer_tile<Isa, M, NP, Codes::bytes, Scales::decoded, false, Ahead>(b, p, rows, cols, kActivationGroup, to, next);
+      else if (layout.format == Format::int8)
+        layout.group ? integer_tile<Isa, M, NP, Codes::bytes, Scales::group, false, Ahead>(b, p, rows, cols, x.unit, to, next)
+                     : integer_tile<Isa, M, NP, Codes::bytes, Scales::row, false, Ahead>(b, p, rows, cols, x.unit, to, next);
+      else if (layout.zero_point)
+        layout.group ? integer_tile<Isa, M, NP, Codes::nibbles, Scales::group, true, Ahead>(b, p, rows, cols, x.unit, to, next)
+                     : integer_tile<Isa, M, NP, Codes::nibbles, Scales::row, true, Ahead>(b, p, rows, cols, x.unit, to, next);
+      else
+        layout.group ? integer_tile<Isa, M, NP, Codes::nibbles, Scales::group, false, Ahead>(b, p, rows, cols, x.unit, to, next)
+                     : integer_tile<Isa, M, NP, Codes::nibbles, Scales::row, false, Ahead>(b, p, rows, cols, x.unit, to, next);
+    }
+  }
+
+  template <int M>
+  static void tiles_of(int64_t rows, const Layout& layout, const Ready& r, const Staged& x, const int32_t* index, float* out, const uint8_t* ahead) {
+    if constexpr (M > 1) {
+      if (rows < M) return tiles_of<M - 1>(rows, layout, r, x, index, out, ahead);
+    }
+    ahead ? tile<M, true>(layout, r, x, index, out, ahead) : tile<M, false>(layout, r, x, index, out, nullptr);
+  }
+
+  // Tile registers want rows next to each other: those of an expert, copied once for all its panels. Null where tiles are not used.
+  static const uint8_t* gather(const Layout& layout, const Staged& x, const Tokens& tokens) {
+    if constexpr (Isa::kTiles) {
+      if (tokens.count < Isa::kTilesFrom || !Isa::supports(layout)) return nullptr;
+      static thread_local std::vector<uint8_t> rows;
+      rows.resize(tokens.count * x.row_bytes);
+      for (int64_t m = 0; m < tokens.count; m++) memcpy(rows.data() + m * x.row_bytes, x.data + tokens.input[m] * x.row_bytes, x.row_bytes);
+      return rows.data();
+    }
+    return nullptr;
+  }
+
+  // Every row of `tokens` times one block, a tile at a time; `finish(first, rows, out)` takes each tile's [rows][64] products.
+  // While the first tile streams this block from memory, the block at `ahead` is fetched.
+  template <class Finish>
+  static void multiply(const Layout& layout, const Block& block, const Staged& x, const Tokens& tokens, const uint8_t* gathered, uint8_t* scratch,
+                       const uint8_t* ahead, const Finish& finish) {
+    const Ready r = ready(layout, block, tokens.count, gathered != nullptr, scratch);
+    if constexpr (Isa::kTiles) {
+      if (gathered) {
+        alignas(64) float out[Isa::kTileChunk * kBlockPanels * kPanelRows];
+        for (int64_t first = 0; first < tokens.count; first += Isa::kTileChunk) {
+          const int64_t rows = tokens.count - first < Isa::kTileChunk ? tokens.count - first : Isa::kTileChunk;
+          Isa::multiply_tiles(layout, r.block.weight, r.block.scale, r.decoded, x, gathered + first * x.row_bytes, tokens.input + first,
+                              static_cast<int>(rows), out);
+          finish(first, rows, out);
+        }
+        return;
+      }
+    }
+    alignas(64) float out[Isa::kTileRows * kBlockPanels * kPanelRows];
+    const int64_t tiles = (tokens.count + Isa::kTileRows - 1) / Isa::kTileRows;
+    for (int64_t t = 0; t < tiles; t++) {
+      int64_t first = tokens.count * t / tiles, last = tokens.count * (t + 1) / tiles;
+      tiles_of<Isa::kTileRows>(last - first, layout, r, x, tokens.input + first, out, t == 0 ? ahead : nullptr);
+      finish(first, last - first, out);
+    }
+  }
+
+  static Block block_of(const Layout& layout, const Matrix& a, int64_t panel_a, int64_t count_a, const Matrix& b, int64_t panel_b, int64_t count_b) {
+    Block block;
+    for (int p = 0; p < kBlockPanels; p++) {
+      bool second = p >= count_a && p < count_a + count_b;
+      const Matrix& from = second ? b : a;
+      int64_t panel = second ? panel_b + p - count_a : panel_a + (p < count_a ? p : 0);
+      block.weight[p] = from.weight + panel * layout.weight_panel_bytes();
+      block.scale[p] = from.scale + panel * layout.scale_panel_bytes();
+      block.zero[p] = from.zero + panel * layout.zero_panel_bytes();
+    }
+    return block;
+  }
+
+  static void store_hidden(const Experts& layer, const float* values, int64_t count, uint8_t* row, int64_t column) {
+    if (layer.out.format == Format::bf16 && Isa::kFloatBytes == 4)
+      memcpy(row + column * 4, values, count * 4);
+    else
+      for (int64_t i = 0; i < count; i++) reinterpret_cast<uint16_t*>(row)[column + i] = float_to_bf16(values[i]);
+  }
+
+  static void gate_up(const Experts& layer, int64_t e, const Staged& x, const Tokens& tokens, int64_t begin, int64_t end, uint8_t* hidden,
+                      int64_t hidden_row_bytes, uint8_t* scratch) {
+    const Layout& layout = layer.in;
+    const int64_t step = layer.has_gate ? kBlockPanels / 2 : kBlockPanels;
+    const uint8_t* gathered = gather(layout, x, tokens);
+    for (int64_t panel = begin; panel < end; panel += step) {
+      const int64_t n = end - panel < step ? end - panel : step, columns = n * kPanelRows;
+      const Block block = layer.has_gate ? block_of(layout, layer.gate[e], panel, n, layer.up[e], panel, n)
+                                         : block_of(layout, layer.up[e], panel, n, layer.up[e], panel, 0);
+      const uint8_t* ahead = nullptr;
+      multiply(layout, block, x, tokens, gathered, scratch, ahead, [&](int64_t first, int64_t rows, float* out) {
+        for (int64_t m = 0; m < rows; m++) {
+          float* product = out + m * kBlockPanels * kPanelRows;
+          float* up = layer.has_gate ? product + columns : product;
+          const int64_t column = panel * kPanelRows;
+          if (layer.gate_bias) add(product, layer.gate_bias + e * layout.panels() * kPanelRows + column, columns);
+          if (layer.up_bias) add(up, layer.up_bias + e * layout.panels() * kPanelRows + column, columns);
+          activate(layer.activation, layer.has_gate, product, up, columns);
+          store_hidden(layer, product, columns, hidden + tokens.output[first + m] * hidden_row_bytes, column);
+        }
+      });
+    }
+  }
+
+  static void down(const Experts& layer, int64_t e, const Staged& hidden, const Tokens& tokens, int64_t begin, int64_t end, float* result,
+                   int64_t stride, uint8_t* scratch) {
+    const Layout& layout = layer.out;
+    const uint8_t* gathered = gather(layout, hidden, tokens);
+    for (int64_t panel = begin; panel < end; panel += kBlockPanels) {
+      const int64_t n = end - panel < kBlockPanels ? end - panel : kBlockPanels, columns = n * kPanelRows;
+      const Block block = block_of(layout, layer.down[e], panel, n, layer.down[e], panel, 0);
+      const uint8_t* ahead = nullptr;
+      multiply(layout, block, hidden, tokens, gathered, scratch, ahead, [&](int64_t first, int64_t rows, float* out) {
+        for (int64_t m = 0; m < rows; m++) {
+          float* product = out + m * kBlockPanels * kPanelRows;
+          if (layer.down_bias) add(product, layer.down_bias + e * layout.panels() * kPanelRows + panel * kPanelRows, columns);
+          float* to = result + tokens.output[first + m] * stride + (panel - begin) * kPanelRows;
+          const float w = tokens.weight[first + m];
+          for (int64_t i = 0; i < columns; i++) to[i] += w * product[i];
+        }
+      });
+    }
+  }
+
+  // Int8 codes of one row, a scale per 128 columns, and the sums that undo the weights' offset. A NaN or Inf makes its group's scale NaN.
+  static void quantise_row(const float* row, int64_t cols, const Staged& to, int64_t index) {
+    uint8_t* codes = to.data + index * to.row_bytes;
+    int32_t* sum = to.sum + index * to.units();
+    for (int64_t g = 0; g < to.groups(); g++) {
+      const int64_t begin = g * kActivationGroup, end = begin + kActivationGroup < cols ? begin + kActivationGroup : cols;
+      auto largest = Isa::zero(), poison = Isa::zero();
+      for (int64_t i = begin; i < end; i += kPanelRows) {
+        auto v = Isa::load(row + i);
+        largest = Isa::max_abs(largest, v);
+        poison = Isa::fma(v, Isa::zero(), poison);
+      }
+      const float most = Isa::reduce_max(largest), bad = Isa::reduce_add(poison);
+      to.scale[index * to.groups() + g] = most / 127.0f + bad;
+      const auto inverse = Isa::set1(most > 0.0f && bad == 0.0f ? 127.0f / most : 0.0f);
+      int32_t group_sum = 0;
+      for (int64_t u = begin; u < end; u += to.unit) {
+        auto acc = Isa::integer_zero();
+        const int64_t stop = u + to.unit < end ? u + to.unit : end;
+        for (int64_t i = u; i < stop; i += kPanelRows)
+          acc = Isa::add(acc, Isa::store_codes(codes + i * Isa::kIntegerBytes, Isa::mul(Isa::load(row + i), inverse)));
+        group_sum += sum[u / to.unit] = Isa::reduce_add(acc);
+      }
+      to.group_sum[index * to.groups() + g] = group_sum;
+    }
+  }
+
+  static void stage(const Layout& weights, const void* source, DType dtype, int64_t stride, int64_t cols, int64_t begin, int64_t end,
+                    const Staged& to) {
+    constexpr int kMaxStackCols = 16384;
+    alignas(64) float stack[kMaxStackCols];
+    float* row = to.cols <= kMaxStackCols ? stack : new float[to.cols];
+    for (int64_t r = begin; r < end; r++) {
+      const bool direct = weights.format == Format::bf16 && Isa::kFloatBytes == 4;
+      float* values = direct ? reinterpret_cast<float*>(to.data + r * to.row_bytes) : row;
+      load_row(source, dtype, r * stride, cols, values);
+      for (int64_t i = cols; i < to.cols; i++) values[i] = 0.0f;
+      if (weights.format != Format::bf16)
+        quantise_row(values, to.cols, to, r);
+      else if (!direct)
+        for (int64_t i = 0; i < to.cols; i++) reinterpret_cast<uint16_t*>(to.data + r * to.row_bytes)[i] = float_to_bf16(values[i]);
+    }
+    if (row != stack) delete[] row;
+  }
+
+  static void store(const float* result, int64_t count, void* to, DType dtype) {
+    if (dtype == DType::f32)
+      memcpy(to, result, count * 4);
+    else
+      for (int64_t i = 0; i < count; i++) static_cast<uint16_t*>(to)[i] = float_to_bf16(result[i]);
+  }
+
+  static void dots(int64_t count, bool integer) { Isa::dots(count, integer); }
+
+  static uint64_t read(const uint8_t* from, int64_t bytes) {
+    constexpr int kStreams = 4;
+    constexpr int64_t kAhead = 1024;
+    const int64_t part = bytes / kStreams / kLine * kLine;
+    typename Isa::I acc[kStreams] = {Isa::integer_zero(), Isa::integer_zero(), Isa::integer_zero(), Isa::integer_zero()};
+    for (int64_t i = 0; i < part; i += kLine)
+      for (int s = 0; s < kStreams; s++) {
+        const uint8_t* line = from + s * part + i;
+        Isa::prefetch(line + kAhead);
+        acc[s] = Isa::add(acc[s], Isa::load_integers(line));
+      }
+    return Isa::reduce_add(Isa::add(Isa::add(acc[0], acc[1]), Isa::add(acc[2], acc[3])));
+  }
+
+  static constexpr Kernels kernels(const char* name) {
+    return {name, Isa::kFloatBytes, Isa::kIntegerBytes, stage, gate_up, down, store, pack_panel, dots, read, Isa::kFloatMacs, Isa::kIntegerMacs};
+  }
+};
+
+}  // namespace
+}  // namespace coterie

@@ -1,0 +1,148 @@
+// AVX2 with FMA and F16C: 16 lanes are two registers. bf16 products in f32, integer products in 16-bit pairs.
+#pragma once
+#include <immintrin.h>
+
+#include "isa/decode.h"
+
+namespace coterie {
+namespace {
+
+struct Avx2 {
+  struct F {
+    __m256 a, b;
+  };
+  struct I {
+    __m256i a, b;
+  };
+  static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
+  static constexpr bool kTiles = false;
+  static constexpr int kTileRows = 6;
+  static constexpr int tile_panels(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+  static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 32;
+
+  static F zero() { return set1(0.0f); }
+  static F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float* p, F v) { _mm256_storeu_ps(p, v.a), _mm256_storeu_ps(p + 8, v.b); }
+  static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static F max_abs(F x, F y) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_max_ps(x.a, _mm256_andnot_ps(sign, y.a)), _mm256_max_ps(x.b, _mm256_andnot_ps(sign, y.b))};
+  }
+  static float reduce_max(F v) {
+    float t[kLanes], r;
+    store(t, v);
+    r = t[0];
+    for (float x : t) r = x > r ? x : r;
+    return r;
+  }
+  static float reduce_add(F v) {
+    float t[kLanes], r = 0.0f;
+    store(t, v);
+    for (float x : t) r += x;
+    return r;
+  }
+  static F load_bf16(const uint8_t* p) {
+    const __m256i h = _mm256_loadu_si256((const __m256i*)p);
+    auto widen = [](__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); };
+    return {widen(_mm256_castsi256_si128(h)), widen(_mm256_extracti128_si256(h, 1))};
+  }
+  static F load_bytes(const uint8_t* p) {
+    const __m128i v = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)))};
+  }
+
+  static I integer_zero() { return integer_set1(0); }
+  static I integer_set1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+  static I add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+  static int32_t reduce_add(I v) {
+    uint32_t t[8], r = 0;
+    _mm256_storeu_si256((__m256i*)t, _mm256_add_epi32(v.a, v.b));
+    for (uint32_t x : t) r += x;
+    return static_cast<int32_t>(r);
+  }
+  static F to_float(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+  static I load_integers(const uint8_t* p) {
+    return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+  }
+  static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+  struct Pair {
+    F even, odd;
+  };
+  static Pair load_pair(const uint8_t* p) {
+    const I w = load_integers(p);
+    const __m256i high = _mm256_set1_epi32(0xffff0000);
+    return {{_mm256_castsi256_ps(_mm256_slli_epi32(w.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(w.b, 16))},
+            {_mm256_castsi256_ps(_mm256_and_si256(w.a, high)), _mm256_castsi256_ps(_mm256_and_si256(w.b, high))}};
+  }
+  struct PairOf1 {
+    __m256 even, odd;
+  };
+  static PairOf1 broadcast_pair(const uint8_t* x) {
+    const float* v = reinterpret_cast<const float*>(x);
+    return {_mm256_broadcast_ss(v), _mm256_broadcast_ss(v + 1)};
+  }
+  static F dot(F acc, const Pair& w, const PairOf1& x) {
+    acc = {_mm256_fmadd_ps(w.even.a, x.even, acc.a), _mm256_fmadd_ps(w.even.b, x.even, acc.b)};
+    return {_mm256_fmadd_ps(w.odd.a, x.odd, acc.a), _mm256_fmadd_ps(w.odd.b, x.odd, acc.b)};
+  }
+
+  struct Quad {
+    I even, odd;
+  };
+  static Quad split(I w) {
+    const __m256i low = _mm256_set1_epi16(0xff);
+    return {{_mm256_and_si256(w.a, low), _mm256_and_si256(w.b, low)}, {_mm256_srli_epi16(w.a, 8), _mm256_srli_epi16(w.b, 8)}};
+  }
+  static Quad load_quad(const uint8_t* p) { return split(load_integers(p)); }
+  static void load_nibbles(const uint8_t* p, Quad& low, Quad& high) {
+    const I w = load_integers(p);
+    const __m256i mask = _mm256_set1_epi8(15);
+    low = split({_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)});
+    high = split({_mm256_and_si256(_mm256_srli_epi16(w.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(w.b, 4), mask)});
+  }
+  struct QuadOf1 {
+    __m256i even, odd;
+  };
+  static QuadOf1 broadcast_quad(const uint8_t* x) {
+    const int32_t* v = reinterpret_cast<const int32_t*>(x);
+    return {_mm256_set1_epi32(v[0]), _mm256_set1_epi32(v[1])};
+  }
+  static I dot(I acc, const Quad& w, const QuadOf1& x) {
+    acc = add(acc, {_mm256_madd_epi16(w.even.a, x.even), _mm256_madd_epi16(w.even.b, x.even)});
+    return add(acc, {_mm256_madd_epi16(w.odd.a, x.odd), _mm256_madd_epi16(w.odd.b, x.odd)});
+  }
+  // 16 codes as 16-bit integers in natural order: the halves of a quad meet its even and odd bytes.
+  static I store_codes(uint8_t* to, F v) {
+    const I q = {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)};
+    _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(_mm256_packs_epi32(q.a, q.b), 0xd8));
+    return q;
+  }
+  static void decode_panel(const Layout& layout, const uint8_t* weight, const uint8_t* scale, const uint8_t* zero, uint8_t* codes, float* scales) {
+    decode_panel_portable(layout, weight, scale, zero, codes, scales);
+  }
+
+  static void dots(int64_t count, bool integer) {
+    constexpr int kChains = 6;
+    F f[kChains];
+    I i[kChains];
+    for (int c = 0; c < kChains; c++) f[c] = zero(), i[c] = integer_zero();
+    const F one = set1(1.0f);
+    for (int64_t n = 0; n < count; n += kChains)
+#pragma GCC unroll 6
+      for (int c = 0; c < kChains; c++) {
+        if (integer) {
+          i[c] = add(i[c], {_mm256_madd_epi16(i[c].a, i[c].a), _mm256_madd_epi16(i[c].b, i[c].b)});
+          asm volatile("" : "+x"(i[c].a), "+x"(i[c].b));
+        } else {
+          f[c] = fma(one, one, f[c]);
+          asm volatile("" : "+x"(f[c].a), "+x"(f[c].b));
+        }
+      }
+  }
+};
+
+}  // namespace
+}  // namespace coterie

@@ -1,0 +1,139 @@
+// AVX512 (F, BW, DQ, VL): 16 lanes are one register. bf16 products in f32, integer products in 16-bit pairs.
+#pragma once
+#include <immintrin.h>
+
+#include "isa/kernels.h"
+
+namespace coterie {
+namespace {
+
+struct Avx512 {
+  using F = __m512;
+  using I = __m512i;
+  static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
+  static constexpr bool kTiles = false;
+  static constexpr int kTileRows = 6;
+  static constexpr int tile_panels(int rows) { return rows <= 2 ? 4 : 2; }
+  static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 32;
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max_abs(F a, F b) { return _mm512_max_ps(a, _mm512_abs_ps(b)); }
+  static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
+  static float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
+  static F load_bf16(const uint8_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16)); }
+  static F load_bytes(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+
+  static I integer_zero() { return _mm512_setzero_si512(); }
+  static I integer_set1(int32_t x) { return _mm512_set1_epi32(x); }
+  static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static int32_t reduce_add(I v) { return _mm512_reduce_add_epi32(v); }
+  static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static I load_integers(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+  struct Pair {
+    F even, odd;
+  };
+  static Pair load_pair(const uint8_t* p) {
+    const __m512i w = _mm512_loadu_si512(p);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(0xffff0000)))};
+  }
+  static Pair broadcast_pair(const uint8_t* x) {
+    const float* v = reinterpret_cast<const float*>(x);
+    return {_mm512_set1_ps(v[0]), _mm512_set1_ps(v[1])};
+  }
+  static F dot(F acc, const Pair& w, const Pair& x) { return fma(w.odd, x.odd, fma(w.even, x.even, acc)); }
+
+  struct Quad {
+    I even, odd;
+  };
+  static Quad split(__m512i w) { return {_mm512_and_si512(w, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(w, 8)}; }
+  static Quad load_quad(const uint8_t* p) { return split(_mm512_loadu_si512(p)); }
+  static void load_nibbles(const uint8_t* p, Quad& low, Quad& high) {
+    const __m512i w = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
+    low = split(_mm512_and_si512(w, mask));
+    high = split(_mm512_and_si512(_mm512_srli_epi16(w, 4), mask));
+  }
+  static Quad broadcast_quad(const uint8_t* x) {
+    const int32_t* v = reinterpret_cast<const int32_t*>(x);
+    return {_mm512_set1_epi32(v[0]), _mm512_set1_epi32(v[1])};
+  }
+  static I dot(I acc, const Quad& w, const Quad& x) {
+    return add(add(acc, _mm512_madd_epi16(w.even, x.even)), _mm512_madd_epi16(w.odd, x.odd));
+  }
+  // 16 codes as 16-bit integers in natural order: the halves of a quad meet its even and odd bytes.
+  static I store_codes(uint8_t* to, F v) {
+    const I q = _mm512_cvtps_epi32(v);
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(q));
+    return q;
+  }
+
+  static void decode_panel(const Layout& layout, const uint8_t* weight, const uint8_t* scale, const uint8_t* zero, uint8_t* codes, float* scales);
+
+  static void dots(int64_t count, bool integer) {
+    constexpr int kChains = 8;
+    F f[kChains];
+    I i[kChains];
+    for (int c = 0; c < kChains; c++) f[c] = zero(), i[c] = integer_zero();
+    const F one = set1(1.0f);
+    const I unit = _mm512_set1_epi16(1);
+    for (int64_t n = 0; n < count; n += kChains)
+#pragma GCC unroll 8
+      for (int c = 0; c < kChains; c++) {
+        if (integer) {
+          i[c] = add(i[c], _mm512_madd_epi16(unit, i[c]));
+          asm volatile("" : "+v"(i[c]));
+        } else {
+          f[c] = fma(one, one, f[c]);
+          asm volatile("" : "+v"(f[c]));
+        }
+      }
+  }
+};
+
+// 4-bit codes with a scale per group -> bytes with a scale per 128 columns: code = round((q - zero) * group scale / panel scale) + 128, the
+// panel scale being the smallest that keeps the codes within 8 bits. Adds under a tenth of the format's own rounding error.
+inline void Avx512::decode_panel(const Layout& layout, const uint8_t* weight, const uint8_t* scale, const uint8_t* zero, uint8_t* codes,
+                                 float* scales) {
+  const int64_t cols = layout.padded_cols(), group = layout.group;
+  const int64_t lines_per_group = group / 8;
+  const __m512i high_byte = _mm512_set1_epi16(0x0f00), low_byte = _mm512_set1_epi16(0x00ff), offset = _mm512_set1_epi8(int8_t(0x80));
+  const F most = set1(layout.zero_point ? 15.0f / 127.0f : 8.0f / 127.0f);
+  for (int64_t begin = 0; begin < cols; begin += kActivationGroup) {
+    const int64_t end = begin + kActivationGroup < cols ? begin + kActivationGroup : cols;
+    F largest = Avx512::zero();
+    for (int64_t g = begin / group; g < end / group; g++) largest = max_abs(largest, load_bf16(scale + g * kPanelRows * 2));
+    const F step = mul(largest, most);
+    const __mmask16 some = _mm512_cmp_ps_mask(step, Avx512::zero(), _CMP_NEQ_OQ);
+    const F inverse = _mm512_maskz_div_ps(some, set1(128.0f), step);  // ratios in units of 1/128
+    store(scales + begin / kActivationGroup * kPanelRows, step);
+    for (int64_t g = begin / group; g < end / group; g++) {
+      const __m512i ratio = _mm512_cvtps_epi32(mul(load_bf16(scale + g * kPanelRows * 2), inverse));
+      const __m512i ratios = _mm512_or_si512(_mm512_and_si512(ratio, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(ratio, 16));
+      __m512i centre = _mm512_set1_epi16(8 << 8);
+      if (layout.zero_point) {
+        const __m512i z = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(zero + g * kPanelRows)));
+        centre = _mm512_or_si512(_mm512_slli_epi32(z, 8), _mm512_slli_epi32(z, 24));
+      }
+      // (q << 8) * ratio >> 15, rounded: q times the true ratio.
+      auto scaled = [&](__m512i q_high) { return _mm512_mulhrs_epi16(_mm512_sub_epi16(_mm512_and_si512(q_high, high_byte), centre), ratios); };
+      auto merge = [&](__m512i even, __m512i odd) {
+        const __m512i bytes = _mm512_ternarylogic_epi32(low_byte, even, _mm512_slli_epi16(odd, 8), 0xca);
+        return _mm512_xor_si512(bytes, offset);
+      };
+      for (int64_t line = g * lines_per_group; line < (g + 1) * lines_per_group; line++) {
+        const __m512i w = _mm512_loadu_si512(weight + line * kLine);
+        _mm512_store_si512(codes + line * 2 * kLine, merge(scaled(_mm512_slli_epi16(w, 8)), scaled(w)));
+        _mm512_store_si512(codes + line * 2 * kLine + kLine, merge(scaled(_mm512_slli_epi16(w, 4)), scaled(_mm512_srli_epi16(w, 4))));
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace coterie

@@ -1,0 +1,50 @@
+// AVX512 with BF16 and VNNI: one instruction multiplies a line of weights with a broadcast pair or quad.
+#pragma once
+#include "isa/simd_avx512.h"
+
+namespace coterie {
+namespace {
+
+struct Avx512Bf16 : Avx512 {
+  static constexpr int kFloatBytes = 2, kIntegerBytes = 1;
+  static constexpr int kTileRows = 6;
+  static constexpr int tile_panels(int) { return 4; }
+  static constexpr int64_t kFloatMacs = 32, kIntegerMacs = 64;
+
+  using Pair = __m512i;
+  static Pair load_pair(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static Pair broadcast_pair(const uint8_t* x) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x)); }
+  static F dot(F acc, Pair w, Pair x) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x); }
+
+  using Quad = __m512i;
+  static Quad load_quad(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void load_nibbles(const uint8_t* p, Quad& low, Quad& high) {
+    const __m512i w = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
+    low = _mm512_and_si512(w, mask);
+    high = _mm512_and_si512(_mm512_srli_epi16(w, 4), mask);
+  }
+  static Quad broadcast_quad(const uint8_t* x) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x)); }
+  static I dot(I acc, Quad w, Quad x) { return _mm512_dpbusd_epi32(acc, w, x); }
+  // 16 codes as bytes in the order of kQuadOrder.
+  static I store_codes(uint8_t* to, Avx512::F v) {
+    const I q = _mm512_cvtps_epi32(v);
+    const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+    _mm_storeu_si128((__m128i*)to, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(q), order));
+    return q;
+  }
+
+  static void dots(int64_t count, bool integer) {
+    constexpr int kChains = 16;
+    __m512i acc[kChains], x = _mm512_setzero_si512();
+    for (int c = 0; c < kChains; c++) acc[c] = _mm512_setzero_si512();
+    for (int64_t n = 0; n < count; n += kChains)
+#pragma GCC unroll 16
+      for (int c = 0; c < kChains; c++) {
+        acc[c] = integer ? _mm512_dpbusd_epi32(acc[c], x, x) : (__m512i)_mm512_dpbf16_ps((__m512)acc[c], (__m512bh)x, (__m512bh)x);
+        asm volatile("" : "+v"(acc[c]));
+      }
+  }
+};
+
+}  // namespace
+}  // namespace coterie

@@ -1,0 +1,26 @@
+// One layer of experts: out[t] = sum over k of weight[t,k] * down(act(gate x[t], up x[t])) of expert ids[t,k].
+#pragma once
+#include <cstdint>
+
+#include "isa/kernels.h"
+
+namespace coterie {
+
+struct Batch {
+  int64_t tokens, top_k;
+  const void* x;  // [tokens, hidden], rows x_stride elements apart
+  DType x_dtype;
+  int64_t x_stride;
+  const int64_t* ids;    // [tokens, top_k], each -1 or an expert
+  const float* weights;  // [tokens, top_k]
+  void* out;             // [tokens, hidden]
+  DType out_dtype;       // bf16 or f32
+};
+
+// The sum runs over a token's experts in an order that depends on the batch alone: same bits for any number of threads.
+void forward(const Experts& layer, const Kernels& kernels, const Batch& batch);
+
+// Gives back the memory that forward keeps between calls.
+void release_workspace();
+
+}  // namespace coterie

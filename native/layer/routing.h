@@ -1,0 +1,25 @@
+// Tokens grouped by expert.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "isa/kernels.h"
+
+namespace coterie {
+
+// Expert ids [tokens, top_k]; -1 is no expert.
+struct Routing {
+  std::vector<int32_t> experts;  // those with tokens, the busiest first
+  std::vector<int64_t> begin;    // [experts + 1] their ranges in the arrays below
+  std::vector<int32_t> token;    // token of each slot
+  std::vector<int32_t> slot;     // 0, 1, 2 ...: its row of the hidden activations
+  std::vector<float> weight;     // its routing weight
+
+  void group(const int64_t* ids, const float* weights, int64_t tokens, int64_t top_k, int64_t expert_count);
+  int64_t slots() const { return static_cast<int64_t>(token.size()); }
+
+  Tokens into_hidden(int64_t i) const { return {&token[begin[i]], &slot[begin[i]], nullptr, begin[i + 1] - begin[i]}; }
+  Tokens into_result(int64_t i) const { return {&slot[begin[i]], &token[begin[i]], &weight[begin[i]], begin[i + 1] - begin[i]}; }
+};
+
+}  // namespace coterie

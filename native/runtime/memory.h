@@ -1,0 +1,10 @@
+// Memory for weights: anonymous, zeroed, 2 MiB aligned, huge pages asked for, interleaved over NUMA nodes.
+#pragma once
+#include <cstdint>
+
+namespace coterie {
+
+uint8_t* allocate_pages(int64_t bytes);  // null when there is no memory
+void free_pages(uint8_t* memory, int64_t bytes);
+
+}  // namespace coterie

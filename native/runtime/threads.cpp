@@ -1,0 +1,168 @@
+#include "runtime/threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <climits>
+#include <cmath>
+#include <fstream>
+#include <linux/futex.h>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <sys/syscall.h>
+#include <thread>
+#include <vector>
+
+#include "runtime/numa.h"
+
+namespace coterie {
+namespace {
+
+using Work = std::function<void(int64_t, int)>;
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  asm volatile("yield");
+#endif
+}
+
+void futex(std::atomic<uint32_t>& word, int op, uint32_t value) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), op | FUTEX_PRIVATE_FLAG, value, nullptr, nullptr, 0);
+}
+
+// Waits until `word` is no longer `old`: spins for about the time between two layers of a model, then sleeps.
+constexpr auto kSpin = std::chrono::microseconds(100);
+
+void wait_while(std::atomic<uint32_t>& word, uint32_t old, std::atomic<int>& sleepers) {
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; word.load(std::memory_order_acquire) == old; i++) {
+    relax();
+    if (i % 64 == 63 && std::chrono::steady_clock::now() - start > kSpin) {
+      sleepers.fetch_add(1);
+      while (word.load() == old) futex(word, FUTEX_WAIT, old);
+      sleepers.fetch_sub(1);
+      return;
+    }
+  }
+}
+
+class Pool {
+ public:
+  explicit Pool(int threads) {
+    for (int t = 1; t < threads; t++) {
+      std::thread worker([this, t] { serve(t); });
+      pin_to_node(worker.native_handle(), t);
+      workers_.push_back(std::move(worker));
+    }
+  }
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  void run(int64_t items, const Work& work) {
+    work_ = &work;
+    items_ = items;
+    next_.store(0, std::memory_order_relaxed);
+    busy_.store(static_cast<uint32_t>(workers_.size()), std::memory_order_relaxed);
+    generation_.fetch_add(1);
+    if (sleepers_.load() > 0) futex(generation_, FUTEX_WAKE, INT_MAX);
+    take(0);
+    for (uint32_t left; (left = busy_.load(std::memory_order_acquire)) != 0;) wait_while(busy_, left, waiting_);
+  }
+
+  void stop() {
+    stopping_ = true;
+    const Work nothing = [](int64_t, int) {};
+    run(0, nothing);
+    for (auto& worker : workers_) worker.join();
+  }
+
+ private:
+  void take(int thread) {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) (*work_)(i, thread);
+  }
+
+  void serve(int thread) {
+    for (uint32_t seen = 0; !stopping_; seen++) {
+      wait_while(generation_, seen, sleepers_);
+      take(thread);
+      if (busy_.fetch_sub(1) == 1 && waiting_.load() > 0) futex(busy_, FUTEX_WAKE, 1);
+    }
+  }
+
+  std::vector<std::thread> workers_;
+  const Work* work_ = nullptr;
+  int64_t items_ = 0;
+  std::atomic<bool> stopping_{false};
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  alignas(64) std::atomic<uint32_t> busy_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
+  std::atomic<int> waiting_{0};
+};
+
+// Never destroyed: workers may sleep in it while the process exits. Replaced, not reused, in a forked child, where its threads do not exist.
+struct Shared {
+  std::mutex turn;
+  Pool* pool = nullptr;
+  std::atomic<int> wanted{0};
+};
+Shared* shared = new Shared;
+
+void after_fork() {
+  const int wanted = shared->wanted;
+  shared = new Shared;
+  shared->wanted = wanted;
+}
+
+const int registered = pthread_atfork(nullptr, nullptr, after_fork);
+
+// Whole CPUs of a cgroup quota ("max 100000" or "200000 100000"), or INT_MAX.
+int cgroup_quota() {
+  std::string quota;
+  double period = 0;
+  if (std::ifstream file("/sys/fs/cgroup/cpu.max"); file >> quota >> period && quota != "max" && period > 0)
+    return std::max(1, static_cast<int>(std::ceil(std::stod(quota) / period)));
+  double q1 = 0, p1 = 0;
+  std::ifstream quota1("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), period1("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+  if (quota1 >> q1 && period1 >> p1 && q1 > 0 && p1 > 0) return std::max(1, static_cast<int>(std::ceil(q1 / p1)));
+  return INT_MAX;
+}
+
+}  // namespace
+
+int available_cpus() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  const int masked = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : static_cast<int>(std::thread::hardware_concurrency());
+  return std::max(1, std::min(masked, cgroup_quota()));
+}
+
+int thread_count() {
+  const int wanted = shared->wanted;
+  return wanted ? wanted : available_cpus();
+}
+
+void set_thread_count(int count) { shared->wanted = count; }
+
+void parallel(int64_t items, const Work& work) {
+  std::lock_guard<std::mutex> lock(shared->turn);
+  const int threads = thread_count();
+  if (shared->pool && shared->pool->threads() != threads) {
+    shared->pool->stop();
+    delete shared->pool;
+    shared->pool = nullptr;
+  }
+  if (threads == 1 || items <= 1) {
+    for (int64_t i = 0; i < items; i++) work(i, 0);
+    return;
+  }
+  if (!shared->pool) shared->pool = new Pool(threads);
+  shared->pool->run(items, work);
+}
+
+}  // namespace coterie

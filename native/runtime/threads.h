@@ -1,0 +1,18 @@
+// The thread pool: the caller is one of the workers; a waiting worker spins briefly, then sleeps.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+namespace coterie {
+
+// Usable CPUs: the affinity mask, cut by a cgroup CPU quota.
+int available_cpus();
+
+int thread_count();
+void set_thread_count(int count);  // applies from the next parallel call on
+
+// Calls work(item, thread) for every item in [0, items), threads taking items in order as they become free. Calls from several threads take turns;
+// a call from inside `work` is not allowed. After fork the child starts a fresh pool.
+void parallel(int64_t items, const std::function<void(int64_t item, int thread)>& work);
+
+}  // namespace coterie

@@ -1,0 +1,96 @@
+"""The CPU engine: what it found, what it uses, and how many threads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import _native
+from .errors import ArgumentError, DeviceError
+
+
+@dataclass(frozen=True, slots=True)
+class CpuInfo:
+    """What the engine sees of this machine."""
+
+    model: str
+    isa: str
+    isa_reason: str
+    isas: tuple[str, ...]
+    cores: int
+    threads: int
+    numa_nodes: int
+    huge_pages: str
+
+
+def info() -> CpuInfo:
+    """Instruction sets found and the one used, cores, threads, NUMA nodes and the huge-page setting.
+
+    Raises:
+        DeviceError: COTERIE_ISA names an instruction set that is unknown or that this CPU lacks.
+    """
+    isa = current_isa()
+    return CpuInfo(
+        model=_model_name(),
+        isa=isa,
+        isa_reason=_native.isa_reason(),
+        isas=tuple(_native.available_isas()),
+        cores=_native.available_cpus(),
+        threads=threads(),
+        numa_nodes=_native.numa_nodes(),
+        huge_pages=_huge_pages(),
+    )
+
+
+def current_isa() -> str:
+    """The instruction set the kernels use; raises DeviceError where COTERIE_ISA asks for one that cannot be had."""
+    try:
+        return _native.isa()
+    except RuntimeError as error:
+        raise DeviceError(str(error)) from None
+
+
+def use_isa(name: str) -> None:
+    """Switch the kernels of this process to another instruction set, to compare or test them."""
+    try:
+        _native.use_isa(name)
+    except RuntimeError as error:
+        raise DeviceError(str(error)) from None
+
+
+def set_threads(n: int) -> None:
+    """Use ``n`` threads, the calling one included. Results do not depend on it."""
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= 1024:
+        raise ArgumentError(f"threads: expected a whole number from 1 to 1024, found {n!r}")
+    _native.set_threads(n)
+
+
+def threads() -> int:
+    """Threads in use: what was set here or by COTERIE_THREADS, else the CPUs this process may use."""
+    return _native.threads()
+
+
+def read_environment() -> None:
+    """Apply COTERIE_THREADS; called once at import."""
+    text = os.environ.get("COTERIE_THREADS")
+    if text:
+        if not text.isdigit():
+            raise ArgumentError(f"COTERIE_THREADS: expected a whole number, found {text!r}")
+        set_threads(int(text))
+
+
+def _model_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _huge_pages() -> str:
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return "unavailable"
+    return text.partition("[")[2].partition("]")[0]

@@ -1,0 +1,300 @@
+"""The packed weights of one layer of experts, and their forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import _native, ops
+from .activations import Activation
+from .cpu import current_isa
+from .errors import ArgumentError
+from .formats import PANEL_ROWS, Format, resolve, round_up
+
+PROJECTIONS = ("gate", "up", "down")
+PARTS = ("weight", "scale", "zero")
+
+
+class Experts:
+    """Experts of one layer, packed in CPU memory: ``out[t] = sum_k weights[t,k] * down_e(act(gate_e x[t], up_e x[t]))``, ``e = ids[t,k]``.
+
+    Make one with :meth:`pack`, :meth:`open`, or :meth:`empty` and :meth:`pack_projection`.
+
+    Attributes:
+        num_experts, hidden_size, intermediate_size: E, H and I.
+        spec: the weight format.
+        activation: the function between the matrices.
+        has_gate: False for a plain MLP, ``down(act(up x))``.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        spec: Format,
+        activation: Activation = Activation(),  # noqa: B008
+        has_gate: bool = True,
+    ) -> None:
+        for name, value in (("num_experts", num_experts), ("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+            if value < 1:
+                raise ArgumentError(f"{name}: expected at least 1, found {value}")
+        current_isa()
+        self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
+        self.spec, self.activation, self.has_gate = spec, activation, has_gate
+        for name in self.projections:
+            spec.check_columns(name, self.shape(name)[1])
+        self._parts: dict[tuple[str, int, str], Tensor] = {}
+        self._biases: dict[str, Tensor] = {}
+        self._layer: _native.Layer | None = None
+        self._key = ops.register(self)
+
+    # --- making ---
+
+    @classmethod
+    def pack(
+        cls,
+        gate: Tensor | None,
+        up: Tensor,
+        down: Tensor,
+        *,
+        format: str = "int4",
+        group_size: int | None = None,
+        zero_point: bool = False,
+        scale_search: bool = True,
+        activation: Activation = Activation(),  # noqa: B008
+        gate_bias: Tensor | None = None,
+        up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> Experts:
+        """Quantise dense weights: gate and up [E,I,H], down [E,H,I], any float dtype, on the CPU. ``gate`` None: an MLP without a gate.
+
+        Args:
+            format: ``bf16``, ``int8`` or ``int4``.
+            group_size: columns that share a scale (32, 64, 128; 0 = per row); None: 32 for int4, per row for int8.
+            zero_point: int4 with a zero point per scale.
+            scale_search: choose int4 scales for the least squared error rather than from the extreme value alone.
+
+        Raises:
+            ArgumentError: a wrong shape, dtype or device, requires_grad, or a NaN or Inf that the format cannot hold.
+        """
+        if up.dim() != 3:
+            raise ArgumentError(f"up: expected [experts, intermediate, hidden], found shape {list(up.shape)}")
+        count, intermediate, hidden = up.shape
+        experts = cls.empty(
+            count, hidden, intermediate, format=format, group_size=group_size, zero_point=zero_point,
+            activation=activation, has_gate=gate is not None,
+        )  # fmt: skip
+        given = {"gate": gate, "up": up, "down": down}
+        for name in experts.projections:
+            _check_dense(name, given[name], (count, *experts.shape(name)))
+        experts.set_biases(gate_bias, up_bias, down_bias)
+        for name in experts.projections:
+            for e in range(count):
+                experts.pack_projection(name, e, given[name][e], scale_search=scale_search)
+        return experts
+
+    @classmethod
+    def empty(
+        cls,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        format: str = "int4",
+        group_size: int | None = None,
+        zero_point: bool = False,
+        activation: Activation = Activation(),  # noqa: B008
+        has_gate: bool = True,
+    ) -> Experts:
+        """Zeroed memory for the weights, to be filled by :meth:`pack_projection`."""
+        spec = resolve(format, group_size, zero_point)
+        experts = cls(num_experts, hidden_size, intermediate_size, spec, activation, has_gate)
+        experts._allocate()
+        return experts
+
+    @classmethod
+    def from_parts(
+        cls,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        spec: Format,
+        get: Callable[[str, int, str], Tensor],
+        *,
+        activation: Activation = Activation(),  # noqa: B008
+        has_gate: bool = True,
+        copy: bool = True,
+    ) -> Experts:
+        """Experts from packed bytes: ``get(projection, expert, part)`` gives a contiguous uint8 tensor of exactly that part's size.
+
+        ``copy`` moves the bytes into huge-page memory; without it they stay where they are (a memory map, say), which keeps them alive.
+        """
+        experts = cls(num_experts, hidden_size, intermediate_size, spec, activation, has_gate)
+        if copy:
+            experts._allocate()
+        for name, e, part, size in experts._part_sizes():
+            data = get(name, e, part)
+            if data.dtype != torch.uint8 or data.numel() != size or not data.is_contiguous() or data.device.type != "cpu":
+                raise ArgumentError(
+                    f"{name} {part} of expert {e}: expected {size} contiguous uint8 bytes on the CPU, "
+                    f"found {data.numel()} of {data.dtype} on {data.device}"
+                )
+            if copy:
+                experts._parts[name, e, part].copy_(data.view(-1))
+            else:
+                experts._parts[name, e, part] = data.view(-1)
+        return experts
+
+    def pack_projection(self, name: str, expert: int, weight: Tensor, *, scale_search: bool = True) -> None:
+        """Quantise one matrix: ``weight`` [I,H] (gate, up) or [H,I] (down), CPU, float dtype, columns adjacent in memory."""
+        if name not in self.projections or not 0 <= expert < self.num_experts:
+            raise ArgumentError(f"no {name!r} of expert {expert}: expected {self.projections}, experts 0..{self.num_experts - 1}")
+        label = f"{name} of expert {expert}"
+        _check_dense(label, weight, self.shape(name))
+        if weight.stride(1) != 1 and weight.shape[1] > 1:
+            raise ArgumentError(f"{label}: expected columns adjacent in memory, found strides {weight.stride()}; call .contiguous() first")
+        finite = _native.pack(
+            self.spec.layout(*self.shape(name)), weight.data_ptr(), ops.DTYPES[weight.dtype], weight.stride(0), scale_search,
+            *(self._address(name, expert, part) for part in PARTS),
+        )  # fmt: skip
+        if not finite:
+            raise ArgumentError(f"{label}: NaN or Inf in the weights cannot be held in {self.format}")
+
+    def set_biases(self, gate: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None) -> None:
+        """Biases of the projections: gate and up [E,I], down [E,H]; None for none."""
+        for name, bias in (("gate", gate), ("up", up), ("down", down)):
+            if bias is None:
+                self._biases.pop(name, None)
+                continue
+            if name not in self.projections:
+                raise ArgumentError("gate_bias: these experts have no gate")
+            rows = self.shape(name)[0]
+            if tuple(bias.shape) != (self.num_experts, rows):
+                raise ArgumentError(f"{name}_bias: expected shape {[self.num_experts, rows]}, found {list(bias.shape)}")
+            padded = torch.zeros(self.num_experts, round_up(rows, PANEL_ROWS))
+            padded[:, :rows] = bias.detach().float()
+            self._biases[name] = padded
+        self._layer = None
+
+    # --- what it is ---
+
+    @property
+    def format(self) -> str:
+        return self.spec.name
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        return PROJECTIONS if self.has_gate else PROJECTIONS[1:]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights, scales and zero points."""
+        return sum(size for *_, size in self._part_sizes())
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Rows and columns of one expert's matrix."""
+        return (self.hidden_size, self.intermediate_size) if name == "down" else (self.intermediate_size, self.hidden_size)
+
+    def biases(self) -> dict[str, Tensor]:
+        """Float32 biases by projection, [E, rows]; empty where there are none."""
+        return {name: bias[:, : self.shape(name)[0]] for name, bias in self._biases.items()}
+
+    def parts(self) -> Iterator[tuple[str, int, str, Tensor]]:
+        """(projection, expert, part, bytes): views of the packed memory, in the order of the file format."""
+        for name, e, part, _ in self._part_sizes():
+            yield name, e, part, self._parts[name, e, part]
+
+    def dequantize_projection(self, name: str, expert: int) -> Tensor:
+        """Float32 [rows, cols]: the values one packed matrix stands for."""
+        rows, cols = self.shape(name)
+        out = torch.empty(rows, cols)
+        _native.unpack(self.spec.layout(rows, cols), *(self._address(name, expert, part) for part in PARTS), out.data_ptr())
+        return out
+
+    def dequantize(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """(gate [E,I,H] or None, up [E,I,H], down [E,H,I]) that the kernels compute with, float32."""
+        gate, up, down = (
+            torch.stack([self.dequantize_projection(name, e) for e in range(self.num_experts)]) if name in self.projections else None
+            for name in PROJECTIONS
+        )
+        assert up is not None and down is not None
+        return gate, up, down
+
+    def __repr__(self) -> str:
+        group = f", group_size={self.spec.group_size}" if self.spec.group_size else ""
+        sizes = f"{self.num_experts} x {self.hidden_size} x {self.intermediate_size}"
+        return f"Experts({sizes}, {self.format}{group}, {self.nbytes / 1e6:.1f} MB)"
+
+    # --- computing ---
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x [T,H] float, ids [T,K] integer (-1: no expert), weights [T,K] float -> [T,H] in x's dtype.
+
+        Duplicates of an expert in one token add up. Same bits whatever the number of threads.
+
+        Raises:
+            ArgumentError: a wrong shape, dtype or device, or an id out of range.
+        """
+        return ops.forward(self, x, ids, weights)
+
+    @property
+    def native(self) -> _native.Layer:
+        """The engine's handle on these weights."""
+        if self._layer is None:
+            addresses = torch.tensor(
+                [[[self._address(name, e, part) for part in PARTS] for e in range(self.num_experts)] for name in PROJECTIONS]
+            )
+            biases = (self._biases[name].data_ptr() if name in self._biases else 0 for name in PROJECTIONS)
+            self._layer = _native.Layer(
+                self.spec.layout(*self.shape("up")), self.spec.layout(*self.shape("down")), self.activation.native(), addresses, self.has_gate, *biases
+            )
+        return self._layer
+
+    # --- files ---
+
+    def save(self, path: str | Path, layer: int = 0) -> None:
+        """Write these experts as layer ``layer`` of a packed checkpoint; see docs/format.md."""
+        from .checkpoints import write_layer
+
+        write_layer(path, layer, self)
+
+    @classmethod
+    def open(cls, path: str | Path, layer: int = 0, mmap: bool = False) -> Experts:
+        """Experts of one layer of a checkpoint in any format that can be read; ``mmap`` leaves packed weights in the file."""
+        from .checkpoints import open_experts
+
+        return open_experts(path, layer, mmap=mmap)
+
+    # --- memory ---
+
+    def _part_sizes(self) -> Iterator[tuple[str, int, str, int]]:
+        for name in self.projections:
+            sizes = self.spec.matrix_nbytes(*self.shape(name))
+            for e in range(self.num_experts):
+                for part, size in sizes.items():
+                    yield name, e, part, size
+
+    def _allocate(self) -> None:
+        memory, begin = _native.allocate(self.nbytes), 0
+        for name, e, part, size in self._part_sizes():
+            self._parts[name, e, part] = memory[begin : begin + size]
+            begin += size
+
+    def _address(self, name: str, expert: int, part: str) -> int:
+        data = self._parts.get((name, expert, part))
+        return 0 if data is None else data.data_ptr()
+
+
+def _check_dense(label: str, weight: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(weight.shape) != tuple(shape):
+        raise ArgumentError(f"{label}: expected shape {list(shape)}, found {list(weight.shape)}")
+    if weight.dtype not in ops.DTYPES:
+        raise ArgumentError(f"{label}: expected bfloat16, float16 or float32, found {weight.dtype}")
+    if weight.device.type != "cpu":
+        raise ArgumentError(f"{label}: expected a CPU tensor, found {weight.device}")
+    if weight.requires_grad:
+        raise ArgumentError(f"{label}: packed weights are frozen, but this tensor requires grad; pass weight.detach()")
