@@ -9,15 +9,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from coterie.errors import ArgumentError
-from coterie.experts import Experts
-
 from coterie.checkpoints.packed import UNFINISHED, is_packed, packed_layers
 from coterie.checkpoints.packed_read import open_layer
 from coterie.checkpoints.packed_write import LayerWriter, write_layer
 from coterie.checkpoints.reader import LayerReader, Reader
 from coterie.checkpoints.readers import open_reader
 from coterie.checkpoints.tensorfile import TensorFile
+from coterie.errors import ArgumentError
+from coterie.experts import Experts
 
 __all__ = [
     "LayerReader",

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from coterie.errors import CheckpointError, MissingTensorError
 from torch import Tensor
 
 from coterie.checkpoints.tensorfile import TensorFile, shown
+from coterie.errors import CheckpointError, MissingTensorError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from coterie.errors import CheckpointError
-
 from coterie.checkpoints.activation import activation_of
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.hf_fused import open_fused
 from coterie.checkpoints.hf_separate import open_separate
 from coterie.checkpoints.naming import find_layers
 from coterie.checkpoints.reader import LayerReader, Reader
+from coterie.errors import CheckpointError
 
 # Models that store gate and up of fused experts as alternating columns.
 INTERLEAVED = {"gpt_oss"}

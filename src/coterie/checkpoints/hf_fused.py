@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coterie.activations import Activation
-from coterie.errors import CheckpointError, MissingTensorError
 from torch import Tensor
 
+from coterie.activations import Activation
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.naming import FUSED, PLAIN_DTYPES, UNGATED, LayerNames, names_tried
 from coterie.checkpoints.reader import LayerReader
+from coterie.errors import CheckpointError, MissingTensorError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from coterie.activations import Activation
-from coterie.errors import CheckpointError, MissingTensorError
 from torch import Tensor
 
+from coterie.activations import Activation
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.naming import PER_EXPERT, PLAIN_DTYPES, LayerNames, names_tried
 from coterie.checkpoints.reader import LayerReader
+from coterie.errors import CheckpointError, MissingTensorError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from coterie.errors import CheckpointError, MissingTensorError
-
 from coterie.checkpoints.tensorfile import shown
+from coterie.errors import CheckpointError, MissingTensorError
 
 # One row a family: what gate, up and down of one expert are called under `...experts.{e}.`
 PER_EXPERT = (

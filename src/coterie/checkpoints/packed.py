@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -10,10 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from coterie.activations import Activation
-from coterie.errors import ArgumentError, CheckpointError
-from coterie.formats import Format, resolve
-
 from coterie.checkpoints.tensorfile import TensorFile, shown
+from coterie.errors import ArgumentError, CheckpointError
+from coterie.formats import FORMATS, Format, resolve
 
 VERSION = "1.0"
 PARTS = ("weight", "scale", "zero")
@@ -100,7 +100,7 @@ class PackedLayer:
             "coterie.numa": "1",
             "coterie.has_gate": str(self.has_gate).lower(),
             "coterie.activation": json.dumps(asdict(self.activation)),
-            "coterie.source": self.source,
+            "coterie.source": self.source.encode("utf-8", "replace").decode(),
         }
 
 
@@ -133,6 +133,11 @@ def read_layout(file: TensorFile) -> PackedLayer:
         activation=get.activation(),
         source=file.metadata.get("coterie.source", ""),
     )
+    try:
+        for projection in layout.projections:
+            layout.spec.check_columns(projection, layout.matrix(projection)[1])
+    except ArgumentError as error:
+        raise CheckpointError(f"{file.path}: {error}") from error
     biased = tuple(p for p in layout.projections if layout.bias_name(p) in file.entries)
     parts = len(layout.spec.matrix_nbytes(1, 1)) * len(layout.projections)
     if len(file.entries) - len(biased) != layout.num_experts * parts:
@@ -179,10 +184,12 @@ class _Metadata:
 
     def spec(self) -> Format:
         name, group_size = self.text("coterie.experts"), self.number("coterie.group_size", 0)
+        if name not in FORMATS:
+            raise self._bad("coterie.experts", f"one of {', '.join(FORMATS)}")
         try:
             return resolve(name, group_size, self.flag("coterie.zero_point"))
         except ArgumentError as error:
-            raise CheckpointError(f"{self._file.path}: weight format {shown(name)}: {error}") from error
+            raise CheckpointError(f"{self._file.path}: {error}") from error
 
     def activation(self) -> Activation:
         key = "coterie.activation"
@@ -191,9 +198,10 @@ class _Metadata:
             expected = asdict(Activation())
             if not isinstance(found, dict) or found.keys() != expected.keys():
                 raise self._bad(key, f"an object of {', '.join(expected)}")
-            if not all(isinstance(found[name], (int, float)) for name in expected if name != "kind"):
-                raise self._bad(key, "numbers but for kind")
-            return Activation(found["kind"], *(float(found[name]) for name in expected if name != "kind"))
+            numbers = {name: float(found[name]) for name in expected if name != "kind"}
+            if not all(math.isfinite(number) for number in numbers.values()):
+                raise self._bad(key, "finite numbers")
+            return Activation(found["kind"], **numbers)
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise

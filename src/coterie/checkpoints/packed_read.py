@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from coterie.errors import CheckpointError
-from coterie.experts import Experts
-
 from coterie.checkpoints.packed import UNFINISHED, PackedLayer, layer_file, packed_layers, read_layout
 from coterie.checkpoints.tensorfile import TensorFile
+from coterie.errors import CheckpointError
+from coterie.experts import Experts
 
 ALIGNMENT = 64
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 
 import torch
-from coterie.experts import Experts
 from torch import Tensor
 
 from coterie.checkpoints.packed import PackedLayer, layer_file
 from coterie.checkpoints.tensorwriter import TensorWriter, write_error
+from coterie.experts import Experts
 
 
 class LayerWriter:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from coterie.activations import Activation
 from torch import Tensor
 
+from coterie.activations import Activation
 from coterie.checkpoints.folder import Folder
 
 

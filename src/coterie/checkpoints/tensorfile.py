@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from coterie.errors import CheckpointError, MissingTensorError
 from torch import Tensor
+
+from coterie.errors import CheckpointError, MissingTensorError
 
 MAX_HEADER = 100_000_000
 MAX_DIMENSIONS = 64

@@ -8,10 +8,10 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from coterie.errors import CheckpointError
 from torch import Tensor
 
 from coterie.checkpoints.tensorfile import DTYPES
+from coterie.errors import CheckpointError
 
 ALIGNMENT = 64
 CHUNK = 64 << 20

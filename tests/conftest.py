@@ -1,0 +1,1 @@
+"""Modules beside this file are importable from every test."""
