@@ -9,10 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from coterie.errors import ArgumentError, CheckpointError
-from coterie.experts import Experts
-from coterie.formats import Format, resolve
-
 from coterie import cpu
 from coterie.checkpoints import LayerReader, LayerWriter, Reader, open_reader, packed
 from coterie.checkpoints.hf import spans
@@ -20,6 +16,9 @@ from coterie.checkpoints.packed import PackedLayer, layer_file
 from coterie.convert.output import OutputFolder
 from coterie.convert.report import ConversionReport, ProjectionError, relative_error
 from coterie.convert.rest import Rest
+from coterie.errors import ArgumentError, CheckpointError
+from coterie.experts import Experts
+from coterie.formats import Format, resolve
 
 
 class Progress(Protocol):
@@ -77,7 +76,7 @@ def convert_cpu(
                 for projection, bias in r.biases().items():
                     writer.write_bias(projection, bias)
         if rest is not None:
-            rest.copy(spec, folder)
+            rest.copy(spec, layouts.values(), folder)
     return ConversionReport(
         source=source,
         output=output,

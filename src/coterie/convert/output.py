@@ -6,10 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from coterie.errors import ArgumentError, CheckpointError
-
 from coterie.checkpoints.packed import UNFINISHED
 from coterie.checkpoints.tensorwriter import sync_folder, write_error, write_text
+from coterie.errors import ArgumentError, CheckpointError
 
 
 class OutputFolder:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from coterie.formats import Format
-
 from coterie.checkpoints.folder import INDEX, Folder
+from coterie.checkpoints.packed import VERSION, PackedLayer, layer_file
 from coterie.checkpoints.tensorfile import DTYPES
 from coterie.checkpoints.tensorwriter import TensorWriter, write_error, write_text
 from coterie.convert.output import OutputFolder
+from coterie.formats import Format
 
 SHARD_BYTES = 5 << 30
 CHUNK = 16 << 20
@@ -33,13 +33,20 @@ class Rest:
         self.tensor_bytes = sum(folder.nbytes(name) for name in self._names)
         self.nbytes = self.tensor_bytes + sum((folder.root / name).stat().st_size for name in self._files)
 
-    def copy(self, spec: Format, output: OutputFolder) -> None:
-        """Copies it, config.json and the index last: from then on `output` is a checkpoint with experts of `spec`."""
+    def copy(self, spec: Format, layers: Iterable[PackedLayer], output: OutputFolder) -> None:
+        """Copies it, then writes config.json and, last, the index of everything: from then on `output` is a checkpoint.
+
+        `layers` are the layers packed there already, as `spec`.
+        """
         weight_map = self._copy_tensors(output)
+        total_size = self.tensor_bytes
+        for layer in layers:
+            weight_map |= {name: layer_file("", layer.layer).name for name, _, _ in layer.tensors()}
+            total_size += layer.nbytes
         self._copy_files(output)
         config = self._folder.config | {"quantization_config": quantization_config(spec)}
         write_text(output.file("config.json"), json.dumps(config, indent=2) + "\n")
-        index = {"metadata": {"total_size": self.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(output.file(INDEX), json.dumps(index, indent=2) + "\n")
 
     def _copy_tensors(self, output: OutputFolder) -> dict[str, str]:
@@ -103,7 +110,7 @@ def quantization_config(spec: Format) -> dict:
     """What config.json says of the packed experts."""
     return {
         "quant_method": "coterie",
-        "version": "1.0",
+        "version": VERSION,
         "experts": spec.name,
         "group_size": spec.group_size,
         "zero_point": spec.zero_point,
