@@ -1,0 +1,60 @@
+# Two commands for a newcomer: `make demo` and `make test`. Every target does only what is left to do.
+#
+#   PYTHON=python3.12 make demo    another interpreter (3.10 or newer) for a new .venv
+#   TORCH=torch make demo          another torch than the one coterie is developed with
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+
+PY    := $(VENV)/bin/python
+PIP   := $(PY) -m pip --disable-pip-version-check
+TOOLS := $(VENV)/.tools-installed
+BUILT := $(VENV)/.coterie-built
+NATIVE := $(shell find native -type f) CMakeLists.txt pyproject.toml
+
+.PHONY: help demo test bench develop lint sanitize clean
+
+help:
+	@echo "make demo      build coterie in $(VENV) and show it at work (coterie quickstart)"
+	@echo "make test      run the test suite"
+	@echo "make bench     measure the README's speed tables on this machine"
+	@echo "make develop   build coterie in $(VENV), editable"
+	@echo "make lint      ruff and mypy"
+	@echo "make sanitize  the native tests under ASan and UBSan"
+	@echo "make clean     remove $(VENV) and every build output"
+
+demo: $(BUILT)
+	$(VENV)/bin/coterie quickstart
+
+test: $(BUILT)
+	$(PY) -m pytest tests
+
+bench: $(BUILT)
+	PATH="$(abspath $(VENV)/bin):$$PATH" bash benchmarks/tables.sh
+
+develop: $(BUILT)
+
+lint: $(BUILT)
+	$(PY) -m ruff check
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) build
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "coterie needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(os.path.join(s.get_path("include"), "Python.h")))' \
+	  || { echo "Python's C headers are missing: install your system's python3-dev (or python3-devel) package" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) 2>/dev/null \
+	  || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip -q --python $(PY) install pip; }
+
+$(TOOLS): | $(PY)
+	$(PIP) install -q '$(TORCH)'
+	$(PIP) install -q 'scikit-build-core>=0.10' 'nanobind>=2.4' cmake ninja
+	@touch $@
+
+$(BUILT): $(TOOLS) $(NATIVE)
+	$(PIP) install -q --no-build-isolation -e '.[dev]'
+	@touch $@
