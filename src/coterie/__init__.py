@@ -1,10 +1,27 @@
 """coterie: run and fine-tune Mixture-of-Experts models larger than your GPU."""
 
-from . import cpu
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import cpu, transformers_hook
 from .activations import Activation
 from .experts import Experts
 
+if TYPE_CHECKING:
+    from .hf import CoterieConfig, from_pretrained
+
 cpu.read_environment()
+transformers_hook.install()
 
 __version__ = "0.1.0"
-__all__ = ["Activation", "Experts", "cpu"]
+__all__ = ["Activation", "CoterieConfig", "Experts", "cpu", "from_pretrained"]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs transformers is imported when it is asked for."""
+    if name in ("CoterieConfig", "from_pretrained"):
+        from . import hf
+
+        return getattr(hf, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

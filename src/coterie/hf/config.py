@@ -1,0 +1,71 @@
+"""CoterieConfig: how the experts of a model are to be packed, or are packed; stored in config.json."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from coterie.checkpoints.packed import VERSION
+from coterie.errors import ArgumentError, CheckpointError
+from coterie.formats import Format, resolve
+
+METHOD = "coterie"
+OPTIONS = ("experts", "group_size", "zero_point", "scale_search", "mmap")
+
+
+@register_quantization_config(METHOD)
+class CoterieConfig(QuantizationConfigMixin):
+    """How the experts of a model are packed; the rest of the model keeps its dtype.
+
+    experts: "bf16", "int8" or "int4".
+    group_size: columns that share one scale, 0 for one scale per row. Default: 32 for int4, per row for int8.
+    zero_point: int4 with zero points (asymmetric): more accurate, slightly larger.
+    scale_search: choose scales that minimise the squared error, at pack time.
+    mmap: read a packed checkpoint in place instead of copying it into huge pages; for models larger than memory.
+
+    Raises ArgumentError for a format, group size or option that does not exist.
+    """
+
+    def __init__(
+        self,
+        experts: str = "int4",
+        group_size: int | None = None,
+        zero_point: bool = False,
+        scale_search: bool = True,
+        mmap: bool = False,
+        quant_method: str = METHOD,
+        version: str = VERSION,
+        **unknown: Any,
+    ):
+        if unknown:
+            name = next(iter(unknown))
+            near = difflib.get_close_matches(name, OPTIONS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ArgumentError(f"CoterieConfig has no option {name!r}; its options: {', '.join(OPTIONS)}{hint}")
+        if quant_method != METHOD:
+            raise ArgumentError(f"CoterieConfig: quant_method is {quant_method!r}, expected {METHOD!r}")
+        if str(version).split(".")[0] != VERSION.split(".")[0]:
+            raise CheckpointError(
+                f"config.json: packed format version {version!r}, this coterie reads {VERSION}; update coterie, "
+                "or convert the original checkpoint again"
+            )
+        spec = resolve(experts, group_size, zero_point)
+        self.quant_method = METHOD
+        self.version = VERSION
+        self.experts = spec.name
+        self.group_size = spec.group_size
+        self.zero_point = spec.zero_point
+        self.scale_search = scale_search
+        self.mmap = mmap
+
+    @property
+    def spec(self) -> Format:
+        """The format of the packed weights."""
+        return resolve(self.experts, self.group_size, self.zero_point)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is stored in config.json: what the packed experts are, not how they were made or are to be opened."""
+        return {name: value for name, value in super().to_dict().items() if name not in ("scale_search", "mmap")}

@@ -1,0 +1,167 @@
+"""The HfQuantizer behind CoterieConfig: coterie packs the experts or opens them packed, Transformers loads the rest.
+
+Order of events in from_pretrained: the model is built on the meta device; layouts are read and the experts' parameters
+leave the state dict; every expert tensor is found and checked; Transformers loads the rest; experts are packed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightTransform
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from coterie.checkpoints.packed import UNFINISHED, layer_file, read_layout
+from coterie.checkpoints.packed_read import open_layer
+from coterie.checkpoints.tensorfile import TensorFile
+from coterie.errors import ArgumentError, CheckpointError
+from coterie.experts import Experts
+from coterie.hf.config import METHOD, CoterieConfig
+from coterie.hf.experts import NAME
+from coterie.hf.layout import Layout
+from coterie.hf.model import become_packed
+from coterie.hf.modules import attach, hide_parameters, number_layers, packed_modules, read_layouts, unpack
+from coterie.hf.sources import Sources
+
+PACKED_FILE = re.compile(r"experts-\d+\.safetensors")
+
+
+@register_quantizer(METHOD)
+class CoterieQuantizer(HfQuantizer):
+    """Loads a model with packed experts, from a plain (bf16, fp16, f32) or a packed (`pre_quantized`) checkpoint."""
+
+    quantization_config: CoterieConfig
+    requires_calibration = False
+
+    def validate_environment(self, device_map: Any = None, **kwargs) -> None:
+        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        for device in devices:
+            if device is not None and str(device) not in ("cpu", "auto"):
+                raise ArgumentError(f"device_map has {device}; coterie computes on the CPU: leave it out, or use 'cpu'")
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return {"": "cpu"} if device_map == "auto" else device_map
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs
+    ) -> None:
+        self._layouts = read_layouts(model)
+        if not checkpoint_files:
+            raise ArgumentError("no checkpoint files: coterie packs experts from safetensors files, not a state dict")
+        for name, layout in self._layouts.items():
+            self._check_format(name, layout)
+        files = [Path(file) for file in checkpoint_files]
+        if self.pre_quantized:
+            self._folder = files[0].parent
+            self._check_packed()
+            # In place: Transformers goes on with the same list, and need not look into the experts' files.
+            checkpoint_files[:] = [str(file) for file in files if not PACKED_FILE.fullmatch(file.name)]
+        else:
+            other = next((file for file in files if file.suffix != ".safetensors"), None)
+            if other is not None:
+                raise CheckpointError(
+                    f"{other} is not a safetensors file: load it with transformers and save_pretrained() it"
+                )
+            self._files = [TensorFile(file) for file in files]
+        for name in self._layouts:
+            module = model.get_submodule(name)
+            hide_parameters(module)
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = True
+            model._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){re.escape(name.partition('.')[2])}\."}
+        model.set_experts_implementation(NAME)
+
+    def update_weight_conversions(
+        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
+    ) -> list[WeightTransform]:
+        if not self.pre_quantized:
+            self._sources = Sources(model, self._layouts, weight_conversions, self._files)
+        return weight_conversions
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
+        numbers = number_layers(list(self._layouts))
+        load = self._open if self.pre_quantized else self._pack
+        description = "Opening experts" if self.pre_quantized else "Packing experts"
+        for name, layout in logging.tqdm(self._layouts.items(), desc=description):
+            attach(model.get_submodule(name), load(name, layout, numbers[name]), layout)
+        become_packed(model)
+        del self._layouts
+        if not self.pre_quantized:
+            del self._sources, self._files
+
+    def _check_format(self, name: str, layout: Layout) -> None:
+        """Raises ArgumentError when the group size does not divide the columns of the layer's matrices."""
+        for projection, columns in (("gate and up", layout.hidden_size), ("down", layout.intermediate_size)):
+            self.quantization_config.spec.check_columns(f"{name}, {projection}", columns)
+
+    def _check_packed(self) -> None:
+        """Checks every layer's file against the model. Raises CheckpointError, naming the file, expected and found."""
+        if (self._folder / UNFINISHED).exists():
+            raise CheckpointError(f"{self._folder} was not finished ({UNFINISHED} is there): save or convert it again")
+        for name, number in number_layers(list(self._layouts)).items():
+            layout, file = self._layouts[name], layer_file(self._folder, number)
+            if not file.exists():
+                raise CheckpointError(f"{file} is missing: the packed experts of {name}")
+            found, spec = read_layout(TensorFile(file)), self.quantization_config.spec
+            for what in ("num_experts", "hidden_size", "intermediate_size", "has_gate", "activation"):
+                if getattr(found, what) != getattr(layout, what):
+                    raise CheckpointError(
+                        f"{file}: {what} is {getattr(found, what)}, config.json says {getattr(layout, what)}"
+                    )
+            if found.spec != spec:
+                raise CheckpointError(f"{file}: packed as {found.spec}, config.json says {spec}")
+            if bool(found.biased) != layout.has_bias:
+                raise CheckpointError(f"{file}: {'has' if found.biased else 'has no'} biases, unlike the model")
+
+    def _open(self, name: str, layout: Layout, number: int) -> Experts:
+        return open_layer(self._folder, number, mmap=self.quantization_config.mmap)
+
+    def _pack(self, name: str, layout: Layout, number: int) -> Experts:
+        config = self.quantization_config
+        experts = Experts.empty(
+            layout.num_experts,
+            layout.hidden_size,
+            layout.intermediate_size,
+            format=config.experts,
+            group_size=config.group_size,
+            zero_point=config.zero_point,
+            activation=layout.activation,
+            has_gate=layout.has_gate,
+        )
+        for weight in layout.weights:
+            for expert, parts in self._sources.read_experts(name, weight):
+                for projection, matrix in parts.items():
+                    try:
+                        experts.pack_projection(projection, expert, matrix, scale_search=config.scale_search)
+                    except ArgumentError as error:
+                        raise CheckpointError(f"{name}.{weight}: {error}") from error
+        biases = {}
+        for parameter in layout.parameters:
+            if parameter.endswith("_bias"):
+                biases |= self._sources.read_bias(name, parameter)
+        if biases:
+            experts.set_biases(**biases)
+        return experts
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, _ in list(packed_modules(model)):
+            module = model.get_submodule(name)
+            unpack(module, dtype or model.dtype)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
