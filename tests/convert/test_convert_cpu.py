@@ -53,7 +53,7 @@ def test_the_rest_is_copied(tmp_path, monkeypatch):
     monkeypatch.setattr(rest_of_checkpoint, "SHARD_BYTES", 7000)
     monkeypatch.setattr(rest_of_checkpoint, "CHUNK", 1000)
     folder, _ = two_layers(tmp_path / "in", shards=2)
-    draft = {"mtp.layers.0.mlp.experts.0.up_proj.weight": torch.randn(I, H)}
+    draft = {"mtp.layers.0.mlp.experts.0.up_proj.weight": torch.randn(I, H), "empty": torch.zeros(0, 4)}
     save_file(draft, folder / "model-00003.safetensors")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"] |= dict.fromkeys(draft, "model-00003.safetensors")
@@ -77,7 +77,7 @@ def test_the_rest_is_copied(tmp_path, monkeypatch):
 
     before, after = all_tensors(folder), all_tensors(out)
     kept = {name for name in before if not name.startswith("model.layers.") or ".experts." not in name}
-    assert "mtp.layers.0.mlp.experts.0.up_proj.weight" in kept
+    assert {"mtp.layers.0.mlp.experts.0.up_proj.weight", "empty"} <= kept
     assert after.keys() == kept
     assert all(before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]) for name in kept)
 

@@ -45,6 +45,7 @@ class HFReader(Reader):
                 f"{self.folder.path} has no experts in layer {layer}; layers with experts: {spans(self.layers)}"
             )
         names, config = self._names[layer], self.folder.text_config
+        reader: LayerReader
         if names.fused:
             reader = open_fused(self.folder, names, self.activation, config.get("model_type") in INTERLEAVED)
         else:

@@ -71,7 +71,7 @@ def _read(file: TensorFile, layout: PackedLayer) -> Experts:
         with open(file.path, "rb", buffering=0) as raw:
             for projection, expert, part, view in experts.parts():
                 name = layout.part_name(projection, expert, part)
-                _read_into(raw.fileno(), memoryview(view.numpy()), file.data_start + file.entry(name).start, file, name)
+                _read_into(raw.fileno(), view.numpy().data, file.data_start + file.entry(name).start, file, name)
     except OSError as error:
         raise CheckpointError(f"cannot read {file.path}: {error.strerror or error}") from error
     return experts

@@ -78,11 +78,10 @@ class TensorWriter:
             raise CheckpointError(
                 f"cannot write {self.path}: tensor {name!r} takes {missing} more bytes, got {data.numel()}"
             )
-        self._write(memoryview(data.numpy()), self._stops[name] - missing)
+        self._write(data.numpy().data, self._stops[name] - missing)
         self._missing[name] = missing - data.numel()
 
     def _write(self, data: memoryview, offset: int) -> None:
-        data = data.cast("B")
         done = 0
         try:
             while done < len(data):

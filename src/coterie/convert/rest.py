@@ -53,7 +53,7 @@ class Rest:
         """Copies the tensors bit for bit into new shards; returns the shard of each."""
         folder = self._folder
         shards = list(_shards(folder, self._names))
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             shard = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             entries = [folder.file_of(name).entry(name) for name in names]
