@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -19,9 +20,10 @@ CHUNK = 64 << 20
 
 def write_error(path: str | os.PathLike, error: OSError) -> CheckpointError:
     """The one-line error for a write that the system refused."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "free some space, or choose another output" if full else "choose an output that can be written"
     return CheckpointError(
-        f"cannot write {os.fspath(path)}: {error.strerror or error}. Nothing was left that looks whole; "
-        "free some space or choose another output, and run it again"
+        f"cannot write {os.fspath(path)}: {error.strerror or error}. Nothing was left that looks whole; {advice}"
     )
 
 

@@ -37,8 +37,8 @@ class OutputFolder:
         try:
             if free < self._needed:
                 raise CheckpointError(
-                    f"not enough space for {self.path}: the conversion takes {self._needed / 1e9:.2f} GB, "
-                    f"{free / 1e9:.2f} GB are free"
+                    f"not enough space for {self.path}: the conversion takes {self._needed / 1e6:,.1f} MB, "
+                    f"{free / 1e6:,.1f} MB are free"
                 )
             write_text(self.file(UNFINISHED), "{}\n")
         except BaseException:
