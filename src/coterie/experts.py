@@ -88,13 +88,13 @@ class Experts:
             count, hidden, intermediate, format=format, group_size=group_size, zero_point=zero_point,
             activation=activation, has_gate=gate is not None,
         )  # fmt: skip
-        given = {"gate": gate, "up": up, "down": down}
-        for name in experts.projections:
-            _check_dense(name, given[name], (count, *experts.shape(name)))
+        given = {name: dense for name, dense in (("gate", gate), ("up", up), ("down", down)) if dense is not None}
+        for name, dense in given.items():
+            _check_dense(name, dense, (count, *experts.shape(name)))
         experts.set_biases(gate_bias, up_bias, down_bias)
-        for name in experts.projections:
+        for name, dense in given.items():
             for e in range(count):
-                experts.pack_projection(name, e, given[name][e], scale_search=scale_search)
+                experts.pack_projection(name, e, dense[e], scale_search=scale_search)
         return experts
 
     @classmethod

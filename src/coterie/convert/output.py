@@ -56,7 +56,7 @@ class OutputFolder:
         self._written.append(path)
         return path
 
-    def __exit__(self, kind, value, traceback) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: object) -> None:
         if kind is not None:
             self._clear()
             return

@@ -1,0 +1,1 @@
+"""Measurements beside Transformers' own experts, taking turns in one process."""

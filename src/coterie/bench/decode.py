@@ -1,0 +1,38 @@
+"""Greedy decoding with a KV cache, one token a call, for timing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+
+class Decoder:
+    """Decodes after `prompt` [1, P] int64; after `tokens` tokens it goes back to the end of the prompt."""
+
+    def __init__(self, model: Any, prompt: torch.Tensor, tokens: int = 32):
+        self.model, self.prompt, self.tokens = model, prompt, tokens
+        self.cache = DynamicCache(config=model.config)
+        self.next = prompt[:, -1:]
+        with torch.inference_mode():
+            model(input_ids=prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+
+    def __call__(self, number: int = 0) -> None:
+        """One token."""
+        if self.cache.get_seq_length() >= self.prompt.shape[1] + self.tokens:
+            self.cache.crop(-self.tokens)
+        with torch.inference_mode():
+            logits = self.model(input_ids=self.next, past_key_values=self.cache, use_cache=True).logits
+        self.next = logits[:, -1].argmax(-1, keepdim=True)
+
+
+class Prefill:
+    """One pass over the whole prompt [B, P] int64, from an empty cache."""
+
+    def __init__(self, model: Any, prompt: torch.Tensor):
+        self.model, self.prompt = model, prompt
+
+    def __call__(self, number: int = 0) -> None:
+        with torch.inference_mode():
+            self.model(input_ids=self.prompt, use_cache=True, logits_to_keep=1)

@@ -1,0 +1,118 @@
+"""coterie bench: speed beside Transformers' own experts, in one process, taking turns."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from coterie.cli.console import console, errors, significant, table
+from coterie.errors import ArgumentError
+
+app = typer.Typer(help="Measure speed beside Transformers' own experts.", no_args_is_help=True)
+
+Experts = Annotated[str, typer.Option(help="Format of the packed experts: bf16, int8 or int4.")]
+GroupSize = Annotated[int | None, typer.Option(help="Columns that share a scale. [default: int4 32, int8 a row]")]
+ZeroPoint = Annotated[bool, typer.Option("--zero-point", help="int4 with zero points.")]
+Peer = Annotated[str, typer.Option(help="Transformers' implementation to compare with: grouped_mm or eager.")]
+Seconds = Annotated[float, typer.Option(help="Seconds of a turn.")]
+Rounds = Annotated[int, typer.Option(help="Turns of each side; medians are reported.", min=1)]
+
+
+@app.command()
+def layer(
+    shape: Annotated[
+        str,
+        typer.Option(help="tiny, qwen3-30b, mixtral, olmoe, qwen3.5-35b, or free: E=128,H=2048,I=768,K=8."),
+    ] = "qwen3-30b",
+    experts: Experts = "int4",
+    group_size: GroupSize = None,
+    zero_point: ZeroPoint = False,
+    tokens: Annotated[str, typer.Option("--tokens", "-T", help="Numbers of tokens.")] = "1,16,256,1024",
+    peer: Peer = "grouped_mm",
+    seconds: Seconds = 0.5,
+    rounds: Rounds = 5,
+) -> None:
+    """Time one layer of experts of random weights."""
+    with errors.status("packing random weights"):
+        from coterie.bench.layer import bench_layer
+        from coterie.bench.shapes import parse_shape
+
+        sizes = parse_shape(shape)
+        counts = parse_counts(tokens)
+    report = table(
+        f"E={sizes.E} H={sizes.H} I={sizes.I} K={sizes.K}: {experts}, peer Transformers {peer} bf16",
+        "tokens",
+        "ms",
+        "peer ms",
+        "ratio",
+        "GB/s",
+        "GFLOP/s",
+        "error",
+        "peer error",
+    )
+    with errors.status("measuring"):
+        for r in bench_layer(sizes, experts, group_size, zero_point, counts, peer, seconds, rounds):
+            report.add_row(
+                str(r.tokens),
+                significant(r.seconds * 1e3),
+                significant(r.peer_seconds * 1e3),
+                significant(r.ratio),
+                significant(r.touched / r.seconds / 1e9),
+                significant(r.operations / r.seconds / 1e9),
+                significant(r.error),
+                significant(r.peer_error),
+            )
+    console.print(report)
+    _machine(rounds)
+
+
+@app.command()
+def model(
+    experts: Experts = "int4",
+    group_size: GroupSize = None,
+    zero_point: ZeroPoint = False,
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 4,
+    vocabulary: Annotated[int, typer.Option(help="Size of its vocabulary.")] = 32768,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
+    peer: Peer = "grouped_mm",
+    seconds: Seconds = 3.0,
+    rounds: Rounds = 5,
+) -> None:
+    """Time prefill and decoding of a model of random weights shaped like Qwen3-30B-A3B, with fewer layers."""
+    with errors.status("building and measuring the model (needs about 12 GB of RAM for 4 layers)"):
+        from coterie.bench.model import bench_model
+
+        results = bench_model(experts, group_size, zero_point, layers, vocabulary, prompt, peer, seconds, rounds)
+    report = table(
+        f"{layers} layers of Qwen3-30B-A3B, vocabulary {vocabulary}: {experts}, peer Transformers {peer} bf16",
+        "",
+        "tokens/s",
+        "peer tokens/s",
+        "time ratio",
+    )
+    for r in results:
+        report.add_row(
+            r.work, significant(r.tokens_per_second), significant(r.peer_tokens_per_second), significant(r.ratio)
+        )
+    console.print(report)
+    _machine(rounds)
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """(1, 16) of "1,16". Raises ArgumentError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ArgumentError(f"--tokens is {text!r}: expected numbers of at least 1, like 1,16,256")
+    return tuple(int(part) for part in parts)
+
+
+def _machine(rounds: int) -> None:
+    from coterie import cpu
+
+    info = cpu.info()
+    console.print(
+        f"{info.model}, {info.isa} kernels, {info.threads} threads; medians of {rounds} rounds taking turns, "
+        "ratio below 1: coterie is faster",
+        style="dim",
+    )

@@ -1,0 +1,109 @@
+"""coterie convert: checkpoints into the packed format."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from coterie.cli.console import console, errors, significant, size, table
+from coterie.errors import ArgumentError
+
+app = typer.Typer(help="Convert checkpoints.", no_args_is_help=True)
+
+
+@app.callback()
+def _convert() -> None:
+    """Convert checkpoints."""
+
+
+@app.command()
+def cpu(
+    input_path: Annotated[Path, typer.Option("--input-path", "-i", help="Folder of a Hugging Face MoE checkpoint.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New or empty folder for the packed checkpoint.")],
+    quant_method: Annotated[str, typer.Option(help="Format of the experts: int4, int8 or bf16.")] = "int4",
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Columns that share a scale: 32, 64, 128, or 0 for a whole row. [default: int4 32, int8 0]"),
+    ] = None,
+    zero_point: Annotated[
+        bool, typer.Option("--zero-point", help="int4 with zero points: more accurate, slightly larger.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option("--threads", "--cpuinfer-threads", help="Threads. [default: all cores]")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Only these layers, like 0-3 or 5, as loose files.")] = None,
+) -> None:
+    """Pack the experts of a checkpoint (bf16, fp16 or fp32) for the CPU, and copy the rest of it.
+
+    Reads one expert at a time, so it needs little memory. An interrupted conversion never looks finished.
+    """
+    from coterie.convert import convert_cpu
+
+    with ConversionProgress() as progress:
+        report = convert_cpu(
+            input_path,
+            output,
+            quant_method,
+            group_size,
+            zero_point,
+            threads,
+            parse_layers(layers) if layers else None,
+            progress,
+        )
+    ratio = report.source_bytes / report.packed_bytes
+    summary = table(f"{report.output}: experts in {report.quant_method}", "", "input", "output", "ratio")
+    summary.add_row("experts", size(report.source_bytes), size(report.packed_bytes), significant(ratio))
+    summary.add_row("rest", size(report.rest_bytes), size(report.rest_bytes), "1")
+    console.print(summary)
+    accuracy = table("relative error of the weights", "", "mean", "worst", "in layer", "expert")
+    for name, e in report.errors.items():
+        place = str(e.worst_layer), str(e.worst_expert)
+        accuracy.add_row(name, significant(e.mean), significant(e.worst), *place)
+    console.print(accuracy)
+    speed = report.source_bytes / report.seconds
+    console.print(f"{len(report.layers)} layers in {significant(report.seconds)} s, {size(speed)}/s")
+
+
+def parse_layers(text: str) -> list[int]:
+    """[2, 3, 4] of "2-4", [5] of "5". Raises ArgumentError."""
+    first, dash, last = text.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+        raise ArgumentError(f"--layers is {text!r}: expected a number or a range, like 5 or 0-3")
+    return list(range(int(first), int(last or first) + 1))
+
+
+class ConversionProgress:
+    """Shows what convert_cpu reports: bars on a terminal, else a plain line a layer, both on stderr."""
+
+    def __init__(self) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bars = Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
+        self._task = self._bars.add_task("reading the checkpoint", total=None)
+        self._start = time.perf_counter()
+
+    def __enter__(self) -> ConversionProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, layer: int, layers: int, expert: int, experts: int, bytes_done: int) -> None:
+        done = (layer - 1) * experts + expert
+        total = bytes_done * layers * experts // done
+        text = f"layer {layer}/{layers}, expert {expert}/{experts}"
+        self._bars.update(self._task, description=text, total=total, completed=bytes_done)
+        if expert == experts and not errors.is_terminal:
+            speed = bytes_done / (time.perf_counter() - self._start)
+            done_of = f"{size(bytes_done)} of {size(total)}"
+            errors.print(f"layer {layer}/{layers}: {done_of}, {size(speed)}/s", highlight=False)

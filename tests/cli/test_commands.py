@@ -1,0 +1,132 @@
+"""Every command as a newcomer would type it: what it prints, and what a mistake gives."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from coterie import cpu, machine, tiny
+from coterie.cli.console import count, significant, size
+from coterie.cli.convert import parse_layers
+from coterie.cli.doctor import advise
+from coterie.errors import ArgumentError
+
+COMMANDS = ("quickstart", "doctor", "plan", "convert", "bench")
+
+
+def test_help_names_every_command(coterie):
+    ran = coterie("--help")
+    assert ran.code == 0
+    assert all(command in ran.out for command in COMMANDS)
+
+
+EXPLAINED = (["quickstart"], ["plan"], ["convert", "cpu"], ["bench", "layer"], ["bench", "model"])
+
+
+@pytest.mark.parametrize("command", EXPLAINED, ids=" ".join)
+def test_every_command_explains_itself(coterie, command):
+    ran = coterie(*command, "--help")
+    assert ran.code == 0
+    assert "Usage" in ran.out
+
+
+def test_version(coterie):
+    assert coterie("--version").out.startswith("coterie 0.")
+
+
+def test_mistyped_command_exits_2(coterie):
+    assert coterie("quikstart").code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "/nowhere"], "/nowhere does not exist"),
+        (["plan", tiny.PATH, "--ram", "lots"], "expected a size like 64GB"),
+        (["plan", tiny.PATH, "--experts", "int3"], "unknown format 'int3'"),
+        (["plan", tiny.PATH, "--context", "0"], "expected at least 1"),
+        (["convert", "cpu", "-i", "/nowhere", "-o", "/tmp/never-made"], "/nowhere"),
+        (["convert", "cpu", "-i", tiny.PATH, "-o", "/tmp/never-made", "--group-size", "7"], "group_size"),
+        (["convert", "cpu", "-i", tiny.PATH, "-o", "/tmp/never-made", "--layers", "x"], "--layers"),
+        (["convert", "cpu", "-i", tiny.PATH, "-o", "/tmp/never-made", "--layers", "9"], "layer 9"),
+        (["bench", "layer", "--shape", "round"], "unknown shape 'round'"),
+        (["bench", "layer", "-T", "1,two"], "--tokens"),
+        (["bench", "layer", "--shape", "tiny", "--peer", "fastest"], "unknown peer"),
+        (["bench", "model", "--layers", "0"], "at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(coterie, arguments, message):
+    ran = coterie(*arguments)
+    assert ran.code == 2
+    assert ran.out == ""
+    assert ran.err.startswith("coterie: ") and ran.err.count("\n") == 1
+    assert message in ran.err
+
+
+def test_plan_prints_a_row_for_each_format(coterie):
+    ran = coterie("plan", tiny.PATH, "--bandwidth", "50GB")
+    assert ran.code == 0
+    assert "3.61M parameters" in ran.out and "4 of 16 used per token" in ran.out
+    assert "7.23 MB of BF16" in ran.out
+    assert all(f"│ {name} " in ran.out for name in ("bf16", "int8", "int4"))
+    assert "fits" in ran.out
+
+
+def test_plan_says_what_is_missing(coterie):
+    ran = coterie("plan", tiny.PATH, "--bandwidth", "50GB", "--ram", "500MB", "--experts", "int4")
+    assert "507 MB short" in ran.out
+
+
+def test_convert_reports_sizes_and_errors(coterie, tmp_path):
+    ran = coterie("convert", "cpu", "-i", tiny.PATH, "-o", tmp_path / "packed", "--quant-method", "int8")
+    assert ran.code == 0
+    assert json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]["experts"] == "int8"
+    assert "layer 4/4: 6.29 MB of 6.29 MB" in ran.err
+    assert all(word in ran.out for word in ("6.29 MB", "3.24 MB", "gate", "up", "down"))
+
+
+def test_doctor_says_what_was_chosen_and_measured(coterie):
+    ran = coterie("doctor")
+    assert ran.code == 0
+    assert cpu.info().isa in ran.out
+    assert "GB/s" in ran.out and "GFLOP/s" in ran.out and "transformers" in ran.out
+
+
+def test_doctor_advises():
+    info = cpu.CpuInfo("a CPU", "avx2", "forced", ("avx512", "avx2", "scalar"), 8, 4, 2, "never")
+    advice = "\n".join(advise(info, {"transformers": ">=5"}))
+    for word in ("madvise", "COTERIE_ISA", "4 of 8 cores", "NUMA", "transformers>=5"):
+        assert word in advice
+    best = cpu.CpuInfo("a CPU", "avx512", "best", ("avx512", "avx2", "scalar"), 8, 8, 1, "madvise")
+    assert advise(best, {}) == []
+
+
+def test_bench_layer_prints_a_row_for_each_number_of_tokens(coterie):
+    free = "E=4,H=64,I=64,K=2"
+    ran = coterie("bench", "layer", "--shape", free, "-T", "1,5", "--seconds", "0.01", "--rounds", "1")
+    assert ran.code == 0
+    assert "│ 1 " in ran.out and "│ 5 " in ran.out
+
+
+def test_layer_ranges():
+    assert parse_layers("2-4") == [2, 3, 4]
+    assert parse_layers("5") == [5]
+    for wrong in ("", "a", "3-1", "1-", "-2", "1-2-3"):
+        with pytest.raises(ArgumentError, match="--layers"):
+            parse_layers(wrong)
+
+
+def test_numbers_are_written_for_people():
+    assert [size(n) for n in (12, 4_096, 1_152_000_000, 2e12)] == ["12 B", "4.1 kB", "1.15 GB", "2 TB"]
+    assert [significant(v) for v in (0, 0.01234, 4.567, 78.94, 1234.5)] == ["0", "0.0123", "4.57", "78.9", "1234"]
+    assert count(30_532_122_624) == "30.5B" and count(3_614_080) == "3.61M"
+
+
+def test_sizes_are_read():
+    assert machine.parse_bytes("64GB") == 64 * 10**9
+    assert machine.parse_bytes("1.5 GiB") == 3 * 2**29
+    assert machine.parse_bytes("512") == 512
+    for wrong in ("", "GB", "-1GB", "1XB"):
+        with pytest.raises(ArgumentError, match="64GB"):
+            machine.parse_bytes(wrong)
