@@ -1,0 +1,241 @@
+"""The experts implementation "coterie" on models that are loaded already, and what a packed model can do."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import tiny_models
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, CompileConfig
+
+import coterie
+from coterie.errors import ArgumentError, UnsupportedModelError
+from coterie.hf.layout import is_experts
+from coterie.hf.modules import packed_modules
+from coterie.hf.weight import PackedWeight
+
+
+def logits(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(tiny_models.prompt()).logits.float()
+
+
+def relative(found, expected) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def experts_of(model) -> nn.Module:
+    return next(module for module in model.modules() if is_experts(module))
+
+
+@pytest.fixture
+def packed(checkpoint):
+    return coterie.from_pretrained(checkpoint("qwen3_moe"), experts="int8", dtype=torch.float32)
+
+
+# --- a model loaded by Transformers alone ---
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_packs_on_first_use(family, checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(family))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.set_experts_implementation("coterie")
+    assert not list(packed_modules(model))
+    found = logits(model)
+    assert len(list(packed_modules(model))) == 2
+    assert torch.equal(found, logits(coterie.from_pretrained(checkpoint(family), experts="bf16")))
+    # The dense parameters are gone, their values are not.
+    assert all(isinstance(p, PackedWeight) for p in experts_of(model).parameters())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_saves_as_it_was(family, checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(family), experts_implementation="coterie")
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint(family)).state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in again.state_dict().items())
+    again.set_experts_implementation("coterie")
+    assert torch.equal(logits(again), expected)
+
+
+@pytest.mark.parametrize("other", ["eager", "grouped_mm", "batched_mm"])
+def test_other_implementations_go_on_working(other, checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("gpt_oss"), dtype=torch.float32)
+    model.set_experts_implementation("coterie")
+    found = logits(model)
+    model.set_experts_implementation(other)
+    assert 0 < relative(logits(model), found) < 5e-3
+
+
+def test_warns_when_packing_rounds(checkpoint, caplog):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("qwen3_moe"), dtype=torch.float32)
+    model.set_experts_implementation("coterie")
+    logits(model)
+    assert "packing Qwen3MoeExperts rounds its float32 weights to bfloat16" in caplog.text
+
+
+def test_refuses_to_train_dense_weights(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("qwen3_moe"), experts_implementation="coterie").train()
+    with pytest.raises(ArgumentError, match="the weights of Qwen3MoeExperts are being trained"):
+        model(tiny_models.prompt())
+    model.requires_grad_(False)
+    assert model(tiny_models.prompt()).logits.isfinite().all()
+
+
+def test_refuses_meta_weights():
+    with torch.device("meta"):
+        module = experts_of(tiny_models.make("qwen3_moe"))
+    module.config._experts_implementation = "coterie"
+    with pytest.raises(ArgumentError, match="on meta"):
+        module(torch.zeros(1, 64), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2))
+
+
+def test_refuses_what_no_kernel_computes():
+    model = tiny_models.make("qwen3_moe", hidden_act="tanh")
+    model.set_experts_implementation("coterie")
+    with pytest.raises(UnsupportedModelError, match="Qwen3MoeExperts is not supported"):
+        logits(model)
+
+
+def test_expert_parallel_sentinels(packed):
+    module = experts_of(packed)
+    hidden, weights = torch.randn(4, 64), torch.rand(4, 2)
+    ids = torch.tensor([[0, 8], [8, 8], [8, 3], [1, 2]])
+    with pytest.raises(ArgumentError):
+        module(hidden, ids, weights)
+    module._is_expert_parallel = True
+    expected = module.packed_module.experts(hidden, torch.where(ids == 8, -1, ids), weights)
+    found = module(hidden, ids, weights)
+    assert torch.equal(found, expected)
+    assert not found[1].any()
+    assert ids.max() == 8
+
+
+# --- a packed model ---
+
+
+@torch.inference_mode()
+def test_compile(packed):
+    prompt = tiny_models.prompt()
+    expected = packed(prompt).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    assert relative(compiled(prompt).logits, expected) < 1e-5
+    assert relative(compiled(prompt[:, :7]).logits, packed(prompt[:, :7]).logits) < 1e-5
+
+
+@torch.inference_mode()
+def test_compiled_generate(packed):
+    prompt = tiny_models.prompt()
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = packed.generate(prompt, **options)
+    compile_config = CompileConfig(backend="aot_eager", mode=None)
+    compile_config._compile_all_devices = True
+    torch._dynamo.reset()
+    found = packed.generate(prompt, **options, cache_implementation="static", compile_config=compile_config)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert torch.equal(found, expected)
+
+
+def test_copies_share_the_packed_bytes(packed):
+    twin = copy.deepcopy(packed)
+    assert torch.equal(logits(twin), logits(packed))
+    for (_, a), (_, b) in zip(packed_modules(packed), packed_modules(twin), strict=True):
+        assert a.experts is b.experts
+    del packed
+    assert logits(twin).isfinite().all()
+
+
+@pytest.mark.parametrize("cast", ["half", "float", "bfloat16"])
+def test_casts(cast, packed):
+    before = logits(packed)
+    same = getattr(packed, cast)()
+    assert same is packed
+    assert len({p.dtype for p in packed.parameters()}) == 1
+    assert relative(logits(packed), before) < 5e-2
+
+
+def test_to(packed):
+    before = logits(packed)
+    packed.to("cpu").to(torch.float32).cpu().eval().requires_grad_(False)
+    packed.to(device="cpu", dtype=torch.float32)
+    assert torch.equal(logits(packed), before)
+    assert all(isinstance(p, PackedWeight) for p in experts_of(packed).parameters())
+
+
+def test_state_dict_holds_the_rest(packed):
+    state = packed.state_dict()
+    assert not any(".experts." in name for name in state)
+    torch.save(state, io.BytesIO())
+    assert packed.load_state_dict(state).missing_keys == []
+    broken = {name: value for name, value in state.items() if "q_proj" not in name}
+    with pytest.raises(RuntimeError, match="q_proj"):
+        packed.load_state_dict(broken)
+
+
+def test_counts(packed, checkpoint):
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint("qwen3_moe"), dtype=torch.float32)
+    assert packed.num_parameters() == plain.num_parameters()
+    assert [n for n, _ in packed.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    experts = sum(module.experts.nbytes for _, module in packed_modules(packed))
+    dense = sum(p.nbytes for n, p in plain.named_parameters() if ".experts." in n)
+    assert packed.get_memory_footprint() == plain.get_memory_footprint() - dense + experts
+
+
+def test_dequantize(packed, tmp_path):
+    expected = logits(packed)
+    plain = packed.dequantize(torch.float32)
+    plain.set_experts_implementation("eager")
+    assert not list(packed_modules(plain))
+    assert relative(logits(plain), expected) < 2.5e-2
+    plain.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+    assert torch.equal(logits(again), logits(plain))
+
+
+def test_dynamic_class_is_the_model_class(packed, checkpoint):
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint("qwen3_moe"))
+    assert isinstance(packed, type(plain))
+    assert (type(packed).__name__, type(packed).__module__) == (type(plain).__name__, type(plain).__module__)
+
+
+def test_peft_finds_the_parameters(packed, tmp_path):
+    """PEFT targets the storage-less parameters: gate_up inside, down outside, shapes as on the plain model."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    model = get_peft_model(packed, config)
+    names = [name for name, p in model.named_parameters() if p.requires_grad and "layers.0.mlp" in name]
+    shapes = {name.partition("experts.")[2]: tuple(model.get_parameter(name).shape) for name in names}
+    assert shapes == {
+        "base_layer.lora_A.default.weight": (32, 64),
+        "base_layer.lora_B.default.weight": (192, 32),
+        "lora_A.default.weight": (32, 96),
+        "lora_B.default.weight": (64, 32),
+    }
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_freed_with_the_model(checkpoint):
+    """No cycle keeps a packed model alive once it is dropped."""
+    import gc
+    import weakref
+
+    model = coterie.from_pretrained(checkpoint("qwen3_moe"), experts="int8")
+    experts = weakref.ref(experts_of(model).packed_module.experts)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert experts() is None
+    finally:
+        gc.enable()

@@ -1,0 +1,92 @@
+"""What coterie relies on in Transformers and PEFT. A test that fails here says that upstream has moved, and where."""
+
+from __future__ import annotations
+
+import inspect
+
+import peft.tuners.lora.layer
+import pytest
+import tiny_models
+import torch
+import transformers
+from packaging.version import Version
+from transformers import PreTrainedModel, core_model_loading, modeling_utils
+from transformers.integrations import moe
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from coterie.hf.layout import FLAGS, is_experts
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_version_is_in_the_tested_range():
+    assert Version("5.23") <= Version(transformers.__version__) < Version("6")
+
+
+def test_experts_interface():
+    assert parameters(moe.grouped_mm_experts_forward) == ["self", "hidden_states", "top_k_index", "top_k_weights"]
+    assert moe.ALL_EXPERTS_FUNCTIONS["coterie"].__module__ == "coterie.hf.experts"
+    # Looked up on each call, so that set_experts_implementation works at any time.
+    assert "self.config._experts_implementation" in inspect.getsource(moe.use_experts_implementation)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_every_family_has_two_experts_modules_with_flags(family):
+    with torch.device("meta"):
+        model = tiny_models.make(family)
+    modules = [module for module in model.modules() if is_experts(module)]
+    assert len(modules) == 2
+    for module in modules:
+        assert all(isinstance(getattr(module, flag), bool) for flag in FLAGS)
+        assert module.config is not None
+
+
+def test_quantizer_hooks():
+    assert auto.AUTO_QUANTIZER_MAPPING["coterie"].__module__ == "coterie.hf.quantizer"
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["coterie"].__module__ == "coterie.hf.config"
+    assert parameters(HfQuantizer.update_weight_conversions) == ["self", "weight_conversions", "model"]
+    assert parameters(HfQuantizer._process_model_before_weight_loading)[:2] == ["self", "model"]
+    assert parameters(HfQuantizer._process_model_after_weight_loading)[:2] == ["self", "model"]
+    source = inspect.getsource(PreTrainedModel.from_pretrained)
+    # The same list of files is shown to the quantizer and loaded from, so what the quantizer takes off is not loaded.
+    assert "checkpoint_files=checkpoint_files" in source
+    assert "model, state_dict, checkpoint_files, load_config" in source
+    order = ["preprocess_model(", "get_model_conversion_mapping(", "_load_pretrained_model(", "postprocess_model("]
+    positions = [source.index(step) for step in order]
+    assert positions == sorted(positions)
+
+
+def test_loading_ignores_what_is_not_in_the_state_dict():
+    source = inspect.getsource(core_model_loading.convert_and_load_state_dict_in_model)
+    assert "missing_keys=set(meta_model_state_dict.keys())" in source
+    assert "_keys_to_ignore_on_load_unexpected" in inspect.getsource(
+        PreTrainedModel._adjust_missing_and_unexpected_keys
+    )
+
+
+def test_conversion_names():
+    assert parameters(core_model_loading.rename_source_key)[:5] == [
+        "source_key",
+        "weight_renamings",
+        "weight_converters",
+        "base_model_prefix",
+        "meta_state_dict",
+    ]
+    assert core_model_loading.MergeModulelist(dim=0).dim == 0
+    assert core_model_loading.Concatenate(dim=1).dim == 1
+
+
+def test_saving():
+    source = inspect.getsource(PreTrainedModel.save_pretrained)
+    assert parameters(PreTrainedModel.save_pretrained)[:3] == ["self", "save_directory", "is_main_process"]
+    assert "_hf_peft_config_loaded" in source
+    assert modeling_utils.SAFE_WEIGHTS_NAME == "model.safetensors"
+    assert modeling_utils.SAFE_WEIGHTS_INDEX_NAME == "model.safetensors.index.json"
+
+
+def test_peft_wrapper():
+    wrapper = peft.tuners.lora.layer.ParamWrapper
+    assert {"get_param", "get_delta_weight", "update_layer", "forward"} <= set(dir(wrapper))

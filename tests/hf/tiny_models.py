@@ -1,0 +1,109 @@
+"""Tiny models of every supported family: real Transformers code, random weights, a second to make and run."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attention_dropout": 0.0,
+}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "shared_expert_intermediate_size": 32,
+}
+LATENT_ATTENTION = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_group": 2,
+    "topk_group": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "intermediate_size": 96,
+}
+
+# One row a family: (model_type, what it adds to COMMON). Columns are multiples of 32, not of 64.
+FAMILIES: dict[str, dict] = {
+    "qwen2_moe": {"num_experts": 8, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 96, "head_dim": 16},
+    "qwen3_next": {"num_experts": 8, "moe_intermediate_size": 96, **LINEAR_ATTENTION},
+    "qwen3_5_moe_text": {"num_experts": 8, "moe_intermediate_size": 96, **LINEAR_ATTENTION},
+    "mixtral": {"num_local_experts": 8, "intermediate_size": 96, "sliding_window": None},
+    "olmoe": {"num_experts": 8, "intermediate_size": 96},
+    "deepseek_v2": {"n_routed_experts": 8, "moe_intermediate_size": 96, **LATENT_ATTENTION},
+    "deepseek_v3": {"n_routed_experts": 8, "moe_intermediate_size": 96, **LATENT_ATTENTION},
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 96,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_hidden_layers": 3,
+        "intermediate_size": 96,
+        "head_dim": 16,
+    },
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "intermediate_size": 96,
+        "head_dim": 16,
+        "sliding_window": 16,
+        "rope_parameters": ROPE,
+    },
+    "minimax_m2": {"num_local_experts": 8, "intermediate_size": 96, "head_dim": 16},
+    "ernie4_5_moe": {
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_intermediate_size": 96,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "num_hidden_layers": 3,
+        "intermediate_size": 96,
+    },
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "intermediate_size": 96, "head_dim": 16},
+    "phimoe": {"num_local_experts": 8, "intermediate_size": 96, "sliding_window": None},
+    "granitemoe": {"num_local_experts": 8, "intermediate_size": 96},
+}
+
+
+def make(family: str, dtype: torch.dtype = torch.bfloat16, **changes) -> PreTrainedModel:
+    """A model of that family with random weights, in eval mode, its experts strong enough to matter."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
+    config._experts_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif "bias" in name:
+                parameter.normal_(std=0.2)
+            else:
+                parameter.normal_(std=1.0 if "embed" in name else 2.0 * max(parameter.shape[-2:]) ** -0.5)
+    return model.to(dtype).eval()
+
+
+def prompt(batch: int = 2, length: int = 12) -> torch.Tensor:
+    """Token ids [batch, length] without special ones."""
+    return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(1))
