@@ -11,6 +11,8 @@ PY    := $(VENV)/bin/python
 PIP   := $(PY) -m pip --disable-pip-version-check
 TOOLS := $(VENV)/.tools-installed
 BUILT := $(VENV)/.coterie-built
+SANITIZED := build/sanitize
+NATIVE_TESTS ?= $(wildcard tests/native tests/test_experts.py tests/test_formats.py tests/checkpoints)
 NATIVE := $(shell find native -type f) CMakeLists.txt pyproject.toml
 
 .PHONY: help demo test bench develop lint sanitize clean
@@ -34,6 +36,15 @@ bench: $(BUILT)
 	PATH="$(abspath $(VENV)/bin):$$PATH" bash benchmarks/tables.sh
 
 develop: $(BUILT)
+
+# Without the site module the editable install is not seen, and the sanitized build is imported in its place.
+sanitize: $(BUILT)
+	$(PIP) install -q --no-build-isolation --no-deps --upgrade --target $(SANITIZED)/site \
+	  -C build-dir=$(SANITIZED)/native -C cmake.define.COTERIE_SANITIZE=ON .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=1 \
+	PYTHONPATH="$(SANITIZED)/site:$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  $(PY) -S -m pytest $(NATIVE_TESTS)
 
 lint: $(BUILT)
 	$(PY) -m ruff check
