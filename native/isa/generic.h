@@ -34,19 +34,32 @@ struct Rows {
   }
 };
 
-template <class Isa, int NP>
-inline void prefetch_lines(const uint8_t* ahead, int64_t line) {
-  for (int p = 0; p < NP; p++) Isa::prefetch(ahead + (line * NP + p) * kLine);
+// Runs of memory that will be wanted next; one line of each is fetched every 2^shift lines of weights.
+struct Ahead {
+  const uint8_t* from[kBlockPanels];
+  int shift;
+
+  Ahead after(int runs) const {
+    Ahead rest{{}, shift};
+    for (int a = runs; a < kBlockPanels; a++) rest.from[a - runs] = from[a];
+    return rest;
+  }
+};
+
+template <class Isa, int A>
+inline void prefetch_lines(const Ahead& ahead, int64_t line) {
+#pragma GCC unroll 4
+  for (int a = 0; a < A; a++) Isa::prefetch(ahead.from[a] + (line >> ahead.shift) * kLine);
 }
 
 // out[m][16 p + lane] = sum over columns of weight * activation, in f32, for M rows and NP panels of bf16 weights.
-template <class Isa, int M, int NP, bool Ahead>
-inline void bf16_tile(const uint8_t* const* weight, const Rows<M>& rows, int64_t lines, float* out, const uint8_t* ahead) {
+template <class Isa, int M, int NP, int A>
+__attribute__((noinline)) void bf16_tile(const uint8_t* const* weight, const Rows<M>& rows, int64_t lines, float* out, const Ahead& ahead) {
   typename Isa::F acc[M][NP];
   for (int m = 0; m < M; m++)
     for (int p = 0; p < NP; p++) acc[m][p] = Isa::zero();
   for (int64_t line = 0; line < lines; line++) {
-    if (Ahead) prefetch_lines<Isa, NP>(ahead, line);
+    prefetch_lines<Isa, A>(ahead, line);
     typename Isa::Pair w[NP];
 #pragma GCC unroll 4
     for (int p = 0; p < NP; p++) w[p] = Isa::load_pair(weight[p] + line * kLine);
@@ -65,16 +78,18 @@ inline void bf16_tile(const uint8_t* const* weight, const Rows<M>& rows, int64_t
 enum class Codes { bytes, nibbles };       // one column quad a line, or two
 enum class Scales { row, group, decoded };  // f32 per row at the end; bf16 per unit; f32 per unit (made by decode_panel)
 
-template <class Isa, int M, int NP, Codes codes, Scales scales, bool Zero, bool Ahead>
-inline void integer_tile(const Block& b, int panel, const Rows<M>& rows, int64_t cols, int64_t unit, float* out, const uint8_t* ahead) {
+template <class Isa, int M, int NP, Codes codes, Scales scales, bool Zero, int A>
+__attribute__((noinline)) void integer_tile(const Block& b, int panel, const Rows<M>& rows, int64_t cols, int64_t unit, float* out,
+                                            const Ahead& ahead) {
   constexpr int kLineCols = codes == Codes::bytes ? 4 : 8;
   constexpr int kOffset = codes == Codes::bytes ? 128 : 8;
   constexpr int kStep = 4 * Isa::kIntegerBytes;
-  typename Isa::F total[M][NP];
+  // The totals live in `out`: registers are for the integer accumulators of the inner loop.
+  auto total = [out](int m, int p) { return out + (m * kBlockPanels + p) * kPanelRows; };
   for (int m = 0; m < M; m++)
-    for (int p = 0; p < NP; p++) total[m][p] = Isa::zero();
+    for (int p = 0; p < NP; p++) Isa::store(total(m, p), Isa::zero());
   int64_t line = 0;
-  const int64_t lines = cols / kLineCols, unit_lines = unit / kLineCols, units_per_group = kActivationGroup / unit;
+  const int64_t lines = cols / kLineCols, unit_lines = unit / kLineCols;
   for (int64_t u = 0; line < lines; u++) {
     typename Isa::I acc[M][NP];
 #pragma GCC unroll 8
@@ -85,36 +100,24 @@ inline void integer_tile(const Block& b, int panel, const Rows<M>& rows, int64_t
     }
     const int64_t end = line + unit_lines < lines ? line + unit_lines : lines;
     for (; line < end; line++) {
-      if (Ahead) prefetch_lines<Isa, NP>(ahead, line);
-      if (codes == Codes::bytes) {
+      prefetch_lines<Isa, A>(ahead, line);
+#pragma GCC unroll 2
+      for (int half = 0; half < (codes == Codes::bytes ? 1 : 2); half++) {
         typename Isa::Quad w[NP];
 #pragma GCC unroll 4
-        for (int p = 0; p < NP; p++) w[p] = Isa::load_quad(b.weight[panel + p] + line * kLine);
+        for (int p = 0; p < NP; p++) {
+          const uint8_t* from = b.weight[panel + p] + line * kLine;
+          w[p] = codes == Codes::bytes ? Isa::load_quad(from) : half == 0 ? Isa::load_low_nibbles(from) : Isa::load_high_nibbles(from);
+        }
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-          auto x = Isa::broadcast_quad(rows.data[m] + line * kStep);
+          auto x = Isa::broadcast_quad(rows.data[m] + line * (kLineCols * Isa::kIntegerBytes) + half * kStep);
 #pragma GCC unroll 4
           for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p], x);
         }
-      } else {
-        typename Isa::Quad low[NP], high[NP];
-#pragma GCC unroll 4
-        for (int p = 0; p < NP; p++) Isa::load_nibbles(b.weight[panel + p] + line * kLine, low[p], high[p]);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-          auto x = Isa::broadcast_quad(rows.data[m] + line * 2 * kStep);
-#pragma GCC unroll 4
-          for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], low[p], x);
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-          auto x = Isa::broadcast_quad(rows.data[m] + line * 2 * kStep + kStep);
-#pragma GCC unroll 4
-          for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], high[p], x);
-        }
       }
     }
-    const int64_t group = u / units_per_group;
+    const int64_t group = u * unit / kActivationGroup;
     typename Isa::F ws[NP], z[NP];
 #pragma GCC unroll 4
     for (int p = 0; p < NP; p++) {
@@ -131,16 +134,15 @@ inline void integer_tile(const Block& b, int panel, const Rows<M>& rows, int64_t
       for (int p = 0; p < NP; p++) {
         auto v = Isa::to_float(acc[m][p]);
         if (Zero) v = Isa::fma(z[p], sum, v);
-        total[m][p] = Isa::fma(v, scales == Scales::row ? xs : Isa::mul(xs, ws[p]), total[m][p]);
+        Isa::store(total(m, p), Isa::fma(v, scales == Scales::row ? xs : Isa::mul(xs, ws[p]), Isa::load(total(m, p))));
       }
     }
   }
-  for (int p = 0; p < NP; p++) {
-    typename Isa::F ws;
-    if (scales == Scales::row) ws = Isa::load(reinterpret_cast<const float*>(b.scale[panel + p]));
-    for (int m = 0; m < M; m++)
-      Isa::store(out + (m * kBlockPanels + p) * kPanelRows, scales == Scales::row ? Isa::mul(total[m][p], ws) : total[m][p]);
-  }
+  if (scales == Scales::row)
+    for (int p = 0; p < NP; p++) {
+      const auto ws = Isa::load(reinterpret_cast<const float*>(b.scale[panel + p]));
+      for (int m = 0; m < M; m++) Isa::store(total(m, p), Isa::mul(Isa::load(total(m, p)), ws));
+    }
 }
 
 // A block of packed weights, made ready for `count` rows: as packed, or decoded to bytes where that pays.
@@ -171,37 +173,38 @@ struct Engine {
     return r;
   }
 
-  template <int M, bool Ahead>
-  static void tile(const Layout& layout, const Ready& r, const Staged& x, const int32_t* index, float* out, const uint8_t* ahead) {
-    constexpr int NP = Isa::tile_panels(M);
+  template <int M, int A>
+  static void tile(const Layout& layout, const Ready& r, const Staged& x, const int32_t* index, float* out, const Ahead& ahead) {
+    constexpr int NP = Isa::tile_panels(M), kSweeps = kBlockPanels / NP, kAhead = (A + kSweeps - 1) / kSweeps;
     const int64_t cols = layout.padded_cols(), lines = cols / layout.columns_per_line();
     const Rows<M> rows(x, index, r.decoded);
     const Block& b = r.block;
     for (int p = 0; p < kBlockPanels; p += NP) {
       float* to = out + p * kPanelRows;
-      const uint8_t* next = Ahead ? ahead + p * lines * kLine : nullptr;
+      const Ahead next = ahead.after(p / NP * kAhead);
       if (layout.format == Format::bf16)
-        bf16_tile<Isa, M, NP, Ahead>(b.weight + p, rows, lines, to, next);
+        bf16_tile<Isa, M, NP, kAhead>(b.weight + p, rows, lines, to, next);
       else if (r.decoded)
-        integer_tile<Isa, M, NP, Codes::bytes, Scales::decoded, false, Ahead>(b, p, rows, cols, kActivationGroup, to, next);
+        integer_tile<Isa, M, NP, Codes::bytes, Scales::decoded, false, kAhead>(b, p, rows, cols, kActivationGroup, to, next);
       else if (layout.format == Format::int8)
-        layout.group ? integer_tile<Isa, M, NP, Codes::bytes, Scales::group, false, Ahead>(b, p, rows, cols, x.unit, to, next)
-                     : integer_tile<Isa, M, NP, Codes::bytes, Scales::row, false, Ahead>(b, p, rows, cols, x.unit, to, next);
+        layout.group ? integer_tile<Isa, M, NP, Codes::bytes, Scales::group, false, kAhead>(b, p, rows, cols, x.unit, to, next)
+                     : integer_tile<Isa, M, NP, Codes::bytes, Scales::row, false, kAhead>(b, p, rows, cols, x.unit, to, next);
       else if (layout.zero_point)
-        layout.group ? integer_tile<Isa, M, NP, Codes::nibbles, Scales::group, true, Ahead>(b, p, rows, cols, x.unit, to, next)
-                     : integer_tile<Isa, M, NP, Codes::nibbles, Scales::row, true, Ahead>(b, p, rows, cols, x.unit, to, next);
+        layout.group ? integer_tile<Isa, M, NP, Codes::nibbles, Scales::group, true, kAhead>(b, p, rows, cols, x.unit, to, next)
+                     : integer_tile<Isa, M, NP, Codes::nibbles, Scales::row, true, kAhead>(b, p, rows, cols, x.unit, to, next);
       else
-        layout.group ? integer_tile<Isa, M, NP, Codes::nibbles, Scales::group, false, Ahead>(b, p, rows, cols, x.unit, to, next)
-                     : integer_tile<Isa, M, NP, Codes::nibbles, Scales::row, false, Ahead>(b, p, rows, cols, x.unit, to, next);
+        layout.group ? integer_tile<Isa, M, NP, Codes::nibbles, Scales::group, false, kAhead>(b, p, rows, cols, x.unit, to, next)
+                     : integer_tile<Isa, M, NP, Codes::nibbles, Scales::row, false, kAhead>(b, p, rows, cols, x.unit, to, next);
     }
   }
 
-  template <int M>
-  static void tiles_of(int64_t rows, const Layout& layout, const Ready& r, const Staged& x, const int32_t* index, float* out, const uint8_t* ahead) {
+  template <int M, int A>
+  static void tile_of(int64_t rows, const Layout& layout, const Ready& r, const Staged& x, const int32_t* index, float* out,
+                      const Ahead& ahead) {
     if constexpr (M > 1) {
-      if (rows < M) return tiles_of<M - 1>(rows, layout, r, x, index, out, ahead);
+      if (rows < M) return tile_of<M - 1, A>(rows, layout, r, x, index, out, ahead);
     }
-    ahead ? tile<M, true>(layout, r, x, index, out, ahead) : tile<M, false>(layout, r, x, index, out, nullptr);
+    tile<M, A>(layout, r, x, index, out, ahead);
   }
 
   // Tile registers want rows next to each other: those of an expert, copied once for all its panels. Null where tiles are not used.
@@ -217,10 +220,20 @@ struct Engine {
   }
 
   // Every row of `tokens` times one block, a tile at a time; `finish(first, rows, out)` takes each tile's [rows][64] products.
-  // While the first tile streams this block from memory, the block at `ahead` is fetched.
+  // The first tiles fetch `next`, the block that comes after, into the L2 cache.
+  static Ahead ahead_of(const Layout& layout, const Block& next, bool decoded, int64_t piece, int shift) {
+    Ahead ahead{{}, shift + decoded};
+    const int64_t size = layout.weight_panel_bytes() >> shift;
+    for (int a = 0; a < kBlockPanels; a++) {
+      const int64_t i = (piece + a) % (kBlockPanels << shift);
+      ahead.from[a] = next.weight[i >> shift] + (i & ((1 << shift) - 1)) * size;
+    }
+    return ahead;
+  }
+
   template <class Finish>
   static void multiply(const Layout& layout, const Block& block, const Staged& x, const Tokens& tokens, const uint8_t* gathered, uint8_t* scratch,
-                       const uint8_t* ahead, const Finish& finish) {
+                       const Block& next, const Finish& finish) {
     const Ready r = ready(layout, block, tokens.count, gathered != nullptr, scratch);
     if constexpr (Isa::kTiles) {
       if (gathered) {
@@ -238,8 +251,21 @@ struct Engine {
     const int64_t tiles = (tokens.count + Isa::kTileRows - 1) / Isa::kTileRows;
     for (int64_t t = 0; t < tiles; t++) {
       int64_t first = tokens.count * t / tiles, last = tokens.count * (t + 1) / tiles;
-      tiles_of<Isa::kTileRows>(last - first, layout, r, x, tokens.input + first, out, t == 0 ? ahead : nullptr);
-      finish(first, last - first, out);
+      const int64_t rows = last - first;
+      const int32_t* index = tokens.input + first;
+      switch (tiles) {
+        case 1:
+          tile_of<Isa::kTileRows, 4>(rows, layout, r, x, index, out, ahead_of(layout, next, r.decoded, 0, 0));
+          break;
+        case 2:
+        case 3:
+          tile_of<Isa::kTileRows, 2>(rows, layout, r, x, index, out, ahead_of(layout, next, r.decoded, 2 * (t % 2), 0));
+          break;
+        default:
+          const int shift = tiles < 8 ? 0 : tiles < 16 ? 1 : 2;
+          tile_of<Isa::kTileRows, 1>(rows, layout, r, x, index, out, ahead_of(layout, next, r.decoded, t, shift));
+      }
+      finish(first, rows, out);
     }
   }
 
@@ -268,12 +294,13 @@ struct Engine {
     const Layout& layout = layer.in;
     const int64_t step = layer.has_gate ? kBlockPanels / 2 : kBlockPanels;
     const uint8_t* gathered = gather(layout, x, tokens);
+    auto block_at = [&](int64_t panel) {
+      const int64_t n = end - panel < step ? end - panel : step;
+      return layer.has_gate ? block_of(layout, layer.gate[e], panel, n, layer.up[e], panel, n) : block_of(layout, layer.up[e], panel, n, layer.up[e], 0, 0);
+    };
     for (int64_t panel = begin; panel < end; panel += step) {
       const int64_t n = end - panel < step ? end - panel : step, columns = n * kPanelRows;
-      const Block block = layer.has_gate ? block_of(layout, layer.gate[e], panel, n, layer.up[e], panel, n)
-                                         : block_of(layout, layer.up[e], panel, n, layer.up[e], panel, 0);
-      const uint8_t* ahead = nullptr;
-      multiply(layout, block, x, tokens, gathered, scratch, ahead, [&](int64_t first, int64_t rows, float* out) {
+      multiply(layout, block_at(panel), x, tokens, gathered, scratch, block_at(panel + step < end ? panel + step : panel), [&](int64_t first, int64_t rows, float* out) {
         for (int64_t m = 0; m < rows; m++) {
           float* product = out + m * kBlockPanels * kPanelRows;
           float* up = layer.has_gate ? product + columns : product;
@@ -291,11 +318,12 @@ struct Engine {
                    int64_t stride, uint8_t* scratch) {
     const Layout& layout = layer.out;
     const uint8_t* gathered = gather(layout, hidden, tokens);
+    auto block_at = [&](int64_t panel) {
+      return block_of(layout, layer.down[e], panel, end - panel < kBlockPanels ? end - panel : kBlockPanels, layer.down[e], 0, 0);
+    };
     for (int64_t panel = begin; panel < end; panel += kBlockPanels) {
       const int64_t n = end - panel < kBlockPanels ? end - panel : kBlockPanels, columns = n * kPanelRows;
-      const Block block = block_of(layout, layer.down[e], panel, n, layer.down[e], panel, 0);
-      const uint8_t* ahead = nullptr;
-      multiply(layout, block, hidden, tokens, gathered, scratch, ahead, [&](int64_t first, int64_t rows, float* out) {
+      multiply(layout, block_at(panel), hidden, tokens, gathered, scratch, block_at(panel + kBlockPanels < end ? panel + kBlockPanels : panel), [&](int64_t first, int64_t rows, float* out) {
         for (int64_t m = 0; m < rows; m++) {
           float* product = out + m * kBlockPanels * kPanelRows;
           if (layer.down_bias) add(product, layer.down_bias + e * layout.panels() * kPanelRows + panel * kPanelRows, columns);

@@ -97,11 +97,15 @@ struct Avx2 {
     return {{_mm256_and_si256(w.a, low), _mm256_and_si256(w.b, low)}, {_mm256_srli_epi16(w.a, 8), _mm256_srli_epi16(w.b, 8)}};
   }
   static Quad load_quad(const uint8_t* p) { return split(load_integers(p)); }
-  static void load_nibbles(const uint8_t* p, Quad& low, Quad& high) {
+  static Quad load_low_nibbles(const uint8_t* p) {
     const I w = load_integers(p);
     const __m256i mask = _mm256_set1_epi8(15);
-    low = split({_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)});
-    high = split({_mm256_and_si256(_mm256_srli_epi16(w.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(w.b, 4), mask)});
+    return split({_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)});
+  }
+  static Quad load_high_nibbles(const uint8_t* p) {
+    const I w = load_integers(p);
+    const __m256i mask = _mm256_set1_epi8(15);
+    return split({_mm256_and_si256(_mm256_srli_epi16(w.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(w.b, 4), mask)});
   }
   struct QuadOf1 {
     __m256i even, odd;

@@ -54,11 +54,12 @@ struct Avx512 {
   };
   static Quad split(__m512i w) { return {_mm512_and_si512(w, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(w, 8)}; }
   static Quad load_quad(const uint8_t* p) { return split(_mm512_loadu_si512(p)); }
-  static void load_nibbles(const uint8_t* p, Quad& low, Quad& high) {
-    const __m512i w = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
-    low = split(_mm512_and_si512(w, mask));
-    high = split(_mm512_and_si512(_mm512_srli_epi16(w, 4), mask));
+  static __m512i low_nibbles(const uint8_t* p) { return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(15)); }
+  static __m512i high_nibbles(const uint8_t* p) {
+    return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15));
   }
+  static Quad load_low_nibbles(const uint8_t* p) { return split(low_nibbles(p)); }
+  static Quad load_high_nibbles(const uint8_t* p) { return split(high_nibbles(p)); }
   static Quad broadcast_quad(const uint8_t* x) {
     const int32_t* v = reinterpret_cast<const int32_t*>(x);
     return {_mm512_set1_epi32(v[0]), _mm512_set1_epi32(v[1])};

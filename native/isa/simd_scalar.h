@@ -94,8 +94,15 @@ struct Scalar {
     memcpy(q.v, p, sizeof q);
     return q;
   }
-  static void load_nibbles(const uint8_t* p, Quad& low, Quad& high) {
-    for (int i = 0; i < kLine; i++) low.v[i] = p[i] & 15, high.v[i] = p[i] >> 4;
+  static Quad load_low_nibbles(const uint8_t* p) {
+    Quad q;
+    for (int i = 0; i < kLine; i++) q.v[i] = p[i] & 15;
+    return q;
+  }
+  static Quad load_high_nibbles(const uint8_t* p) {
+    Quad q;
+    for (int i = 0; i < kLine; i++) q.v[i] = p[i] >> 4;
+    return q;
   }
   struct QuadOf1 {
     int16_t v[4];
