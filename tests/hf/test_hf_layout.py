@@ -22,8 +22,8 @@ from coterie.hf.layout import Layout, read_layout
 E, H, I = 3, 8, 6  # noqa: E741
 
 
-def made(act: str = "silu", gate=None, parameters: tuple[str, ...] = (), transposed: bool = False, **flags):
-    """A decorated experts module with that activation, and `gate` in the place of `_apply_gate`."""
+def made(act: str = "silu", gate=None, parameters: tuple[str, ...] = (), transposed: bool = False, then=None, **flags):
+    """A decorated experts module with that activation, `gate` in the place of `_apply_gate`, attributes set `then`."""
 
     class SomeExperts(nn.Module):
         def __init__(self, config):
@@ -43,7 +43,10 @@ def made(act: str = "silu", gate=None, parameters: tuple[str, ...] = (), transpo
     if gate is not None:
         SomeExperts._apply_gate = gate
     decorated = use_experts_implementation(is_transposed=transposed, **flags)(SomeExperts)
-    return decorated(SimpleNamespace())
+    module = decorated(SimpleNamespace())
+    for name, value in (then or {}).items():
+        setattr(module, name, value)
+    return module
 
 
 def clamped(limit: float, alpha: float = 1.0, offset: float = 0.0):
@@ -142,7 +145,7 @@ def test_on_the_meta_device():
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (lambda: made(has_post_expert_norm=True), "normalises"),
+        (lambda: made(then={"has_post_expert_norm": True}), "normalises"),
         (lambda: made(parameters=("scales",)), "parameters that no kernel reads: scales"),
         (lambda: made(has_bias=True), "expected parameters gate_up_proj, gate_up_proj_bias"),
         (lambda: made(has_gate=False), "expected parameters up_proj"),

@@ -23,7 +23,7 @@ def parameters(function) -> list[str]:
 
 
 def test_version_is_in_the_tested_range():
-    assert Version("5.23") <= Version(transformers.__version__) < Version("6")
+    assert Version("5.18") <= Version(transformers.__version__) < Version("6")
 
 
 def test_experts_interface():
@@ -41,13 +41,15 @@ def test_every_family_has_two_experts_modules_with_flags(family):
     assert len(modules) == 2
     for module in modules:
         assert all(isinstance(getattr(module, flag), bool) for flag in FLAGS)
+        if Version(transformers.__version__) >= Version("5.20"):
+            assert module.has_post_expert_norm is False
         assert module.config is not None
 
 
 def test_quantizer_hooks():
     assert auto.AUTO_QUANTIZER_MAPPING["coterie"].__module__ == "coterie.hf.quantizer"
     assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["coterie"].__module__ == "coterie.hf.config"
-    assert parameters(HfQuantizer.update_weight_conversions) == ["self", "weight_conversions", "model"]
+    assert parameters(HfQuantizer.update_weight_conversions)[:2] == ["self", "weight_conversions"]
     assert parameters(HfQuantizer._process_model_before_weight_loading)[:2] == ["self", "model"]
     assert parameters(HfQuantizer._process_model_after_weight_loading)[:2] == ["self", "model"]
     source = inspect.getsource(PreTrainedModel.from_pretrained)

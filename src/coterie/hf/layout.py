@@ -11,7 +11,7 @@ from coterie.activations import Activation
 from coterie.errors import UnsupportedModelError
 from coterie.hf.gate import probe
 
-FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_is_expert_parallel")
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -121,7 +121,7 @@ def read_layout(module: nn.Module) -> Layout:
     missing = [flag for flag in FLAGS if not hasattr(module, flag)]
     if missing:
         raise unsupported(f"it does not use Transformers' experts interface (it has no {', '.join(missing)})")
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # a flag since Transformers 5.20
         raise unsupported("it normalises each expert's output before the weighted sum")
     first = "gate_up_proj" if module.has_gate else "up_proj"
     names = [first, "down_proj"]

@@ -51,6 +51,7 @@ class CoterieQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs
     ) -> None:
+        self._model = model
         self._layouts = read_layouts(model)
         if not checkpoint_files:
             raise ArgumentError("no checkpoint files: coterie packs experts from safetensors files, not a state dict")
@@ -77,11 +78,10 @@ class CoterieQuantizer(HfQuantizer):
             model._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){re.escape(name.partition('.')[2])}\."}
         model.set_experts_implementation(NAME)
 
-    def update_weight_conversions(
-        self, weight_conversions: list[WeightTransform], model: PreTrainedModel
-    ) -> list[WeightTransform]:
+    def update_weight_conversions(self, weight_conversions: list[WeightTransform], *_: Any) -> list[WeightTransform]:
+        # Transformers before 5.22 does not give the model.
         if not self.pre_quantized:
-            self._sources = Sources(model, self._layouts, weight_conversions, self._files)
+            self._sources = Sources(self._model, self._layouts, weight_conversions, self._files)
         return weight_conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
@@ -91,7 +91,7 @@ class CoterieQuantizer(HfQuantizer):
         for name, layout in logging.tqdm(self._layouts.items(), desc=description):
             attach(model.get_submodule(name), load(name, layout, numbers[name]), layout)
         become_packed(model)
-        del self._layouts
+        del self._model, self._layouts
         if not self.pre_quantized:
             del self._sources, self._files
 
