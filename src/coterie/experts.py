@@ -19,7 +19,9 @@ PARTS = ("weight", "scale", "zero")
 
 
 class Experts:
-    """Experts of one layer, packed in CPU memory: ``out[t] = sum_k weights[t,k] * down_e(act(gate_e x[t], up_e x[t]))``, ``e = ids[t,k]``.
+    """Experts of one layer, packed in CPU memory.
+
+    ``out[t] = sum_k weights[t,k] * down_e(act(gate_e x[t], up_e x[t]))``, ``e = ids[t,k]``.
 
     Make one with :meth:`pack`, :meth:`open`, or :meth:`empty` and :meth:`pack_projection`.
 
@@ -39,7 +41,8 @@ class Experts:
         activation: Activation = Activation(),  # noqa: B008
         has_gate: bool = True,
     ) -> None:
-        for name, value in (("num_experts", num_experts), ("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+        sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        for name, value in sizes.items():
             if value < 1:
                 raise ArgumentError(f"{name}: expected at least 1, found {value}")
         current_isa()
@@ -70,7 +73,9 @@ class Experts:
         up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ) -> Experts:
-        """Quantise dense weights: gate and up [E,I,H], down [E,H,I], any float dtype, on the CPU. ``gate`` None: an MLP without a gate.
+        """Quantise dense weights: gate and up [E,I,H], down [E,H,I], any float dtype, on the CPU.
+
+        ``gate`` None: an MLP without a gate.
 
         Args:
             format: ``bf16``, ``int8`` or ``int4``.
@@ -129,16 +134,20 @@ class Experts:
         has_gate: bool = True,
         copy: bool = True,
     ) -> Experts:
-        """Experts from packed bytes: ``get(projection, expert, part)`` gives a contiguous uint8 tensor of exactly that part's size.
+        """Experts from packed bytes.
 
-        ``copy`` moves the bytes into huge-page memory; without it they stay where they are (a memory map, say), which keeps them alive.
+        ``get(projection, expert, part)`` gives a contiguous uint8 tensor of exactly that part's size.
+
+        ``copy`` moves the bytes into huge-page memory; without it they stay where they are (a memory map, say), which
+        keeps them alive.
         """
         experts = cls(num_experts, hidden_size, intermediate_size, spec, activation, has_gate)
         if copy:
             experts._allocate()
         for name, e, part, size in experts._part_sizes():
             data = get(name, e, part)
-            if data.dtype != torch.uint8 or data.numel() != size or not data.is_contiguous() or data.device.type != "cpu":
+            plain = data.dtype == torch.uint8 and data.is_contiguous() and data.device.type == "cpu"
+            if not plain or data.numel() != size:
                 raise ArgumentError(
                     f"{name} {part} of expert {e}: expected {size} contiguous uint8 bytes on the CPU, "
                     f"found {data.numel()} of {data.dtype} on {data.device}"
@@ -150,15 +159,20 @@ class Experts:
         return experts
 
     def pack_projection(self, name: str, expert: int, weight: Tensor, *, scale_search: bool = True) -> None:
-        """Quantise one matrix: ``weight`` [I,H] (gate, up) or [H,I] (down), CPU, float dtype, columns adjacent in memory."""
+        """Quantise one matrix: ``weight`` [I,H] (gate, up) or [H,I] (down), CPU, float, columns adjacent in memory."""
         if name not in self.projections or not 0 <= expert < self.num_experts:
-            raise ArgumentError(f"no {name!r} of expert {expert}: expected {self.projections}, experts 0..{self.num_experts - 1}")
+            raise ArgumentError(
+                f"no {name!r} of expert {expert}: expected {self.projections}, experts 0..{self.num_experts - 1}"
+            )
         label = f"{name} of expert {expert}"
         _check_dense(label, weight, self.shape(name))
         if weight.stride(1) != 1 and weight.shape[1] > 1:
-            raise ArgumentError(f"{label}: expected columns adjacent in memory, found strides {weight.stride()}; call .contiguous() first")
+            raise ArgumentError(
+                f"{label}: expected columns adjacent in memory, found strides {weight.stride()}; call .contiguous()"
+            )
         finite = _native.pack(
-            self.spec.layout(*self.shape(name)), weight.data_ptr(), ops.DTYPES[weight.dtype], weight.stride(0), scale_search,
+            self.spec.layout(*self.shape(name)),
+            weight.data_ptr(), ops.DTYPES[weight.dtype], weight.stride(0), scale_search,
             *(self._address(name, expert, part) for part in PARTS),
         )  # fmt: skip
         if not finite:
@@ -197,7 +211,8 @@ class Experts:
 
     def shape(self, name: str) -> tuple[int, int]:
         """Rows and columns of one expert's matrix."""
-        return (self.hidden_size, self.intermediate_size) if name == "down" else (self.intermediate_size, self.hidden_size)
+        up = self.intermediate_size, self.hidden_size
+        return up[::-1] if name == "down" else up
 
     def biases(self) -> dict[str, Tensor]:
         """Float32 biases by projection, [E, rows]; empty where there are none."""
@@ -212,17 +227,17 @@ class Experts:
         """Float32 [rows, cols]: the values one packed matrix stands for."""
         rows, cols = self.shape(name)
         out = torch.empty(rows, cols)
-        _native.unpack(self.spec.layout(rows, cols), *(self._address(name, expert, part) for part in PARTS), out.data_ptr())
+        parts = (self._address(name, expert, part) for part in PARTS)
+        _native.unpack(self.spec.layout(rows, cols), *parts, out.data_ptr())
         return out
 
     def dequantize(self) -> tuple[Tensor | None, Tensor, Tensor]:
         """(gate [E,I,H] or None, up [E,I,H], down [E,H,I]) that the kernels compute with, float32."""
-        gate, up, down = (
-            torch.stack([self.dequantize_projection(name, e) for e in range(self.num_experts)]) if name in self.projections else None
-            for name in PROJECTIONS
-        )
-        assert up is not None and down is not None
-        return gate, up, down
+        dense = {
+            name: torch.stack([self.dequantize_projection(name, e) for e in range(self.num_experts)])
+            for name in self.projections
+        }
+        return dense.get("gate"), dense["up"], dense["down"]
 
     def __repr__(self) -> str:
         group = f", group_size={self.spec.group_size}" if self.spec.group_size else ""
@@ -245,12 +260,14 @@ class Experts:
     def native(self) -> _native.Layer:
         """The engine's handle on these weights."""
         if self._layer is None:
+            experts = range(self.num_experts)
             addresses = torch.tensor(
-                [[[self._address(name, e, part) for part in PARTS] for e in range(self.num_experts)] for name in PROJECTIONS]
+                [[[self._address(name, e, part) for part in PARTS] for e in experts] for name in PROJECTIONS]
             )
             biases = (self._biases[name].data_ptr() if name in self._biases else 0 for name in PROJECTIONS)
             self._layer = _native.Layer(
-                self.spec.layout(*self.shape("up")), self.spec.layout(*self.shape("down")), self.activation.native(), addresses, self.has_gate, *biases
+                self.spec.layout(*self.shape("up")), self.spec.layout(*self.shape("down")),
+                self.activation.native(), addresses, self.has_gate, *biases
             )
         return self._layer
 
@@ -264,7 +281,10 @@ class Experts:
 
     @classmethod
     def open(cls, path: str | Path, layer: int = 0, mmap: bool = False) -> Experts:
-        """Experts of one layer of a checkpoint in any format that can be read; ``mmap`` leaves packed weights in the file."""
+        """Experts of one layer of a checkpoint in any format that can be read.
+
+        ``mmap`` leaves packed weights in the file.
+        """
         from .checkpoints import open_experts
 
         return open_experts(path, layer, mmap=mmap)

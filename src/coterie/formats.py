@@ -32,7 +32,7 @@ class Format:
     zero_point: bool = False
 
     def matrix_nbytes(self, rows: int, cols: int) -> dict[str, int]:
-        """Bytes of each part of a packed ``[rows, cols]`` matrix: ``weight``, and ``scale`` and ``zero`` where they exist."""
+        """Bytes of each part of a packed ``[rows, cols]`` matrix: ``weight``; ``scale``, ``zero`` where they exist."""
         rows, cols = round_up(rows, PANEL_ROWS), round_up(cols, COLUMN_ALIGN)
         parts = {"weight": rows * cols * BITS[self.name] // 8}
         groups = cols // self.group_size if self.group_size else 1

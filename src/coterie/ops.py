@@ -1,4 +1,4 @@
-"""The forward of a layer of experts as torch sees it: checks, and a custom operator that torch.compile and autograd can hold on to."""
+"""The forward of a layer of experts as torch sees it: checks, and a custom operator for torch.compile and autograd."""
 
 from __future__ import annotations
 

@@ -26,6 +26,10 @@ def act(activation: Activation, gate: Tensor | None, up: Tensor) -> Tensor:
     return y if gate is None else y * (up + activation.up_offset)
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+    return F.linear(x, weight[expert].float(), None if bias is None else bias[expert].float())
+
+
 def forward(
     x: Tensor,
     ids: Tensor,
@@ -38,7 +42,7 @@ def forward(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> Tensor:
-    """``out[t] = sum_k weights[t,k] * down_e(act(gate_e x[t], up_e x[t]))`` with ``e = ids[t,k]``; an id of -1 adds nothing.
+    """``out[t] = sum_k weights[t,k] * down_e(act(gate_e x[t], up_e x[t]))``, ``e = ids[t,k]``; -1 adds nothing.
 
     x [T,H], ids [T,K], weights [T,K], gate and up [E,I,H], down [E,H,I], biases [E,I] and [E,H] -> float32 [T,H].
     """
@@ -48,9 +52,9 @@ def forward(
         if e < 0:
             continue
         t, k = (ids == e).nonzero(as_tuple=True)
-        g = None if gate is None else F.linear(x[t], gate[e].float(), None if gate_bias is None else gate_bias[e].float())
-        u = F.linear(x[t], up[e].float(), None if up_bias is None else up_bias[e].float())
-        y = F.linear(act(activation, g, u), down[e].float(), None if down_bias is None else down_bias[e].float())
+        g = None if gate is None else _linear(x[t], gate, gate_bias, e)
+        u = _linear(x[t], up, up_bias, e)
+        y = _linear(act(activation, g, u), down, down_bias, e)
         out = out.index_add(0, t, y * weights[t, k, None])
     return out
 
@@ -58,7 +62,8 @@ def forward(
 def quantise(w: Tensor, bits: int, group_size: int = 0, zero_point: bool = False) -> Tensor:
     """``w`` [N,K] rounded to the packed formats' grid without scale search, as float32 values.
 
-    int8: ``max|w| / 127`` per row or group. int4: the extreme value maps to code -8; with a zero point, the range (widened to hold 0) to 0..15.
+    int8: ``max|w| / 127`` per row or group. int4: the extreme value maps to code -8; with a zero point, the range
+    (widened to hold 0) to 0..15.
     Grouped scales are rounded to bf16.
     """
     n, k = w.shape
