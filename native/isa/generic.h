@@ -52,26 +52,38 @@ inline void prefetch_lines(const Ahead& ahead, int64_t line) {
   for (int a = 0; a < A; a++) Isa::prefetch(ahead.from[a] + (line >> ahead.shift) * kLine);
 }
 
+// A tile one panel wide reads memory in order; as many lines at once as keep the dot products from waiting for one another.
+constexpr int lines_at_once(int panels, int rows) { return panels == 1 && rows <= 2 ? 4 : 1; }
+
 // out[m][16 p + lane] = sum over columns of weight * activation, in f32, for M rows and NP panels of bf16 weights.
 template <class Isa, int M, int NP, int A>
 __attribute__((noinline)) void bf16_tile(const uint8_t* const* weight, const Rows<M>& rows, int64_t lines, float* out, const Ahead& ahead) {
-  typename Isa::F acc[M][NP];
-  for (int m = 0; m < M; m++)
-    for (int p = 0; p < NP; p++) acc[m][p] = Isa::zero();
-  for (int64_t line = 0; line < lines; line++) {
-    prefetch_lines<Isa, A>(ahead, line);
-    typename Isa::Pair w[NP];
+  constexpr int U = lines_at_once(NP, M);
+  typename Isa::F acc[U][M][NP];
+  for (int u = 0; u < U; u++)
+    for (int m = 0; m < M; m++)
+      for (int p = 0; p < NP; p++) acc[u][m][p] = Isa::zero();
+  for (int64_t first = 0; first < lines; first += U) {
 #pragma GCC unroll 4
-    for (int p = 0; p < NP; p++) w[p] = Isa::load_pair(weight[p] + line * kLine);
+    for (int u = 0; u < U; u++) {
+      const int64_t line = first + u;
+      prefetch_lines<Isa, A>(ahead, line);
+      typename Isa::Pair w[NP];
+#pragma GCC unroll 4
+      for (int p = 0; p < NP; p++) w[p] = Isa::load_pair(weight[p] + line * kLine);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      auto x = Isa::broadcast_pair(rows.data[m] + line * 2 * Isa::kFloatBytes);
+      for (int m = 0; m < M; m++) {
+        auto x = Isa::broadcast_pair(rows.data[m] + line * 2 * Isa::kFloatBytes);
 #pragma GCC unroll 4
-      for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p], x);
+        for (int p = 0; p < NP; p++) acc[u][m][p] = Isa::dot(acc[u][m][p], w[p], x);
+      }
     }
   }
   for (int m = 0; m < M; m++)
-    for (int p = 0; p < NP; p++) Isa::store(out + (m * kBlockPanels + p) * kPanelRows, acc[m][p]);
+    for (int p = 0; p < NP; p++) {
+      for (int u = 1; u < U; u++) acc[0][m][p] = Isa::add(acc[0][m][p], acc[u][m][p]);
+      Isa::store(out + (m * kBlockPanels + p) * kPanelRows, acc[0][m][p]);
+    }
 }
 
 // How the integer tile reads weights and their scales.
@@ -91,29 +103,36 @@ __attribute__((noinline)) void integer_tile(const Block& b, int panel, const Row
   int64_t line = 0;
   const int64_t lines = cols / kLineCols, unit_lines = unit / kLineCols;
   for (int64_t u = 0; line < lines; u++) {
-    typename Isa::I acc[M][NP];
+    constexpr int U = lines_at_once(NP, M);
+    typename Isa::I acc[U][M][NP];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       auto start = Zero ? Isa::integer_zero() : Isa::integer_set1(-kOffset * rows.sum[m][u]);
 #pragma GCC unroll 4
-      for (int p = 0; p < NP; p++) acc[m][p] = start;
+      for (int p = 0; p < NP; p++) {
+        acc[0][m][p] = start;
+        for (int i = 1; i < U; i++) acc[i][m][p] = Isa::integer_zero();
+      }
     }
     const int64_t end = line + unit_lines < lines ? line + unit_lines : lines;
-    for (; line < end; line++) {
-      prefetch_lines<Isa, A>(ahead, line);
+    for (; line < end; line += U) {
+#pragma GCC unroll 4
+      for (int i = 0; i < U; i++) {
+        prefetch_lines<Isa, A>(ahead, line + i);
 #pragma GCC unroll 2
-      for (int half = 0; half < (codes == Codes::bytes ? 1 : 2); half++) {
-        typename Isa::Quad w[NP];
+        for (int half = 0; half < (codes == Codes::bytes ? 1 : 2); half++) {
+          typename Isa::Quad w[NP];
 #pragma GCC unroll 4
-        for (int p = 0; p < NP; p++) {
-          const uint8_t* from = b.weight[panel + p] + line * kLine;
-          w[p] = codes == Codes::bytes ? Isa::load_quad(from) : half == 0 ? Isa::load_low_nibbles(from) : Isa::load_high_nibbles(from);
-        }
+          for (int p = 0; p < NP; p++) {
+            const uint8_t* from = b.weight[panel + p] + (line + i) * kLine;
+            w[p] = codes == Codes::bytes ? Isa::load_quad(from) : half == 0 ? Isa::load_low_nibbles(from) : Isa::load_high_nibbles(from);
+          }
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-          auto x = Isa::broadcast_quad(rows.data[m] + line * (kLineCols * Isa::kIntegerBytes) + half * kStep);
+          for (int m = 0; m < M; m++) {
+            auto x = Isa::broadcast_quad(rows.data[m] + (line + i) * (kLineCols * Isa::kIntegerBytes) + half * kStep);
 #pragma GCC unroll 4
-          for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p], x);
+            for (int p = 0; p < NP; p++) acc[i][m][p] = Isa::dot(acc[i][m][p], w[p], x);
+          }
         }
       }
     }
@@ -132,7 +151,8 @@ __attribute__((noinline)) void integer_tile(const Block& b, int panel, const Row
       if (Zero) sum = Isa::set1(-static_cast<float>(rows.sum[m][u]));
 #pragma GCC unroll 4
       for (int p = 0; p < NP; p++) {
-        auto v = Isa::to_float(acc[m][p]);
+        for (int i = 1; i < U; i++) acc[0][m][p] = Isa::add(acc[0][m][p], acc[i][m][p]);
+        auto v = Isa::to_float(acc[0][m][p]);
         if (Zero) v = Isa::fma(z[p], sum, v);
         Isa::store(total(m, p), Isa::fma(v, scales == Scales::row ? xs : Isa::mul(xs, ws[p]), Isa::load(total(m, p))));
       }
@@ -221,6 +241,14 @@ struct Engine {
 
   // Every row of `tokens` times one block, a tile at a time; `finish(first, rows, out)` takes each tile's [rows][64] products.
   // The first tiles fetch `next`, the block that comes after, into the L2 cache.
+  // Where a tile reads memory in order, the next few KB are what to fetch.
+  static Ahead a_little_ahead(const Block& block) {
+    constexpr int kDistance = 3072;
+    Ahead ahead{{}, 0};
+    for (int p = 0; p < kBlockPanels; p++) ahead.from[p] = block.weight[p] + kDistance;
+    return ahead;
+  }
+
   static Ahead ahead_of(const Layout& layout, const Block& next, bool decoded, int64_t piece, int shift) {
     Ahead ahead{{}, shift + decoded};
     const int64_t size = layout.weight_panel_bytes() >> shift;
@@ -235,6 +263,10 @@ struct Engine {
   static void multiply(const Layout& layout, const Block& block, const Staged& x, const Tokens& tokens, const uint8_t* gathered, uint8_t* scratch,
                        const Block& next, const Finish& finish) {
     const Ready r = ready(layout, block, tokens.count, gathered != nullptr, scratch);
+    for (int p = 0; p < kBlockPanels; p++) {
+      for (int64_t i = 0; i < layout.scale_panel_bytes(); i += kLine) Isa::prefetch(next.scale[p] + i);
+      for (int64_t i = 0; i < layout.zero_panel_bytes(); i += kLine) Isa::prefetch(next.zero[p] + i);
+    }
     if constexpr (Isa::kTiles) {
       if (gathered) {
         alignas(64) float out[Isa::kTileChunk * kBlockPanels * kPanelRows];
@@ -255,7 +287,7 @@ struct Engine {
       const int32_t* index = tokens.input + first;
       switch (tiles) {
         case 1:
-          tile_of<Isa::kTileRows, 4>(rows, layout, r, x, index, out, ahead_of(layout, next, r.decoded, 0, 0));
+          tile_of<Isa::kTileRows, 4>(rows, layout, r, x, index, out, rows <= Isa::kStreamRows ? a_little_ahead(block) : ahead_of(layout, next, r.decoded, 0, 0));
           break;
         case 2:
         case 3:
@@ -289,24 +321,26 @@ struct Engine {
       for (int64_t i = 0; i < count; i++) reinterpret_cast<uint16_t*>(row)[column + i] = float_to_bf16(values[i]);
   }
 
-  static void gate_up(const Experts& layer, int64_t e, const Staged& x, const Tokens& tokens, int64_t begin, int64_t end, uint8_t* hidden,
-                      int64_t hidden_row_bytes, uint8_t* scratch) {
+  static void gate_up(const Experts& layer, const Work& work, const Staged& x, const Tokens& tokens, uint8_t* hidden, int64_t hidden_row_bytes,
+                      uint8_t* scratch) {
     const Layout& layout = layer.in;
     const int64_t step = layer.has_gate ? kBlockPanels / 2 : kBlockPanels;
     const uint8_t* gathered = gather(layout, x, tokens);
-    auto block_at = [&](int64_t panel) {
-      const int64_t n = end - panel < step ? end - panel : step;
+    auto block_at = [&](int64_t e, int64_t panel) {
+      const int64_t left = layout.panels() - panel, n = left < step ? left : step;
       return layer.has_gate ? block_of(layout, layer.gate[e], panel, n, layer.up[e], panel, n) : block_of(layout, layer.up[e], panel, n, layer.up[e], 0, 0);
     };
-    for (int64_t panel = begin; panel < end; panel += step) {
-      const int64_t n = end - panel < step ? end - panel : step, columns = n * kPanelRows;
-      multiply(layout, block_at(panel), x, tokens, gathered, scratch, block_at(panel + step < end ? panel + step : panel), [&](int64_t first, int64_t rows, float* out) {
+    const float* gate_bias = layer.gate_bias ? layer.gate_bias + work.expert * layout.panels() * kPanelRows : nullptr;
+    const float* up_bias = layer.up_bias ? layer.up_bias + work.expert * layout.panels() * kPanelRows : nullptr;
+    for (int64_t panel = work.begin; panel < work.end; panel += step) {
+      const int64_t n = work.end - panel < step ? work.end - panel : step, columns = n * kPanelRows, column = panel * kPanelRows;
+      const Block next = panel + step < work.end ? block_at(work.expert, panel + step) : block_at(work.next_expert, work.next_begin);
+      multiply(layout, block_at(work.expert, panel), x, tokens, gathered, scratch, next, [&](int64_t first, int64_t rows, float* out) {
         for (int64_t m = 0; m < rows; m++) {
           float* product = out + m * kBlockPanels * kPanelRows;
           float* up = layer.has_gate ? product + columns : product;
-          const int64_t column = panel * kPanelRows;
-          if (layer.gate_bias) add(product, layer.gate_bias + e * layout.panels() * kPanelRows + column, columns);
-          if (layer.up_bias) add(up, layer.up_bias + e * layout.panels() * kPanelRows + column, columns);
+          if (gate_bias) add(product, gate_bias + column, columns);
+          if (up_bias) add(up, up_bias + column, columns);
           activate(layer.activation, layer.has_gate, product, up, columns);
           store_hidden(layer, product, columns, hidden + tokens.output[first + m] * hidden_row_bytes, column);
         }
@@ -314,20 +348,23 @@ struct Engine {
     }
   }
 
-  static void down(const Experts& layer, int64_t e, const Staged& hidden, const Tokens& tokens, int64_t begin, int64_t end, float* result,
-                   int64_t stride, uint8_t* scratch) {
+  static void down(const Experts& layer, const Work& work, const Staged& hidden, const Tokens& tokens, float* result, int64_t stride,
+                   uint8_t* scratch) {
     const Layout& layout = layer.out;
     const uint8_t* gathered = gather(layout, hidden, tokens);
-    auto block_at = [&](int64_t panel) {
-      return block_of(layout, layer.down[e], panel, end - panel < kBlockPanels ? end - panel : kBlockPanels, layer.down[e], 0, 0);
+    auto block_at = [&](int64_t e, int64_t panel) {
+      const int64_t left = layout.panels() - panel;
+      return block_of(layout, layer.down[e], panel, left < kBlockPanels ? left : kBlockPanels, layer.down[e], 0, 0);
     };
-    for (int64_t panel = begin; panel < end; panel += kBlockPanels) {
-      const int64_t n = end - panel < kBlockPanels ? end - panel : kBlockPanels, columns = n * kPanelRows;
-      multiply(layout, block_at(panel), hidden, tokens, gathered, scratch, block_at(panel + kBlockPanels < end ? panel + kBlockPanels : panel), [&](int64_t first, int64_t rows, float* out) {
+    const float* bias = layer.down_bias ? layer.down_bias + work.expert * layout.panels() * kPanelRows : nullptr;
+    for (int64_t panel = work.begin; panel < work.end; panel += kBlockPanels) {
+      const int64_t n = work.end - panel < kBlockPanels ? work.end - panel : kBlockPanels, columns = n * kPanelRows;
+      const Block next = panel + kBlockPanels < work.end ? block_at(work.expert, panel + kBlockPanels) : block_at(work.next_expert, work.next_begin);
+      multiply(layout, block_at(work.expert, panel), hidden, tokens, gathered, scratch, next, [&](int64_t first, int64_t rows, float* out) {
         for (int64_t m = 0; m < rows; m++) {
           float* product = out + m * kBlockPanels * kPanelRows;
-          if (layer.down_bias) add(product, layer.down_bias + e * layout.panels() * kPanelRows + panel * kPanelRows, columns);
-          float* to = result + tokens.output[first + m] * stride + (panel - begin) * kPanelRows;
+          if (bias) add(product, bias + panel * kPanelRows, columns);
+          float* to = result + tokens.output[first + m] * stride + (panel - work.begin) * kPanelRows;
           const float w = tokens.weight[first + m];
           for (int64_t i = 0; i < columns; i++) to[i] += w * product[i];
         }

@@ -33,6 +33,12 @@ struct Tokens {
   int64_t count;
 };
 
+// A run of panels of one expert, and where the thread will probably go on: so that its weights are under way by then.
+struct Work {
+  int64_t expert, begin, end;
+  int64_t next_expert, next_begin;
+};
+
 struct Kernels {
   const char* name;
   // Bytes of one staged element on the bf16 path and on the integer path.
@@ -40,12 +46,10 @@ struct Kernels {
 
   // Rows [begin, end) of `source` [*, cols] (any float dtype) into staged form.
   void (*stage)(const Layout& weights, const void* source, DType dtype, int64_t stride, int64_t cols, int64_t begin, int64_t end, const Staged& to);
-  // hidden[token] = act(gate x, up x) for panels [begin, end); `hidden` is staged (bf16 path) or bf16 rows (integer path).
-  void (*gate_up)(const Experts&, int64_t expert, const Staged& x, const Tokens&, int64_t begin, int64_t end, uint8_t* hidden, int64_t hidden_row_bytes,
-                  uint8_t* scratch);
-  // result[token] += weight * (down hidden) for panels [begin, end); `result` is f32 [*][stride], its first column being panel `begin`.
-  void (*down)(const Experts&, int64_t expert, const Staged& hidden, const Tokens&, int64_t begin, int64_t end, float* result, int64_t stride,
-               uint8_t* scratch);
+  // hidden[token] = act(gate x, up x); `hidden` is staged (bf16 path) or bf16 rows (integer path).
+  void (*gate_up)(const Experts&, const Work&, const Staged& x, const Tokens&, uint8_t* hidden, int64_t hidden_row_bytes, uint8_t* scratch);
+  // result[token] += weight * (down hidden); `result` is f32 [*][stride], its first column being panel `begin`.
+  void (*down)(const Experts&, const Work&, const Staged& hidden, const Tokens&, float* result, int64_t stride, uint8_t* scratch);
   void (*store)(const float* result, int64_t count, void* to, DType dtype);
 
   // Panel `panel` of a matrix from rows of `source` (row stride in elements); false if a NaN or Inf cannot be packed.

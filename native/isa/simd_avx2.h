@@ -17,7 +17,8 @@ struct Avx2 {
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
   static constexpr bool kTiles = false;
   static constexpr int kTileRows = 6;
-  static constexpr int tile_panels(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+  static constexpr int kStreamRows = 1;
+  static constexpr int tile_panels(int rows) { return rows <= 1 || rows > 3 ? 1 : 2; }
   static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 32;
 
   static F zero() { return set1(0.0f); }
@@ -25,6 +26,7 @@ struct Avx2 {
   static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v.a), _mm256_storeu_ps(p + 8, v.b); }
   static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
   static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
   static F max_abs(F x, F y) {
     const __m256 sign = _mm256_set1_ps(-0.0f);

@@ -13,7 +13,8 @@ struct Avx512 {
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
   static constexpr bool kTiles = false;
   static constexpr int kTileRows = 6;
-  static constexpr int tile_panels(int rows) { return rows <= 2 ? 4 : 2; }
+  static constexpr int kStreamRows = 2;
+  static constexpr int tile_panels(int rows) { return rows <= 2 ? 1 : 2; }
   static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 32;
 
   static F zero() { return _mm512_setzero_ps(); }
@@ -21,6 +22,7 @@ struct Avx512 {
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F max_abs(F a, F b) { return _mm512_max_ps(a, _mm512_abs_ps(b)); }
   static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }

@@ -17,6 +17,7 @@ struct Scalar {
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
   static constexpr bool kTiles = false;
   static constexpr int kTileRows = 4;
+  static constexpr int kStreamRows = 2;
   static constexpr int tile_panels(int) { return 1; }
   static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 16;
 
@@ -31,6 +32,7 @@ struct Scalar {
   static F load(const float* p) { return each<F>([&](int i) { return p[i]; }); }
   static void store(float* p, const F& v) { memcpy(p, v.v, sizeof v); }
   static F mul(const F& a, const F& b) { return each<F>([&](int i) { return a.v[i] * b.v[i]; }); }
+  static F add(const F& a, const F& b) { return each<F>([&](int i) { return a.v[i] + b.v[i]; }); }
   static F fma(const F& a, const F& b, const F& c) { return each<F>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
   static F max_abs(const F& a, const F& b) { return each<F>([&](int i) { return std::fabs(b.v[i]) > a.v[i] ? std::fabs(b.v[i]) : a.v[i]; }); }
   static float reduce_max(const F& v) {

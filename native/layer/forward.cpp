@@ -116,8 +116,10 @@ void forward_chunk(Workspace& w, const Experts& layer, const Kernels& kernels, c
     const int64_t parts = std::clamp<int64_t>((threads * kItemsPerThread + active - 1) / active, 1, steps);
     parallel(active * parts, [&](int64_t item, int thread) {
       const int64_t i = item / parts, part = item % parts;
-      kernels.gate_up(layer, routing.experts[i], input, routing.into_hidden(i), steps * part / parts * step,
-                      std::min(layer.in.panels(), steps * (part + 1) / parts * step), rows, row_bytes, scratch + thread * scratch_bytes);
+      const int64_t next = std::min(item + threads, active * parts - 1);
+      const Work work{routing.experts[i], steps * part / parts * step, std::min(layer.in.panels(), steps * (part + 1) / parts * step),
+                      routing.experts[next / parts], steps * (next % parts) / parts * step};
+      kernels.gate_up(layer, work, input, routing.into_hidden(i), rows, row_bytes, scratch + thread * scratch_bytes);
     });
     if (integer) stage_rows(kernels, layer.out, rows, DType::bf16, hidden.cols, hidden.cols, slots, hidden);
   }
@@ -132,8 +134,10 @@ void forward_chunk(Workspace& w, const Experts& layer, const Kernels& kernels, c
     const int64_t width = (end - begin) * kPanelRows, first = begin * kPanelRows;
     auto* result = reinterpret_cast<float*>(results + thread * result_bytes);
     memset(result, 0, batch.tokens * width * 4);
-    for (int64_t i = 0; i < active; i++)
-      kernels.down(layer, routing.experts[i], hidden, routing.into_result(i), begin, end, result, width, scratch + thread * scratch_bytes);
+    for (int64_t i = 0; i < active; i++) {
+      const Work work{routing.experts[i], begin, end, routing.experts[std::min(i + 1, active - 1)], begin};
+      kernels.down(layer, work, hidden, routing.into_result(i), result, width, scratch + thread * scratch_bytes);
+    }
     const int64_t size = batch.out_dtype == DType::f32 ? 4 : 2, there = std::min(width, layer.hidden - first);
     for (int64_t t = 0; t < batch.tokens; t++)
       kernels.store(result + t * width, there, static_cast<uint8_t*>(batch.out) + (t * layer.hidden + first) * size, batch.out_dtype);
