@@ -18,7 +18,7 @@ from coterie.errors import ArgumentError
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-TESTED = {"torch": "==2.13.*", "transformers": "==5.23.*"}  # what the test suite has passed with
+TESTED = {"torch": "==2.13.*", "transformers": ">=5.18,<5.24"}  # what the test suite has passed with
 PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy", "accelerate", "peft", "trl")
 
 

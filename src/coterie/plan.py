@@ -55,20 +55,27 @@ class Anatomy:
 
     model_type: str
     experts: tuple[ExpertLayer, ...]
-    rest_nbytes: int  # everything but the experts
-    rest_read_nbytes: int  # what of it one token reads: an embedding table that is not also the head counts one row
+    rest_parameters: int  # everything but the experts
+    rest_nbytes: int
+    table_parameters: int  # of an embedding table that is not also the head: a token reads one row of it
     context: int
     cache_nbytes: int  # KV cache of one sequence of `context` tokens
 
     @property
     def parameters(self) -> int:
         experts = sum(layer.layout.num_experts * layer.expert_parameters() for layer in self.experts)
-        return experts + self.rest_nbytes // 2
+        return experts + self.rest_parameters
 
     @property
     def active_parameters(self) -> int:
         """Parameters that one token reads."""
-        return sum(layer.per_token * layer.expert_parameters() for layer in self.experts) + self.rest_read_nbytes // 2
+        experts = sum(layer.per_token * layer.expert_parameters() for layer in self.experts)
+        return experts + self.rest_parameters - self.table_parameters
+
+    @property
+    def rest_read_nbytes(self) -> int:
+        """Bytes of everything but the experts that one token reads."""
+        return self.rest_nbytes - 2 * self.table_parameters
 
     def experts_nbytes(self, spec: Format) -> int:
         return sum(layer.layout.num_experts * layer.expert_nbytes(spec) for layer in self.experts)
@@ -137,12 +144,12 @@ def inspect(path: str | Path, context: int = 4096) -> Anatomy:
     table = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is table
-    rest_nbytes = sum(p.numel() * p.element_size() for p in rest)
     return Anatomy(
         model_type=config.model_type,
         experts=tuple(ExpertLayer(layout, per_token[module]) for module, layout in layouts.items()),
-        rest_nbytes=rest_nbytes,
-        rest_read_nbytes=rest_nbytes if tied else rest_nbytes - table.numel() * table.element_size(),
+        rest_parameters=sum(p.numel() for p in rest),
+        rest_nbytes=sum(p.nbytes for p in rest),
+        table_parameters=0 if tied else table.numel(),
         context=context,
         cache_nbytes=cache,
     )

@@ -78,6 +78,11 @@ def test_plan_says_what_is_missing(coterie):
     assert "507 MB short" in ran.out
 
 
+def test_plan_places_the_rest_on_a_gpu_that_holds_it(coterie):
+    assert "a look ahead" in coterie("plan", tiny.PATH, "--bandwidth", "50GB", "--vram", "1GB").out
+    assert "planned for the CPU alone" in coterie("plan", tiny.PATH, "--bandwidth", "50GB", "--vram", "1MB").out
+
+
 def test_convert_reports_sizes_and_errors(coterie, tmp_path):
     ran = coterie("convert", "cpu", "-i", tiny.PATH, "-o", tmp_path / "packed", "--quant-method", "int8")
     assert ran.code == 0

@@ -45,7 +45,7 @@ def doctor() -> None:
 
     report = facts("\nGPU")
     for gpu in machine.gpus():
-        report.add_row(gpu.name, size(gpu.memory))
+        report.add_row(gpu.name, f"{size(gpu.memory)}, not used by this version")
     if not report.row_count:
         report.add_row("none", "not needed: everything runs on the CPU")
     console.print(report)

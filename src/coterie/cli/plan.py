@@ -16,7 +16,7 @@ def plan(
     experts: Annotated[str | None, typer.Option(help="Only this format of experts: bf16, int8 or int4.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of one sequence, for the size of its KV cache.")] = 4096,
     ram: Annotated[str | None, typer.Option(help="RAM to plan for, like 64GB. Default: this machine's.")] = None,
-    vram: Annotated[str | None, typer.Option(help="GPU memory to plan for, like 24GB. Default: what is found.")] = None,
+    vram: Annotated[str | None, typer.Option(help="GPU memory to plan for, like 24GB. Default: none.")] = None,
     bandwidth: Annotated[
         str | None, typer.Option(help="RAM read per second, like 50GB. Default: measured here.")
     ] = None,
@@ -30,7 +30,7 @@ def plan(
 
     formats = planning.choices(experts)
     ram_bytes = machine.parse_bytes(ram) if ram else machine.memory_bytes()
-    vram_bytes = machine.parse_bytes(vram) if vram else sum(gpu.memory for gpu in machine.gpus()[:1])
+    vram_bytes = machine.parse_bytes(vram) if vram else 0
     given = machine.parse_bytes(bandwidth) if bandwidth else None
     anatomy = planning.inspect(model, context)
     speed = given or machine.read_bandwidth()
@@ -65,7 +65,9 @@ def plan(
         f"that a token needs is read from RAM once, at {size(speed)}/s ({source}).",
         style="dim",
     )
-    if vram_bytes and not estimates[0].vram:
+    if estimates[0].vram:
+        console.print("[yellow]a look ahead:[/] this version computes everything on the CPU, GPUs come later")
+    elif vram_bytes:
         console.print(
             f"[yellow]the rest and the KV cache do not fit {size(vram_bytes)} of VRAM:[/] planned for the CPU alone"
         )
