@@ -13,7 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from coterie.cli.console import console, errors, significant, size, table
 
 FORMATS = ("bf16", "int8", "int4")
-PROMPTS = ('The "with" statement is used to', "When an exception is raised,")
+PROMPTS = ('The "with" statement is', "When an exception is raised,")
 PROMPT_TOKENS = 128
 TOKENS = 60
 
@@ -123,8 +123,8 @@ def write(model: Any, tokenizer: Any, prompt: str) -> str:
         attention_mask=inputs["attention_mask"],
         max_new_tokens=TOKENS,
         do_sample=True,
-        temperature=0.7,
+        temperature=0.4,
         top_k=40,
-        repetition_penalty=1.1,
+        repetition_penalty=1.15,
     )
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
