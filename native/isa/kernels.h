@@ -16,8 +16,9 @@ struct Staged {
   uint8_t* data;      // [rows][row_bytes]
   int64_t row_bytes;
   float* scale;       // integer paths: [rows][groups of 128]
-  int32_t* sum;       // integer paths: [rows][units], the sum of the quantised values of each unit of columns
-  int32_t* group_sum; // integer paths: [rows][groups of 128]
+  // Integer paths: the sum of each unit of quantised columns, times minus the offset of the weights' codes.
+  int32_t* offset;        // [rows][units]
+  int32_t* group_offset;  // [rows][groups of 128], for weights decoded to bytes
   int64_t cols;       // padded
   int64_t unit;       // columns per partial sum: the weights' group, at most 128
 

@@ -94,7 +94,7 @@ struct Amx : Avx512Bf16 {
           if (!decoded && layout.group) ws = Avx512::load_bf16(scale[p + q] + g * kPanelRows * 2);
           for (int m = 0; m < count; m++) {
             const int64_t i = index[m];
-            const I sum = Avx512::add(_mm512_load_si512(sums[m] + q * kPanelRows), Avx512::integer_set1(-128 * x.group_sum[i * x.groups() + g]));
+            const I sum = Avx512::add(_mm512_load_si512(sums[m] + q * kPanelRows), Avx512::integer_set1(x.group_offset[i * x.groups() + g]));
             float* total = to + m * row + q * kPanelRows;
             const F s = Avx512::mul(ws, Avx512::set1(x.scale[i * x.groups() + g]));
             Avx512::store(total, Avx512::fma(Avx512::to_float(sum), s, Avx512::load(total)));

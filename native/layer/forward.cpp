@@ -52,15 +52,15 @@ class StagedBuffer {
     s.data = data_.at_least(rows * s.row_bytes + kLine);
     if (integer) {
       s.scale = reinterpret_cast<float*>(scale_.at_least(rows * s.groups() * 4));
-      s.sum = reinterpret_cast<int32_t*>(sum_.at_least(rows * (s.units() + s.groups()) * 4));
-      s.group_sum = s.sum + rows * s.units();
+      s.offset = reinterpret_cast<int32_t*>(offset_.at_least(rows * (s.units() + s.groups()) * 4));
+      s.group_offset = s.offset + rows * s.units();
     }
     return s;
   }
-  void release() { data_.release(), scale_.release(), sum_.release(); }
+  void release() { data_.release(), scale_.release(), offset_.release(); }
 
  private:
-  Buffer data_, scale_, sum_;
+  Buffer data_, scale_, offset_;
 };
 
 struct Workspace {
