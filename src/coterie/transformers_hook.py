@@ -1,8 +1,8 @@
-"""Registers coterie with Transformers once both are imported, in either order.
+"""Registers coterie with Transformers and PEFT once they are imported too, in either order.
 
 Importing Transformers' model code takes seconds and half of coterie does without it, so `import coterie` does not: the
 experts implementation and the quantizer are registered right after `transformers.modeling_utils` is imported, without
-which no model can be loaded.
+which no model can be loaded, and LoRA on packed experts right after PEFT's LoRA model.
 """
 
 from __future__ import annotations
@@ -13,22 +13,27 @@ import importlib.util
 import sys
 import warnings
 
-TRIGGER = "transformers.modeling_utils"
+HOOKS = {"transformers.modeling_utils": "coterie.hf", "peft.tuners.lora.model": "coterie.hf.peft"}
+LOST = {"coterie.hf": "packed models cannot be loaded", "coterie.hf.peft": "packed experts cannot be fine-tuned"}
 
 
 def install() -> None:
-    """Registers now if Transformers' model code is imported already, otherwise as soon as it is."""
-    if TRIGGER in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Registers now with what is imported already, with the rest as soon as it is."""
+    for trigger in HOOKS:
+        if trigger in sys.modules:
+            _register(trigger)
+        elif not any(isinstance(finder, _Finder) and finder.trigger == trigger for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder(trigger))
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Leaves finding to the others, and has `TRIGGER` followed by the registration."""
+    """Leaves finding to the others, and has the module `trigger` followed by the registration."""
+
+    def __init__(self, trigger: str) -> None:
+        self.trigger = trigger
 
     def find_spec(self, fullname, path, target=None):
-        if fullname != TRIGGER:
+        if fullname != self.trigger:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -37,17 +42,19 @@ class _Finder(importlib.abc.MetaPathFinder):
 
             def exec_module(module) -> None:
                 execute(module)
-                _register()
+                _register(self.trigger)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _register() -> None:
+def _register(trigger: str) -> None:
+    name = HOOKS[trigger]
     try:
-        importlib.import_module("coterie.hf")
+        importlib.import_module(name)
     except ImportError as error:
+        library = trigger.partition(".")[0]
         warnings.warn(
-            f"coterie does not work with this version of transformers ({error}): packed models cannot be loaded",
+            f"coterie does not work with this version of {library} ({error}): {LOST[name]}",
             stacklevel=2,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,23 @@ from coterie.hf.layout import read_layout
 from coterie.hf.modules import attach, packed_module, show_dense
 from coterie.hf.packed import PackedModule
 
+if TYPE_CHECKING:
+    from coterie.lora import ExpertLora
+
 NAME = "coterie"
 logger = logging.getLogger(__name__)
 
 
-def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    lora: ExpertLora | None = None,
+) -> Tensor:
     """The weighted sum of each token's experts: [T, H], [T, K] int64, [T, K] -> [T, H] in the dtype of `hidden_states`.
 
-    A module whose parameters are still its own is packed first (see `pack_module`).
+    A module whose parameters are still its own is packed first (see `pack_module`). `lora` is what PEFT's adapters add.
     """
     packed = packed_module(self)
     if packed is None:
@@ -29,7 +39,9 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     if self._is_expert_parallel:
         # Transformers marks the experts of other ranks by the number after the last; here that is -1.
         top_k_index = top_k_index.masked_fill(top_k_index >= packed.layout.num_experts, -1)
-    return packed.experts(hidden_states, top_k_index, top_k_weights)
+    if lora is None:
+        return packed.experts(hidden_states, top_k_index, top_k_weights)
+    return packed.experts(hidden_states, top_k_index, top_k_weights, lora=lora)
 
 
 @torch.compiler.disable

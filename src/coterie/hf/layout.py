@@ -78,6 +78,10 @@ class Layout:
         """Bias `name` of all experts [E, rows] -> {projection: [E, rows]} float32."""
         return {part: b.T.float().contiguous() for part, b in self._split(name, bias.T).items()}
 
+    def split_lora_b(self, name: str, b: Tensor) -> dict[str, Tensor]:
+        """LoRA's B of weight `name` of all experts [E, rows, R] -> {projection: [E, rows, R]}."""
+        return {part: w.transpose(0, 1) for part, w in self._split(name, b.transpose(0, 1)).items()}
+
     def join_weight(self, name: str, parts: dict[str, Tensor]) -> Tensor:
         """The inverse of `split_weight`."""
         weight = self._join(name, parts)
