@@ -1,1 +1,30 @@
 """Modules beside this file are importable from every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import coterie
+
+ISAS = list(coterie.cpu.info().isas)
+if "avx512_bf16" in ISAS:  # the emulation of AMX's tiles leaves the rest to these
+    ISAS.append("amx_emulated")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set this CPU has, and AMX with its tiles emulated, one after the other."""
+    before = coterie.cpu.current_isa()
+    coterie.cpu.use_isa(request.param)
+    yield request.param
+    coterie.cpu.use_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back."""
+    before = coterie.cpu.threads()
+    yield
+    coterie.cpu.set_threads(before)

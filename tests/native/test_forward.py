@@ -1,0 +1,76 @@
+"""The kernels of every instruction set, in every format, against plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_cases import FORMATS, Batch, assert_close, dequantized, engine_truth, name_of, packed, token_errors
+
+from coterie import reference
+from coterie.formats import Format
+
+# (experts, hidden, intermediate); columns of grouped formats are multiples of their group.
+AWKWARD = [(1, 1, 1), (2, 1, 70), (3, 33, 17), (4, 100, 65), (5, 65, 130)]
+GROUPED = [(1, 128, 128), (4, 128, 256), (3, 384, 128)]
+HALF_GROUPS = [(3, 96, 160), (2, 32, 32)]  # the last 128 columns are not whole
+
+# Up to a tile of rows and past it, for every tile height; one expert's 16 rows and more decode int4 to bytes.
+BATCHES = [
+    *(Batch(tokens, 1, spread=False) for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 17, 31, 33, 47, 64, 100)),
+    *(Batch(tokens, top_k) for tokens in (0, 1, 2, 3, 5, 7, 16, 33) for top_k in (1, 2)),
+    Batch(300, 3),
+]
+
+
+def shapes_of(spec: Format) -> list[tuple[int, int, int]]:
+    if not spec.group_size:
+        return AWKWARD + GROUPED[1:]
+    return GROUPED + (HALF_GROUPS if spec.group_size == 32 else [(2, 64, 192)] if spec.group_size == 64 else [])
+
+
+def check(spec, isa, sizes, batch):
+    if batch.top_k > sizes[0]:
+        return
+    x, ids, weights = batch.tensors(sizes)
+    found = packed(spec, sizes)(x, ids, weights)
+    truth = engine_truth(spec, isa, x, ids, weights, *dequantized(spec, sizes))
+    assert found.shape == x.shape and found.dtype == x.dtype
+    assert_close(spec, found, truth, (sizes, batch))
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=name_of)
+def test_every_shape_and_batch(isa, spec):
+    for number, sizes in enumerate(shapes_of(spec)):
+        for batch in BATCHES if number % 2 else BATCHES[:: 2 if isa != "amx_emulated" else 3]:
+            check(spec, isa, sizes, batch)
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=name_of)
+def test_error_that_the_format_promises(isa, spec):
+    """Against activations that are not rounded: bf16's rounding, or that of int8 activations and decoded int4."""
+    sizes = (4, 256, 128)
+    x, ids, weights = Batch(64, 4).tensors(sizes)
+    found, truth = packed(spec, sizes)(x, ids, weights), reference.forward(x, ids, weights, *dequantized(spec, sizes))
+    assert token_errors(found, truth).square().mean().sqrt() < (4e-3 if spec.name == "bf16" else 3e-2)
+
+
+@pytest.mark.parametrize("spec", [FORMATS[0], FORMATS[1], FORMATS[6]], ids=name_of)
+def test_every_number_of_experts_per_token(isa, spec):
+    for top_k in range(1, 8):
+        for tokens in (1, 9):
+            check(spec, isa, (7, 64, 32), Batch(tokens, top_k))
+
+
+@pytest.mark.parametrize("spec", [FORMATS[0], FORMATS[1]], ids=name_of)
+def test_rows_longer_than_the_stack_buffer(isa, spec):
+    check(spec, isa, (1, 16450, 3), Batch(3, 1))
+
+
+def test_more_tokens_than_one_chunk(isa):
+    """4096 tokens run at a time; the last one of a chunk and the first of the next are like any other."""
+    spec, sizes = Format("int8"), (4, 16, 16)
+    x, ids, weights = Batch(4099, 2).tensors(sizes)
+    found = packed(spec, sizes)(x, ids, weights)
+    truth = engine_truth(spec, isa, x, ids, weights, *dequantized(spec, sizes))
+    assert_close(spec, found, truth)
+    assert_close(spec, found[4090:], truth[4090:])
