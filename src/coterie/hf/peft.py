@@ -43,7 +43,7 @@ def wrappers(outer: nn.Module) -> Iterator[ParamWrapper]:
 
 
 def factors(wrapper: ParamWrapper, adapter: str) -> tuple[Tensor, Tensor]:
-    """(A [E, R, in], B [E, out, R]) of an adapter: views of PEFT's A [R*E, in] and B [out, R*E], expert fastest in B."""
+    """(A [E, R, in], B [E, out, R]) of an adapter: views of PEFT's A [E*R, in] and B [out, R*E]."""
     a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
     experts = wrapper.num_experts
     return a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts).permute(2, 0, 1)
