@@ -11,7 +11,8 @@
 #include <tuple>
 
 #include "formats/unpack.h"
-#include "layer/forward.h"
+#include "layer/backward.h"
+#include "layer/workspace.h"
 #include "runtime/dispatch.h"
 #include "runtime/memory.h"
 #include "runtime/numa.h"
@@ -71,6 +72,18 @@ void unpack(const LayoutTuple& t, uintptr_t weight, uintptr_t scale, uintptr_t z
   parallel(layout.panels(), [&](int64_t panel, int) { unpack_panels(layout, matrix, panel, panel + 1, at<float>(to)); });
 }
 
+// a, b, types of a and b, rank, scaling, gradients of a and b
+using FactorTuple = std::tuple<uintptr_t, uintptr_t, int, int, int64_t, float, uintptr_t, uintptr_t>;
+
+LoraFactor factor_of(const FactorTuple& t) {
+  return {at<void>(std::get<0>(t)), at<void>(std::get<1>(t)), static_cast<DType>(std::get<2>(t)), static_cast<DType>(std::get<3>(t)),
+          std::get<4>(t),           std::get<5>(t),           at<void>(std::get<6>(t)),           at<void>(std::get<7>(t))};
+}
+
+using LoraTuple = std::tuple<FactorTuple, FactorTuple, FactorTuple, bool>;  // gate, up, down, shared A
+
+Lora lora_of(const LoraTuple& t) { return {factor_of(std::get<0>(t)), factor_of(std::get<1>(t)), factor_of(std::get<2>(t)), std::get<3>(t)}; }
+
 // The experts of a layer, by the addresses of their packed parts.
 class Layer {
  public:
@@ -103,16 +116,40 @@ class Layer {
                int out_dtype) const {
     const Batch batch{tokens,          top_k,          at<void>(x), static_cast<DType>(x_dtype),    x_stride,
                       at<int64_t>(ids), at<float>(weights), at<void>(out), static_cast<DType>(out_dtype)};
-    for (int64_t i = 0; i < tokens * top_k; i++)
-      if (batch.ids[i] < -1 || batch.ids[i] >= layer_.count)
-        throw nb::value_error(("expert id " + std::to_string(batch.ids[i]) + " of token " + std::to_string(i / top_k) + " is out of range: expected -1 or 0.." +
-                               std::to_string(layer_.count - 1))
-                                  .c_str());
+    check_ids(batch);
     nb::gil_scoped_release released;
     coterie::forward(layer_, kernels(), batch);
   }
 
+  void forward_training(int64_t tokens, int64_t top_k, uintptr_t x, int x_dtype, int64_t x_stride, uintptr_t ids, uintptr_t weights, uintptr_t out,
+                        int out_dtype, uintptr_t gate, uintptr_t up, const LoraTuple& lora) const {
+    const Batch batch{tokens,          top_k,          at<void>(x), static_cast<DType>(x_dtype),    x_stride,
+                      at<int64_t>(ids), at<float>(weights), at<void>(out), static_cast<DType>(out_dtype)};
+    check_ids(batch);
+    const Training training{lora_of(lora), at<uint16_t>(gate), at<uint16_t>(up)};
+    nb::gil_scoped_release released;
+    coterie::forward(layer_, kernels(), batch, &training);
+  }
+
+  void backward(int64_t tokens, int64_t top_k, uintptr_t x, int x_dtype, uintptr_t grad_out, int grad_out_dtype, uintptr_t ids, uintptr_t weights,
+                uintptr_t gate, uintptr_t up, uintptr_t grad_x, int grad_x_dtype, uintptr_t grad_weights, const LoraTuple& lora) const {
+    const BackwardBatch batch{tokens,          top_k,           at<void>(x),      at<void>(grad_out),
+                              static_cast<DType>(x_dtype),      static_cast<DType>(grad_out_dtype),
+                              at<int64_t>(ids), at<float>(weights), at<void>(grad_x), static_cast<DType>(grad_x_dtype), at<float>(grad_weights)};
+    const Training training{lora_of(lora), at<uint16_t>(gate), at<uint16_t>(up)};
+    nb::gil_scoped_release released;
+    coterie::backward(layer_, kernels(), batch, training);
+  }
+
  private:
+  void check_ids(const Batch& batch) const {
+    for (int64_t i = 0; i < batch.tokens * batch.top_k; i++)
+      if (batch.ids[i] < -1 || batch.ids[i] >= layer_.count)
+        throw nb::value_error(("expert id " + std::to_string(batch.ids[i]) + " of token " + std::to_string(i / batch.top_k) +
+                               " is out of range: expected -1 or 0.." + std::to_string(layer_.count - 1))
+                                  .c_str());
+  }
+
   Experts layer_{};
 };
 
@@ -161,7 +198,9 @@ NB_MODULE(_native, m) {
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<const LayoutTuple&, const LayoutTuple&, std::tuple<int, float, float, float>,
                     const nb::ndarray<int64_t, nb::shape<3, -1, 3>, nb::c_contig, nb::device::cpu>&, bool, uintptr_t, uintptr_t, uintptr_t>())
-      .def("forward", &Layer::forward);
+      .def("forward", &Layer::forward)
+      .def("forward_training", &Layer::forward_training)
+      .def("backward", &Layer::backward);
   m.def("allocate", &allocate, "bytes"_a, "Zeroed huge-page memory as a uint8 tensor.");
   m.def("pack", &pack);
   m.def("unpack", &unpack);

@@ -90,5 +90,66 @@ inline void activate(const Activation& a, bool has_gate, float* gate, const floa
     for (int64_t i = 0; i < n; i++) gate[i] *= up[i] + a.up_offset;
 }
 
+// f(x) and f'(x) of an activation without its clamps.
+inline void slope(const Activation& a, const float* x, int64_t n, float* value, float* derivative) {
+  switch (a.kind) {
+    case ActivationKind::silu:
+      for (int64_t i = 0; i < n; i++) {
+        const float s = sigmoid(a.alpha * x[i]);
+        value[i] = x[i] * s;
+        derivative[i] = s * (1.0f + a.alpha * x[i] * (1.0f - s));
+      }
+      break;
+    case ActivationKind::gelu:
+      for (int64_t i = 0; i < n; i++) {
+        const float phi = 0.5f * (1.0f + erf_f32(x[i] * 0.7071067812f));
+        value[i] = x[i] * phi;
+        derivative[i] = phi + x[i] * 0.3989422804f * exp_f32(-0.5f * x[i] * x[i]);
+      }
+      break;
+    case ActivationKind::gelu_tanh:
+      for (int64_t i = 0; i < n; i++) {
+        const float s = sigmoid(1.5957691216f * (x[i] + 0.044715f * x[i] * x[i] * x[i]));
+        value[i] = x[i] * s;
+        derivative[i] = s + x[i] * s * (1.0f - s) * 1.5957691216f * (1.0f + 0.134145f * x[i] * x[i]);
+      }
+      break;
+    case ActivationKind::relu:
+    case ActivationKind::relu2:
+      for (int64_t i = 0; i < n; i++) {
+        const float r = x[i] < 0.0f ? 0.0f : x[i];
+        value[i] = a.kind == ActivationKind::relu ? r : r * r;
+        derivative[i] = a.kind == ActivationKind::relu2 ? 2.0f * r : x[i] > 0.0f ? 1.0f : x[i] * 0.0f;
+      }
+      break;
+  }
+}
+
+// hidden = act(gate, up), and the gradients of gate and up for the gradient `d` of hidden. `n` at most 64.
+inline void activate_backward(const Activation& a, bool has_gate, const float* gate, const float* up, const float* d, int64_t n, float* hidden,
+                              float* d_gate, float* d_up) {
+  float value[64], derivative[64], clamped[64];
+  const float* x = has_gate ? gate : up;
+  if (a.limit > 0.0f && has_gate) {
+    for (int64_t i = 0; i < n; i++) clamped[i] = gate[i] > a.limit ? a.limit : gate[i];
+    x = clamped;
+  }
+  slope(a, x, n, value, derivative);
+  if (!has_gate) {
+    for (int64_t i = 0; i < n; i++) {
+      hidden[i] = value[i];
+      d_up[i] = d[i] * derivative[i];
+    }
+    return;
+  }
+  const float most = a.limit > 0.0f ? a.limit : bits_to_float(0x7f800000);
+  for (int64_t i = 0; i < n; i++) {
+    const float u = up[i] > most ? most : up[i] < -most ? -most : up[i];
+    hidden[i] = value[i] * (u + a.up_offset);
+    d_gate[i] = gate[i] > most ? 0.0f : d[i] * derivative[i] * (u + a.up_offset);
+    d_up[i] = up[i] > most || up[i] < -most ? 0.0f : d[i] * value[i];
+  }
+}
+
 }  // namespace
 }  // namespace coterie

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "isa/activation.h"
+#include "isa/decode_pairs.h"
 #include "isa/kernels.h"
 #include "isa/pack.h"
 
@@ -60,9 +61,10 @@ inline void prefetch_lines(const Ahead& ahead, const uint8_t* const* weight, int
 // A tile one panel wide reads memory in order; as many lines at once as keep the dot products from waiting for one another.
 constexpr int lines_at_once(int panels, int rows) { return panels == 1 && rows <= 2 ? 4 : 1; }
 
-// out[m][16 p + lane] = sum over columns of weight * activation, in f32, for M rows and NP panels of bf16 weights.
+// out[m][16 p + lane] = (with `add`: +=) sum over columns of weight * activation, in f32, for M rows and NP panels of bf16 weights.
 template <class Isa, int M, int NP, int A>
-__attribute__((noinline)) void bf16_tile(const uint8_t* const* weight, const Rows<M>& rows, int64_t lines, float* out, const Ahead& ahead) {
+__attribute__((noinline)) void bf16_tile(const uint8_t* const* weight, const Rows<M>& rows, int64_t lines, float* out, const Ahead& ahead,
+                                         bool add = false) {
   constexpr int U = lines_at_once(NP, M);
   typename Isa::F acc[U][M][NP];
   for (int u = 0; u < U; u++)
@@ -87,7 +89,8 @@ __attribute__((noinline)) void bf16_tile(const uint8_t* const* weight, const Row
   for (int m = 0; m < M; m++)
     for (int p = 0; p < NP; p++) {
       for (int u = 1; u < U; u++) acc[0][m][p] = Isa::add(acc[0][m][p], acc[u][m][p]);
-      Isa::store(out + (m * kBlockPanels + p) * kPanelRows, acc[0][m][p]);
+      float* to = out + (m * kBlockPanels + p) * kPanelRows;
+      Isa::store(to, add ? Isa::add(acc[0][m][p], Isa::load(to)) : acc[0][m][p]);
     }
 }
 
@@ -178,30 +181,37 @@ __attribute__((noinline)) void integer_tile(const Block& b, int panel, const Row
   }
 }
 
-// A block of packed weights, made ready for `count` rows: as packed, or decoded to bytes where that pays.
+// A block of weights, made ready for its rows: as packed, or decoded to bytes or to bf16 pairs.
+enum class Form { packed, bytes, pairs };
+
 struct Ready {
   Block block;
-  bool decoded;
+  Form form;
 };
 
 // Rows from which decoding 4-bit codes to bytes once costs less than unpacking them in every tile.
 constexpr int64_t kDecodeFrom = 16;
 
 template <class Isa>
+struct Trainer;  // isa/train.h
+
+template <class Isa>
 struct Engine {
-  static Ready ready(const Layout& layout, const Block& block, int64_t count, bool tiles, uint8_t* scratch) {
-    const bool decode = layout.format == Format::int4 && layout.group && (tiles || (layout.group < kActivationGroup && count >= kDecodeFrom));
-    if (!decode) return {block, false};
-    Ready r{block, true};
-    int64_t weight_bytes = layout.padded_cols() * kPanelRows;
-    int64_t scale_bytes = round_up(layout.padded_cols(), kActivationGroup) / kActivationGroup * kPanelRows * 4;
+  static Ready ready(const Layout& layout, const Block& block, int64_t count, bool integer, bool tiles, uint8_t* scratch) {
+    if (layout.format == Format::bf16) return {block, Form::pairs};
+    const bool bytes = layout.format == Format::int4 && layout.group && (tiles || (layout.group < kActivationGroup && count >= kDecodeFrom));
+    if (integer && !bytes) return {block, Form::packed};
+    Ready r{block, integer ? Form::bytes : Form::pairs};
+    const int64_t cols = layout.padded_cols(), weight_bytes = cols * kPanelRows * (integer ? 1 : 2);
+    const int64_t scale_bytes = integer ? round_up(cols, kActivationGroup) / kActivationGroup * kPanelRows * 4 : 0;
     for (int p = 0; p < kBlockPanels; p++) {
       uint8_t* weight = scratch + p * (weight_bytes + scale_bytes);
-      float* scale = reinterpret_cast<float*>(weight + weight_bytes);
-      bool repeated = p > 0 && block.weight[p] == block.weight[0];
-      if (!repeated) Isa::decode_panel(layout, block.weight[p], block.scale[p], block.zero[p], weight, scale);
+      uint8_t* scale = weight + weight_bytes;
+      const bool repeated = p > 0 && block.weight[p] == block.weight[0];
+      if (!repeated && integer) Isa::decode_panel(layout, block.weight[p], block.scale[p], block.zero[p], weight, reinterpret_cast<float*>(scale));
+      if (!repeated && !integer) decode_pairs(layout, block.weight[p], block.scale[p], block.zero[p], 0, cols, weight);
       r.block.weight[p] = repeated ? r.block.weight[0] : weight;
-      r.block.scale[p] = repeated ? r.block.scale[0] : reinterpret_cast<uint8_t*>(scale);
+      r.block.scale[p] = repeated ? r.block.scale[0] : scale;
     }
     return r;
   }
@@ -209,15 +219,15 @@ struct Engine {
   template <int M, int A>
   static void tile(const Layout& layout, const Ready& r, const Staged& x, const int32_t* index, float* out, const Ahead& ahead) {
     constexpr int NP = Isa::tile_panels(M), kSweeps = kBlockPanels / NP, kAhead = A == kInOrder ? A : (A + kSweeps - 1) / kSweeps;
-    const int64_t cols = layout.padded_cols(), lines = cols / layout.columns_per_line();
-    const Rows<M> rows(x, index, r.decoded);
+    const int64_t cols = layout.padded_cols();
+    const Rows<M> rows(x, index, r.form == Form::bytes);
     const Block& b = r.block;
     for (int p = 0; p < kBlockPanels; p += NP) {
       float* to = out + p * kPanelRows;
       const Ahead next = A > 0 ? ahead.after(p / NP * kAhead) : ahead;
-      if (layout.format == Format::bf16)
-        bf16_tile<Isa, M, NP, kAhead>(b.weight + p, rows, lines, to, next);
-      else if (r.decoded)
+      if (r.form == Form::pairs)
+        bf16_tile<Isa, M, NP, kAhead>(b.weight + p, rows, cols / 2, to, next);
+      else if (r.form == Form::bytes)
         integer_tile<Isa, M, NP, Codes::bytes, Scales::decoded, false, kAhead>(b, p, rows, cols, kActivationGroup, to, next);
       else if (layout.format == Format::int8)
         layout.group ? integer_tile<Isa, M, NP, Codes::bytes, Scales::group, false, kAhead>(b, p, rows, cols, x.unit, to, next)
@@ -244,7 +254,7 @@ struct Engine {
   // Tile registers want rows next to each other: those of an expert, copied once for all its panels. Null where tiles are not used.
   static const uint8_t* gather(const Layout& layout, const Staged& x, const Tokens& tokens) {
     if constexpr (Isa::kTiles) {
-      if (tokens.count < Isa::kTilesFrom || !Isa::supports(layout)) return nullptr;
+      if (tokens.count < Isa::kTilesFrom || !Isa::supports(layout, x.integer)) return nullptr;
       static thread_local std::vector<uint8_t> rows;
       rows.resize(tokens.count * x.row_bytes);
       for (int64_t m = 0; m < tokens.count; m++) memcpy(rows.data() + m * x.row_bytes, x.data + tokens.input[m] * x.row_bytes, x.row_bytes);
@@ -255,8 +265,9 @@ struct Engine {
 
   // Every row of `tokens` times one block, a tile at a time; `finish(first, rows, out)` takes each tile's [rows][64] products.
   // The first tiles fetch `next`, the block that comes after, into the L2 cache.
-  static Ahead ahead_of(const Layout& layout, const Block& next, bool decoded, int64_t piece, int shift) {
-    Ahead ahead{{}, shift + decoded};
+  // Piece `piece` of the next block cut into 4 << shift; `denser`: the lines being multiplied are 2^denser times as many as packed ones.
+  static Ahead ahead_of(const Layout& layout, const Block& next, int denser, int64_t piece, int shift) {
+    Ahead ahead{{}, shift + denser};
     const int64_t size = layout.weight_panel_bytes() >> shift;
     for (int a = 0; a < kBlockPanels; a++) {
       const int64_t i = (piece + a) % (kBlockPanels << shift);
@@ -268,7 +279,8 @@ struct Engine {
   template <class Finish>
   static void multiply(const Layout& layout, const Block& block, const Staged& x, const Tokens& tokens, const uint8_t* gathered, uint8_t* scratch,
                        const Block& next, const Finish& finish) {
-    const Ready r = ready(layout, block, tokens.count, gathered != nullptr, scratch);
+    const Ready r = ready(layout, block, tokens.count, x.integer, gathered != nullptr, scratch);
+    const int denser = r.form == Form::packed || layout.format == Format::bf16 ? 0 : layout.format == Format::int4 && x.integer ? 1 : layout.format == Format::int4 ? 2 : 1;
     for (int p = 0; p < kBlockPanels; p++) {
       for (int64_t i = 0; i < layout.scale_panel_bytes(); i += kLine) Isa::prefetch(next.scale[p] + i);
       for (int64_t i = 0; i < layout.zero_panel_bytes(); i += kLine) Isa::prefetch(next.zero[p] + i);
@@ -278,7 +290,7 @@ struct Engine {
         alignas(64) float out[Isa::kTileChunk * kBlockPanels * kPanelRows];
         for (int64_t first = 0; first < tokens.count; first += Isa::kTileChunk) {
           const int64_t rows = tokens.count - first < Isa::kTileChunk ? tokens.count - first : Isa::kTileChunk;
-          Isa::multiply_tiles(layout, r.block.weight, r.block.scale, r.decoded, x, gathered + first * x.row_bytes, tokens.input + first,
+          Isa::multiply_tiles(layout, r.block.weight, r.block.scale, r.form == Form::bytes, x, gathered + first * x.row_bytes, tokens.input + first,
                               static_cast<int>(rows), out);
           finish(first, rows, out);
         }
@@ -293,18 +305,18 @@ struct Engine {
       const int32_t* index = tokens.input + first;
       switch (tiles) {
         case 1:
-          if (rows <= Isa::kStreamRows)
+          if (rows <= Isa::kStreamRows && !denser)
             tile_of<Isa::kStreamRows, kInOrder>(rows, layout, r, x, index, out, Ahead{});
           else
-            tile_of<Isa::kTileRows, 4>(rows, layout, r, x, index, out, ahead_of(layout, next, r.decoded, 0, 0));
+            tile_of<Isa::kTileRows, 4>(rows, layout, r, x, index, out, ahead_of(layout, next, denser, 0, 0));
           break;
         case 2:
         case 3:
-          tile_of<Isa::kTileRows, 2>(rows, layout, r, x, index, out, ahead_of(layout, next, r.decoded, 2 * (t % 2), 0));
+          tile_of<Isa::kTileRows, 2>(rows, layout, r, x, index, out, ahead_of(layout, next, denser, 2 * (t % 2), 0));
           break;
         default:
           const int shift = tiles < 8 ? 0 : tiles < 16 ? 1 : 2;
-          tile_of<Isa::kTileRows, 1>(rows, layout, r, x, index, out, ahead_of(layout, next, r.decoded, t, shift));
+          tile_of<Isa::kTileRows, 1>(rows, layout, r, x, index, out, ahead_of(layout, next, denser, t, shift));
       }
       finish(first, rows, out);
     }
@@ -323,15 +335,67 @@ struct Engine {
     return block;
   }
 
-  static void store_hidden(const Experts& layer, const float* values, int64_t count, uint8_t* row, int64_t column) {
-    if (layer.out.format == Format::bf16 && Isa::kFloatBytes == 4)
+  static void store_bf16(const float* values, int64_t count, uint16_t* to) {
+    for (int64_t i = 0; i < count; i++) to[i] = float_to_bf16(values[i]);
+  }
+
+  // Hidden activations: staged, or bf16 rows to be quantised.
+  static void store_hidden(bool integer, const float* values, int64_t count, uint8_t* row, int64_t column) {
+    if (!integer && Isa::kFloatBytes == 4)
       memcpy(row + column * 4, values, count * 4);
     else
-      for (int64_t i = 0; i < count; i++) reinterpret_cast<uint16_t*>(row)[column + i] = float_to_bf16(values[i]);
+      store_bf16(values, count, reinterpret_cast<uint16_t*>(row) + column);
+  }
+
+  // Rows of B that belong to a block, as panels of bf16 pairs over the rank.
+  struct LoraBlock {
+    const uint8_t* panel[kBlockPanels] = {};
+
+    void fill(const LoraFactor& f, int64_t expert, int64_t out, int64_t first_panel, int64_t count, int64_t at) {
+      if (!f.rank || !count) return;
+      static thread_local std::vector<uint8_t> memory[kBlockPanels];
+      const int64_t element = f.b_type == DType::f32 ? 4 : 2, lines = f.padded_rank() / 2;
+      for (int64_t p = 0; p < count; p++) {
+        const int64_t row = (first_panel + p) * kPanelRows;
+        memory[at + p].resize(lines * kLine);
+        pack_pairs(static_cast<const uint8_t*>(f.b) + (expert * out + row) * f.rank * element, f.b_type, f.rank, 1, out - row, f.rank, lines,
+                   memory[at + p].data());
+        panel[at + p] = memory[at + p].data();
+      }
+    }
+  };
+
+  // out[m][panels at ..] += B low[index[m]]
+  static void add_low_rank(const LoraFactor& f, const LoraBlock& block, int64_t at, int64_t count, const Staged& low, const int32_t* index,
+                           int64_t rows, float* out) {
+    if (!f.rank) return;
+    for (int64_t p = 0; p < count; p++)
+      add_pairs<1>(&block.panel[at + p], f.padded_rank() / 2, low, index, rows, out + (at + p) * kPanelRows, true);
+  }
+
+  // out[m][..] = or += pairs times staged rows, NP panels wide, for any number of rows.
+  template <int NP>
+  static void add_pairs(const uint8_t* const* weight, int64_t lines, const Staged& x, const int32_t* index, int64_t rows, float* out, bool add) {
+    constexpr int kRows = Isa::kTileRows;
+    const int64_t tiles = (rows + kRows - 1) / kRows;
+    for (int64_t t = 0; t < tiles; t++) {
+      const int64_t first = rows * t / tiles;
+      pairs_of<kRows, NP>(rows * (t + 1) / tiles - first, weight, lines, x, index + first, out + first * kBlockRows, add);
+    }
+  }
+
+  template <int M, int NP>
+  static void pairs_of(int64_t rows, const uint8_t* const* weight, int64_t lines, const Staged& x, const int32_t* index, float* out, bool add) {
+    if constexpr (M > 1) {
+      if (rows < M) return pairs_of<M - 1, NP>(rows, weight, lines, x, index, out, add);
+    }
+    constexpr int kWidth = Isa::tile_panels(M) < NP ? Isa::tile_panels(M) : NP;
+    const Rows<M> block(x, index, false);
+    for (int p = 0; p < NP; p += kWidth) bf16_tile<Isa, M, kWidth, 0>(weight + p, block, lines, out + p * kPanelRows, Ahead{}, add);
   }
 
   static void gate_up(const Experts& layer, const Work& work, const Staged& x, const Tokens& tokens, uint8_t* hidden, int64_t hidden_row_bytes,
-                      uint8_t* scratch) {
+                      uint8_t* scratch, const GateUpTraining* training) {
     const Layout& layout = layer.in;
     const int64_t step = layer.has_gate ? kBlockPanels / 2 : kBlockPanels;
     const uint8_t* gathered = gather(layout, x, tokens);
@@ -344,21 +408,35 @@ struct Engine {
     for (int64_t panel = work.begin; panel < work.end; panel += step) {
       const int64_t n = work.end - panel < step ? work.end - panel : step, columns = n * kPanelRows, column = panel * kPanelRows;
       const Block next = panel + step < work.end ? block_at(work.expert, panel + step) : block_at(work.next_expert, work.next_begin);
+      LoraBlock lora;
+      if (training && training->lora) {
+        lora.fill(training->lora->gate, work.expert, layout.rows, panel, layer.has_gate ? n : 0, 0);
+        lora.fill(training->lora->up, work.expert, layout.rows, panel, n, layer.has_gate ? n : 0);
+      }
       multiply(layout, block_at(work.expert, panel), x, tokens, gathered, scratch, next, [&](int64_t first, int64_t rows, float* out) {
+        if (training && training->lora) {
+          if (layer.has_gate) add_low_rank(training->lora->gate, lora, 0, n, training->low_gate, tokens.output + first, rows, out);
+          add_low_rank(training->lora->up, lora, layer.has_gate ? n : 0, n, training->low_up, tokens.output + first, rows, out);
+        }
         for (int64_t m = 0; m < rows; m++) {
-          float* product = out + m * kBlockPanels * kPanelRows;
+          float* product = out + m * kBlockRows;
           float* up = layer.has_gate ? product + columns : product;
           if (gate_bias) add(product, gate_bias + column, columns);
           if (up_bias) add(up, up_bias + column, columns);
+          if (training) {
+            const int64_t at = tokens.output[first + m] * layout.rows + column, there = columns < layout.rows - column ? columns : layout.rows - column;
+            if (layer.has_gate) store_bf16(product, there, training->gate + at);
+            store_bf16(up, there, training->up + at);
+          }
           activate(layer.activation, layer.has_gate, product, up, columns);
-          store_hidden(layer, product, columns, hidden + tokens.output[first + m] * hidden_row_bytes, column);
+          store_hidden(x.integer, product, columns, hidden + tokens.output[first + m] * hidden_row_bytes, column);
         }
       });
     }
   }
 
   static void down(const Experts& layer, const Work& work, const Staged& hidden, const Tokens& tokens, float* result, int64_t stride,
-                   uint8_t* scratch) {
+                   uint8_t* scratch, const DownTraining* training) {
     const Layout& layout = layer.out;
     const uint8_t* gathered = gather(layout, hidden, tokens);
     auto block_at = [&](int64_t e, int64_t panel) {
@@ -369,9 +447,12 @@ struct Engine {
     for (int64_t panel = work.begin; panel < work.end; panel += kBlockPanels) {
       const int64_t n = work.end - panel < kBlockPanels ? work.end - panel : kBlockPanels, columns = n * kPanelRows;
       const Block next = panel + kBlockPanels < work.end ? block_at(work.expert, panel + kBlockPanels) : block_at(work.next_expert, work.next_begin);
+      LoraBlock lora;
+      if (training && training->lora) lora.fill(training->lora->down, work.expert, layout.rows, panel, n, 0);
       multiply(layout, block_at(work.expert, panel), hidden, tokens, gathered, scratch, next, [&](int64_t first, int64_t rows, float* out) {
+        if (training && training->lora) add_low_rank(training->lora->down, lora, 0, n, training->low, tokens.input + first, rows, out);
         for (int64_t m = 0; m < rows; m++) {
-          float* product = out + m * kBlockPanels * kPanelRows;
+          float* product = out + m * kBlockRows;
           if (bias) add(product, bias + panel * kPanelRows, columns);
           float* to = result + tokens.output[first + m] * stride + (panel - work.begin) * kPanelRows;
           const float w = tokens.weight[first + m];
@@ -417,11 +498,11 @@ struct Engine {
     alignas(64) float stack[kMaxStackCols];
     float* row = to.cols <= kMaxStackCols ? stack : new float[to.cols];
     for (int64_t r = begin; r < end; r++) {
-      const bool direct = weights.format == Format::bf16 && Isa::kFloatBytes == 4;
+      const bool direct = !to.integer && Isa::kFloatBytes == 4;
       float* values = direct ? reinterpret_cast<float*>(to.data + r * to.row_bytes) : row;
       load_row(source, dtype, r * stride, cols, values);
       for (int64_t i = cols; i < to.cols; i++) values[i] = 0.0f;
-      if (weights.format != Format::bf16)
+      if (to.integer)
         quantise_row(weights, values, to, r);
       else if (!direct)
         for (int64_t i = 0; i < to.cols; i++) reinterpret_cast<uint16_t*>(to.data + r * to.row_bytes)[i] = float_to_bf16(values[i]);
@@ -453,9 +534,13 @@ struct Engine {
   }
 
   static constexpr Kernels kernels(const char* name) {
-    return {name, Isa::kFloatBytes, Isa::kIntegerBytes, stage, gate_up, down, store, pack_panel, dots, read, Isa::kFloatMacs, Isa::kIntegerMacs};
+    using T = Trainer<Isa>;
+    return {name, Isa::kFloatBytes, Isa::kIntegerBytes, stage, gate_up, down, store, pack_panel, T::low_rank, T::backward_hidden, T::backward_input,
+            T::lora_gradient, dots, read, Isa::kFloatMacs, Isa::kIntegerMacs};
   }
 };
 
 }  // namespace
 }  // namespace coterie
+
+#include "isa/train.h"

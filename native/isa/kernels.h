@@ -9,6 +9,7 @@ namespace coterie {
 enum class DType : int { bf16 = 0, f32 = 1, f16 = 2 };
 
 constexpr int kBlockPanels = 4;       // panels a matmul works on at a time
+constexpr int kBlockRows = kBlockPanels * kPanelRows;
 constexpr int kActivationGroup = 128;  // columns of an activation row that share one int8 scale
 
 // Activations in the form the dot products of an instruction set read.
@@ -19,6 +20,7 @@ struct Staged {
   // Integer paths: the sum of each unit of quantised columns, times minus the offset of the weights' codes.
   int32_t* offset;        // [rows][units]
   int32_t* group_offset;  // [rows][groups of 128], for weights decoded to bytes
+  bool integer;       // int8 codes and scales, or floats
   int64_t cols;       // padded
   int64_t unit;       // columns per partial sum: the weights' group, at most 128
 
@@ -40,6 +42,50 @@ struct Work {
   int64_t next_expert, next_begin;
 };
 
+// LoRA of one projection: y += scaling * B (A x), A [experts][rank][in], B [experts][out][rank]. Rank 0: none.
+struct LoraFactor {
+  const void *a, *b;
+  DType a_type, b_type;
+  int64_t rank;
+  float scaling;
+  void *grad_a, *grad_b;  // of the types of a and b; null where not wanted
+
+  int64_t padded_rank() const { return round_up(rank, kPanelRows); }
+};
+
+struct Lora {
+  LoraFactor gate, up, down;
+  bool shared_a;  // gate and up have one A; its gradient goes to the gate's
+};
+
+// What training adds to the forward: low = scaling * A x per slot, staged; and pre-activations kept as bf16 [slots][intermediate].
+struct GateUpTraining {
+  const Lora* lora;
+  Staged low_gate, low_up;
+  uint16_t *gate, *up;
+};
+
+struct DownTraining {
+  const Lora* lora;
+  Staged low;
+};
+
+// Buffers of a backward pass, all by slot.
+struct Backward {
+  const Lora* lora;
+  const uint16_t *gate, *up;  // what the forward kept
+  Staged grad_out, x;         // by token
+  Staged d_low_down;          // scaling * B^T grad_out
+  Staged low_gate, low_up, low_down;
+  Staged hidden;
+  Staged grads;               // rows: d gate | d up | d low gate | d low up
+  int64_t up_column, low_gate_column, low_up_column;
+  float* weight_parts;        // [blocks of 64 hidden columns][slots]: shares of the routing weights' gradients
+  int64_t slots;
+};
+
+enum class LoraGradient { gate_a, gate_b, up_a, up_b, down_a, down_b };
+
 struct Kernels {
   const char* name;
   // Bytes of one staged element on the bf16 path and on the integer path.
@@ -48,14 +94,26 @@ struct Kernels {
   // Rows [begin, end) of `source` [*, cols] (any float dtype) into staged form.
   void (*stage)(const Layout& weights, const void* source, DType dtype, int64_t stride, int64_t cols, int64_t begin, int64_t end, const Staged& to);
   // hidden[token] = act(gate x, up x); `hidden` is staged (bf16 path) or bf16 rows (integer path).
-  void (*gate_up)(const Experts&, const Work&, const Staged& x, const Tokens&, uint8_t* hidden, int64_t hidden_row_bytes, uint8_t* scratch);
+  void (*gate_up)(const Experts&, const Work&, const Staged& x, const Tokens&, uint8_t* hidden, int64_t hidden_row_bytes, uint8_t* scratch,
+                  const GateUpTraining* training);
   // result[token] += weight * (down hidden); `result` is f32 [*][stride], its first column being panel `begin`.
-  void (*down)(const Experts&, const Work&, const Staged& hidden, const Tokens&, float* result, int64_t stride, uint8_t* scratch);
+  void (*down)(const Experts&, const Work&, const Staged& hidden, const Tokens&, float* result, int64_t stride, uint8_t* scratch,
+               const DownTraining* training);
   void (*store)(const float* result, int64_t count, void* to, DType dtype);
 
   // Panel `panel` of a matrix from rows of `source` (row stride in elements); false if a NaN or Inf cannot be packed.
   bool (*pack_panel)(const Layout&, int64_t panel, const void* source, DType dtype, int64_t stride, bool search, uint8_t* weight, uint8_t* scale,
                      uint8_t* zero, float* scratch);
+
+  // low[token.output] = scaling * A x, or with `transposed` scaling * B^T x, into columns from `column` on of staged rows.
+  void (*low_rank)(const LoraFactor&, int64_t expert, int64_t in, int64_t out, bool transposed, const Staged& x, const Tokens&, const Staged& low,
+                   int64_t column);
+  // Gradients of gate and up, the hidden activations and shares of the routing weights' gradients, for blocks [begin, end) of 64 hidden columns.
+  void (*backward_hidden)(const Experts&, int64_t expert, int64_t begin, int64_t end, const Tokens&, const Backward&, uint8_t* scratch);
+  // result[token] += the gradient of x, for blocks [begin, end) of 64 columns.
+  void (*backward_input)(const Experts&, int64_t expert, int64_t begin, int64_t end, const Tokens&, const Backward&, float* result, int64_t stride,
+                         uint8_t* scratch);
+  void (*lora_gradient)(const Experts&, int64_t expert, LoraGradient which, const Tokens&, const Backward&);
 
   // For measuring: issue `count` full-width dot products of a kind; read `bytes` bytes.
   void (*dots)(int64_t count, bool integer);
@@ -66,7 +124,13 @@ struct Kernels {
 // Scratch bytes one thread needs for gate_up and down.
 inline int64_t block_scratch_bytes(const Layout& layout) {
   int64_t cols = layout.padded_cols();
-  return kBlockPanels * (cols * kPanelRows + round_up(cols, kActivationGroup) / kActivationGroup * kPanelRows * 4);
+  return kBlockPanels * cols * kPanelRows * 2;  // bf16; bytes and their scales are less
+}
+
+// The same for the backward functions: a block of both transposed matrices and of LoRA's.
+inline int64_t backward_scratch_bytes(const Experts& layer, const Backward& b) {
+  const int64_t columns = round_up(layer.hidden, kColumnAlign) > b.grads.cols ? round_up(layer.hidden, kColumnAlign) : b.grads.cols;
+  return kBlockRows * columns * 2 + kBlockRows * kColumnAlign;
 }
 
 extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated;

@@ -7,6 +7,10 @@
 #include "isa/activation.h"
 #include "isa/kernels.h"
 
+// The bytes are the same on every CPU: no product and sum may be fused into one rounding where the instruction set happens to offer it.
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+
 namespace coterie {
 namespace {
 
@@ -167,6 +171,40 @@ inline bool all_finite(const float* values, int64_t count) {
   return sum == 0.0f;
 }
 
+// The scale as it is stored.
+inline float stored_scale(const Layout& layout, float scale) { return layout.group ? bf16_to_float(float_to_bf16(scale)) : scale; }
+
+inline void squared_error(const Layout& layout, const float* values, int64_t count, const Lanes& scale, const Lanes& zero, Lanes& sum) {
+  Lanes s, inverse;
+  for (int lane = 0; lane < kLanes; lane++) {
+    s[lane] = stored_scale(layout, scale[lane]);
+    inverse[lane] = s[lane] != 0.0f ? 1.0f / s[lane] : 0.0f;
+    sum[lane] = 0.0f;
+  }
+  for (int64_t k = 0; k < count; k++)
+    for (int lane = 0; lane < kLanes; lane++) {
+      const float w = values[k * kLanes + lane];
+      const float off = w - s[lane] * (round_between(w * inverse[lane] + zero[lane], 0.0f, 15.0f) - zero[lane]);
+      sum[lane] += off * off;
+    }
+}
+
+inline void scale_int4(const Layout& layout, const float* values, int64_t count, bool search, Lanes& scale, Lanes& zero) {
+  const auto choose = layout.zero_point ? scale_zero_point : scale_symmetric;
+  choose(values, count, false, scale, zero);
+  if (!search) return;
+  // Rounding the scale for storage can undo what the search gained.
+  Lanes fitted, fitted_zero, before, after;
+  choose(values, count, true, fitted, fitted_zero);
+  squared_error(layout, values, count, scale, zero, before);
+  squared_error(layout, values, count, fitted, fitted_zero, after);
+  for (int lane = 0; lane < kLanes; lane++) {
+    const bool better = after[lane] < before[lane];
+    scale[lane] = better ? fitted[lane] : scale[lane];
+    zero[lane] = better ? fitted_zero[lane] : zero[lane];
+  }
+}
+
 // Returns false, having written nothing, if a quantised format is asked to hold a NaN or Inf. `scratch`: 16 floats per padded column.
 inline bool pack_panel(const Layout& layout, int64_t panel, const void* source, DType dtype, int64_t stride, bool search, uint8_t* weight,
                        uint8_t* scale, uint8_t* zero, float* scratch) {
@@ -188,18 +226,15 @@ inline bool pack_panel(const Layout& layout, int64_t panel, const void* source, 
     Lanes s, z, inverse;
     if (layout.format == Format::int8)
       scale_int8(values, group, s, z);
-    else if (layout.zero_point)
-      scale_zero_point(values, group, search, s, z);
     else
-      scale_symmetric(values, group, search, s, z);
+      scale_int4(layout, values, group, search, s, z);
     for (int lane = 0; lane < kLanes; lane++) {
-      if (layout.group) {
-        const uint16_t rounded = float_to_bf16(s[lane]);
-        memcpy(scales + (g * kLanes + lane) * 2, &rounded, 2);
-        s[lane] = bf16_to_float(rounded);
-      } else {
+      s[lane] = stored_scale(layout, s[lane]);
+      const uint16_t half = float_to_bf16(s[lane]);
+      if (layout.group)
+        memcpy(scales + (g * kLanes + lane) * 2, &half, 2);
+      else
         memcpy(scales + lane * 4, &s[lane], 4);
-      }
       inverse[lane] = s[lane] != 0.0f ? 1.0f / s[lane] : 0.0f;
       if (layout.zero_point) zeros[g * kLanes + lane] = static_cast<uint8_t>(z[lane]);
     }
@@ -219,3 +254,5 @@ inline bool pack_panel(const Layout& layout, int64_t panel, const void* source, 
 
 }  // namespace
 }  // namespace coterie
+
+#pragma GCC pop_options

@@ -12,8 +12,8 @@ struct Amx : Avx512Bf16 {
   static constexpr int kTileChunk = 32;      // rows of one call to `multiply_tiles`
   static constexpr int64_t kFloatMacs = 32;  // `dots` measures the AVX512 rate
 
-  static bool supports(const Layout& layout) {
-    if (layout.format == Format::bf16) return true;
+  static bool supports(const Layout& layout, bool integer) {
+    if (!integer) return layout.format == Format::bf16;
     if (layout.format == Format::int8) return layout.group == 0 || layout.group == kActivationGroup;
     return layout.group != 0;
   }

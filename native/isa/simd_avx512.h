@@ -78,6 +78,25 @@ struct Avx512 {
 
   static void decode_panel(const Layout& layout, const uint8_t* weight, const uint8_t* scale, const uint8_t* zero, uint8_t* codes, float* scales);
 
+  // transpose_tile: words within each pair of rows, then an 8 x 8 transpose of 64-bit elements.
+  static void transpose(const uint8_t* from, uint8_t* to) {
+    const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    __m512i r[8], a[8], b[8];
+    for (int i = 0; i < 8; i++) r[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(from + i * kLine), order);
+    for (int i = 0; i < 8; i += 2) {
+      a[i] = _mm512_unpacklo_epi64(r[i], r[i + 1]);
+      a[i + 1] = _mm512_unpackhi_epi64(r[i], r[i + 1]);
+    }
+    // b[h][j]: rows 4 h .. 4 h + 3 of columns j and j + 4
+    for (int h = 0; h < 2; h++)
+      for (int j = 0; j < 4; j++)
+        b[h * 4 + j] = j < 2 ? _mm512_shuffle_i64x2(a[h * 4 + j], a[h * 4 + j + 2], 0x88) : _mm512_shuffle_i64x2(a[h * 4 + j - 2], a[h * 4 + j], 0xdd);
+    for (int j = 0; j < 4; j++) {
+      _mm512_storeu_si512(to + j * kLine, _mm512_shuffle_i64x2(b[j], b[4 + j], 0x88));
+      _mm512_storeu_si512(to + (j + 4) * kLine, _mm512_shuffle_i64x2(b[j], b[4 + j], 0xdd));
+    }
+  }
+
   static void dots(int64_t count, bool integer) {
     constexpr int kChains = 8;
     F f[kChains];

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "isa/decode.h"
+#include "isa/decode_pairs.h"
 
 namespace coterie {
 namespace {
@@ -130,6 +131,8 @@ struct Scalar {
   static void decode_panel(const Layout& layout, const uint8_t* weight, const uint8_t* scale, const uint8_t* zero, uint8_t* codes, float* scales) {
     decode_panel_portable(layout, weight, scale, zero, codes, scales);
   }
+
+  static void transpose(const uint8_t* from, uint8_t* to) { transpose_tile(from, to); }
 
   static void dots(int64_t count, bool integer) {
     F f = set1(0.0f);

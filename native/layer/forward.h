@@ -17,10 +17,13 @@ struct Batch {
   DType out_dtype;       // bf16 or f32
 };
 
-// The sum runs over a token's experts in an order that depends on the batch alone: same bits for any number of threads.
-void forward(const Experts& layer, const Kernels& kernels, const Batch& batch);
+// Training computes with bf16 activations in every format, adds LoRA and keeps the pre-activations, bf16 [tokens * top_k][intermediate].
+struct Training {
+  Lora lora;
+  uint16_t *gate, *up;
+};
 
-// Gives back the memory that forward keeps between calls.
-void release_workspace();
+// The sum runs over a token's experts in an order that depends on the batch alone: same bits for any number of threads.
+void forward(const Experts& layer, const Kernels& kernels, const Batch& batch, const Training* training = nullptr);
 
 }  // namespace coterie

@@ -24,6 +24,7 @@ void Routing::group(const int64_t* ids, const float* weights, int64_t tokens, in
   token.resize(slots);
   slot.resize(slots);
   weight.resize(slots);
+  position.resize(slots);
   for (int64_t t = 0; t < tokens; t++)
     for (int64_t k = 0; k < top_k; k++) {
       const int64_t e = ids[t * top_k + k];
@@ -32,6 +33,7 @@ void Routing::group(const int64_t* ids, const float* weights, int64_t tokens, in
       token[at] = static_cast<int32_t>(t);
       slot[at] = static_cast<int32_t>(at);
       weight[at] = weights[t * top_k + k];
+      position[at] = t * top_k + k;
     }
 }
 

@@ -14,11 +14,15 @@ struct Routing {
   std::vector<int32_t> token;    // token of each slot
   std::vector<int32_t> slot;     // 0, 1, 2 ...: its row of the hidden activations
   std::vector<float> weight;     // its routing weight
+  std::vector<int64_t> position; // its place in ids
 
   void group(const int64_t* ids, const float* weights, int64_t tokens, int64_t top_k, int64_t expert_count);
   int64_t slots() const { return static_cast<int64_t>(token.size()); }
 
+  // Rows read and rows written by expert `i` of the list above.
   Tokens into_hidden(int64_t i) const { return {&token[begin[i]], &slot[begin[i]], nullptr, begin[i + 1] - begin[i]}; }
+  Tokens by_token(int64_t i) const { return {&token[begin[i]], &slot[begin[i]], &weight[begin[i]], begin[i + 1] - begin[i]}; }
+  Tokens within_hidden(int64_t i) const { return {&slot[begin[i]], &slot[begin[i]], nullptr, begin[i + 1] - begin[i]}; }
   Tokens into_result(int64_t i) const { return {&slot[begin[i]], &token[begin[i]], &weight[begin[i]], begin[i + 1] - begin[i]}; }
 };
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from . import cpu, transformers_hook
 from .activations import Activation
 from .experts import Experts
+from .lora import ExpertLora
 
 if TYPE_CHECKING:
     from .hf import CoterieConfig, from_pretrained
@@ -15,7 +16,7 @@ cpu.read_environment()
 transformers_hook.install()
 
 __version__ = "0.1.0"
-__all__ = ["Activation", "CoterieConfig", "Experts", "cpu", "from_pretrained"]
+__all__ = ["Activation", "CoterieConfig", "ExpertLora", "Experts", "cpu", "from_pretrained"]
 
 
 def __getattr__(name: str) -> Any:

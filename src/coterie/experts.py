@@ -13,6 +13,7 @@ from .activations import Activation
 from .cpu import current_isa
 from .errors import ArgumentError
 from .formats import PANEL_ROWS, Format, resolve, round_up
+from .lora import ExpertLora
 
 PROJECTIONS = ("gate", "up", "down")
 PARTS = ("weight", "scale", "zero")
@@ -246,7 +247,7 @@ class Experts:
 
     # --- computing ---
 
-    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None = None) -> Tensor:
         """x [T,H] float, ids [T,K] integer (-1: no expert), weights [T,K] float -> [T,H] in x's dtype.
 
         Duplicates of an expert in one token add up. Same bits whatever the number of threads.
@@ -254,7 +255,7 @@ class Experts:
         Raises:
             ArgumentError: a wrong shape, dtype or device, or an id out of range.
         """
-        return ops.forward(self, x, ids, weights)
+        return ops.forward(self, x, ids, weights, lora)
 
     @property
     def native(self) -> _native.Layer:

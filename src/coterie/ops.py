@@ -1,15 +1,16 @@
 """The forward of a layer of experts as torch sees it: checks, and a custom operator for torch.compile and autograd."""
 
-from __future__ import annotations
-
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .errors import ArgumentError
+from .lora import ExpertLora
 
 if TYPE_CHECKING:
     from .experts import Experts
@@ -17,25 +18,48 @@ if TYPE_CHECKING:
 DTYPES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}  # in the order of the native enum
 
 _keys = itertools.count()
-_registered: weakref.WeakValueDictionary[int, Experts] = weakref.WeakValueDictionary()
+_registered: weakref.WeakValueDictionary[int, 'Experts'] = weakref.WeakValueDictionary()
 
 
-def register(experts: Experts) -> int:
+def register(experts: 'Experts') -> int:
     """A key by which the operator finds the experts; operators take tensors and numbers only."""
     key = next(_keys)
     _registered[key] = experts
     return key
 
 
-def forward(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """See Experts.__call__."""
+def forward(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None = None) -> Tensor:
+    """See Experts.__call__. Without gradients and LoRA: the fast path of the format; else bf16 activations in every format."""
     check(experts, x, ids, weights)
-    if torch.compiler.is_compiling():
-        return experts_forward(x, ids, weights, experts._key)
-    return _compute(experts, x, ids, weights)
+    if lora is not None:
+        lora.check(experts)
+    if lora is None and not (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)):
+        if torch.compiler.is_compiling():
+            return experts_forward(x, ids, weights, experts._key)
+        return _compute(experts, x, ids, weights)
+    return _train(experts, x, ids, weights, lora or ExpertLora())
 
 
-def check(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> None:
+def _train(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora) -> Tensor:
+    given = x.float() if x.dtype == torch.float16 else x
+    flat = [_parameter(t) for pair in lora.pairs().values() for t in pair]
+    shared = lora.gate_a is not None and lora.gate_a is lora.up_a
+    if shared:
+        flat[2] = None
+    out, _, _ = experts_train(
+        given.contiguous(), ids.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous(), experts._key,
+        *flat, lora.scalings(), shared,
+    )  # fmt: skip
+    return out.to(x.dtype)
+
+
+def _parameter(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    return (tensor.float() if tensor.dtype == torch.float16 else tensor).contiguous()
+
+
+def check(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor) -> None:
     """Raise ArgumentError for anything the engine cannot take."""
     if x.dim() != 2 or x.shape[1] != experts.hidden_size:
         raise ArgumentError(f"x: expected shape [tokens, {experts.hidden_size}], found {list(x.shape)}")
@@ -66,17 +90,152 @@ def _(x: Tensor, ids: Tensor, weights: Tensor, key: int) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _compute(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+@torch.library.custom_op("coterie::experts_train", mutates_args=())
+def experts_train(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    key: int,
+    gate_a: Tensor | None,
+    gate_b: Tensor | None,
+    up_a: Tensor | None,
+    up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
+    scalings: Sequence[float],
+    shared_a: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output [T,H] and the pre-activations of gate and up, bf16 [T*K,I] in the engine's order of slots."""
+    experts = _registered[key]
+    out, gate, up = _training_outputs(x, ids, experts)
+    factors = _factors((gate_a, gate_b, up_a, up_b, down_a, down_b), scalings, shared_a)
+    with _argument_errors():
+        experts.native.forward_training(
+            x.shape[0], ids.shape[1], x.data_ptr(), DTYPES[x.dtype], x.stride(0), ids.data_ptr(), weights.data_ptr(),
+            out.data_ptr(), DTYPES[out.dtype], gate.data_ptr(), up.data_ptr(), factors,
+        )  # fmt: skip
+    return out, gate, up
+
+
+EXPERTS_OP = torch.ops.coterie.experts_train.default
+
+
+@experts_train.register_fake
+def _(x, ids, weights, key, *rest):  # type: ignore[no-untyped-def]
+    return _training_outputs(x, ids, _registered[key])
+
+
+@torch.library.custom_op("coterie::experts_backward", mutates_args=())
+def experts_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    key: int,
+    gate_a: Tensor | None,
+    gate_b: Tensor | None,
+    up_a: Tensor | None,
+    up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
+    scalings: Sequence[float],
+    shared_a: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, and of A and B of gate, up, down; empty where there is none or none is wanted."""
+    parameters = (gate_a, gate_b, up_a, up_b, down_a, down_b)
+    grad_x, grad_weights, *grads = _gradients(x, weights, parameters, wanted)
+    _registered[key].native.backward(
+        x.shape[0], ids.shape[1], x.data_ptr(), DTYPES[x.dtype], grad_out.data_ptr(), DTYPES[grad_out.dtype], ids.data_ptr(),
+        weights.data_ptr(), gate.data_ptr(), up.data_ptr(), grad_x.data_ptr(), DTYPES[grad_x.dtype], grad_weights.data_ptr(),
+        _factors(parameters, scalings, shared_a, grads),
+    )  # fmt: skip
+    return grad_x, grad_weights, *grads  # type: ignore[return-value]
+
+
+@experts_backward.register_fake
+def _(grad_out, x, ids, weights, gate, up, key, *rest):  # type: ignore[no-untyped-def]
+    return _gradients(x, weights, rest[:6], rest[8])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, ids, weights, ctx.key, *parameters, ctx.scalings, ctx.shared_a = inputs
+    ctx.given = [p is not None for p in parameters]
+    ctx.save_for_backward(x, ids, weights, output[1], output[2], *(p for p in parameters if p is not None))
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 12
+    x, ids, weights, gate, up, *saved = ctx.saved_tensors
+    present = iter(saved)
+    parameters = [next(present) if given else None for given in ctx.given]
+    grad_x, grad_weights, *grads = experts_backward(
+        grad_out.contiguous(), x, ids, weights, gate, up, ctx.key, *parameters, ctx.scalings, ctx.shared_a,
+        list(ctx.needs_input_grad[4:10]),
+    )  # fmt: skip
+    needed = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[4:10], strict=True)]
+    return grad_x, None, grad_weights, None, *needed, None, None
+
+
+experts_train.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _training_outputs(x: Tensor, ids: Tensor, experts: 'Experts') -> tuple[Tensor, Tensor, Tensor]:
+    slots, width = ids.shape[0] * ids.shape[1], experts.intermediate_size
+    gate = x.new_empty((slots if experts.has_gate else 0, width), dtype=torch.bfloat16)
+    return torch.empty_like(x), gate, x.new_empty((slots, width), dtype=torch.bfloat16)
+
+
+def _gradients(
+    x: Tensor, weights: Tensor, parameters: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    zeros = (
+        torch.zeros_like(p) if p is not None and want else x.new_empty(0)
+        for p, want in zip(parameters, wanted, strict=True)
+    )
+    return torch.empty_like(x), torch.empty_like(weights), *zeros
+
+
+def _factors(
+    parameters: Sequence[Tensor | None], scalings: Sequence[float], shared_a: bool, grads: Sequence[Tensor] | None = None
+) -> tuple[Any, ...]:
+    """Addresses of LoRA and of its gradients, as the engine takes them."""
+    factors = []
+    for i in range(3):
+        a, b = parameters[2 * i], parameters[2 * i + 1]
+        if i == 1 and shared_a:
+            a = parameters[0]
+        if a is None or b is None:
+            factors.append((0, 0, 0, 0, 0, 0.0, 0, 0))
+            continue
+        to = [grads[2 * i + j].data_ptr() if grads is not None and grads[2 * i + j].numel() else 0 for j in range(2)]
+        factors.append((a.data_ptr(), b.data_ptr(), DTYPES[a.dtype], DTYPES[b.dtype], a.shape[1], scalings[i], *to))
+    return (*factors, shared_a)
+
+
+@contextmanager
+def _argument_errors() -> Iterator[None]:
+    """The engine's ValueError as ours."""
+    try:
+        yield
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+
+
+def _compute(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     if x.stride(1) != 1:
         x = x.contiguous()
     ids = ids.to(torch.int64).contiguous()
     weights = weights.to(torch.float32).contiguous()
     out = torch.empty(x.shape, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
-    try:
+    with _argument_errors():
         experts.native.forward(
             x.shape[0], ids.shape[1], x.data_ptr(), DTYPES[x.dtype], x.stride(0), ids.data_ptr(), weights.data_ptr(),
             out.data_ptr(), DTYPES[out.dtype],
         )  # fmt: skip
-    except ValueError as error:
-        raise ArgumentError(str(error)) from None
     return out.to(x.dtype)

@@ -1,0 +1,137 @@
+#include "layer/backward.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "layer/workspace.h"
+#include "runtime/threads.h"
+
+namespace coterie {
+namespace {
+
+// Some columns of staged rows.
+Staged columns(const Staged& s, int64_t begin, int64_t count) {
+  Staged part = s;
+  part.data += begin * (s.row_bytes / s.cols);
+  part.cols = count;
+  return part;
+}
+
+float value_at(const void* values, DType dtype, int64_t i) {
+  if (dtype == DType::f32) return static_cast<const float*>(values)[i];
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(values)[i]) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// d weights[t, k] = <grad_out[t], y>: the shares of the blocks of hidden columns, in order, and that of the down bias.
+void weight_gradients(const Experts& layer, const Routing& routing, const Backward& b, const BackwardBatch& batch, int64_t blocks) {
+  memset(batch.grad_weights, 0, batch.tokens * batch.top_k * 4);
+  parallel(static_cast<int64_t>(routing.experts.size()), [&](int64_t i, int) {
+    const float* bias = layer.down_bias ? layer.down_bias + routing.experts[i] * layer.out.panels() * kPanelRows : nullptr;
+    for (int64_t s = routing.begin[i]; s < routing.begin[i + 1]; s++) {
+      float sum = 0.0f;
+      for (int64_t block = 0; block < blocks; block++) sum += b.weight_parts[block * b.slots + s];
+      for (int64_t h = 0; bias && h < layer.hidden; h++)
+        sum += bias[h] * value_at(batch.grad_out, batch.grad_out_dtype, routing.token[s] * layer.hidden + h);
+      batch.grad_weights[routing.position[s]] = sum;
+    }
+  });
+}
+
+}  // namespace
+
+void backward(const Experts& layer, const Kernels& kernels, const BackwardBatch& batch, const Training& training) {
+  Workspace& w = workspace();
+  std::lock_guard<std::mutex> lock(w.turn);
+  const Lora& lora = training.lora;
+  const int threads = thread_count();
+  Routing& routing = w.routing;
+  routing.group(batch.ids, batch.weights, batch.tokens, batch.top_k, layer.count);
+  const int64_t slots = routing.slots(), active = static_cast<int64_t>(routing.experts.size());
+  const int64_t hidden_cols = layer.in.padded_cols(), inner = layer.out.padded_cols(), gate_cols = layer.has_gate ? inner : 0;
+
+  Backward b{};
+  b.lora = &lora;
+  b.gate = training.gate;
+  b.up = training.up;
+  b.slots = slots;
+  b.x = w.input.floats(kernels, batch.tokens, hidden_cols);
+  b.grad_out = w.grad_out.floats(kernels, batch.tokens, hidden_cols);
+  b.hidden = w.hidden.floats(kernels, slots, inner);
+  b.up_column = gate_cols;
+  b.low_gate_column = gate_cols + inner;
+  b.low_up_column = b.low_gate_column + lora.gate.padded_rank();
+  b.grads = w.grads.floats(kernels, slots, b.low_up_column + lora.up.padded_rank());
+  b.d_low_down = w.d_low_down.floats(kernels, slots, lora.down.padded_rank());
+  b.low_gate = w.low_gate.floats(kernels, slots, lora.gate.padded_rank());
+  b.low_up = w.low_up.floats(kernels, slots, lora.up.padded_rank());
+  b.low_down = w.low_down.floats(kernels, slots, lora.down.padded_rank());
+  const int64_t blocks = inner / kBlockRows;
+  b.weight_parts = reinterpret_cast<float*>(w.weight_parts.at_least(blocks * slots * 4 + kLine));
+  const int64_t scratch_bytes = round_up(backward_scratch_bytes(layer, b), 4096);
+  uint8_t* scratch = w.scratch.at_least(scratch_bytes * threads);
+
+  stage_rows(kernels, layer.in, batch.grad_out, batch.grad_out_dtype, layer.hidden, layer.hidden, batch.tokens, b.grad_out);
+  stage_rows(kernels, layer.in, batch.x, batch.x_dtype, layer.hidden, layer.hidden, batch.tokens, b.x);
+  parallel(active, [&](int64_t i, int) {
+    if (lora.down.rank)
+      kernels.low_rank(lora.down, routing.experts[i], layer.intermediate, layer.hidden, true, b.grad_out, routing.by_token(i), b.d_low_down, 0);
+  });
+
+  if (active) {
+    const int64_t parts = std::clamp<int64_t>((threads * kItemsPerThread + active - 1) / active, 1, blocks);
+    parallel(active * parts, [&](int64_t item, int thread) {
+      const int64_t i = item / parts, part = item % parts;
+      kernels.backward_hidden(layer, routing.experts[i], blocks * part / parts, blocks * (part + 1) / parts, routing.by_token(i), b,
+                              scratch + thread * scratch_bytes);
+    });
+  }
+  weight_gradients(layer, routing, b, batch, blocks);
+
+  const Staged d_gate = columns(b.grads, 0, inner), d_up = columns(b.grads, b.up_column, inner);
+  parallel(active, [&](int64_t i, int) {
+    const int64_t e = routing.experts[i], H = layer.hidden, I = layer.intermediate;
+    const Tokens by_token = routing.by_token(i), by_slot = routing.within_hidden(i);
+    if (lora.gate.rank) {
+      kernels.low_rank(lora.gate, e, H, I, true, d_gate, by_slot, b.grads, b.low_gate_column);
+      kernels.low_rank(lora.gate, e, H, I, false, b.x, by_token, b.low_gate, 0);
+    }
+    if (lora.up.rank) {
+      kernels.low_rank(lora.up, e, H, I, true, d_up, by_slot, b.grads, b.low_up_column);
+      kernels.low_rank(lora.up, e, H, I, false, b.x, by_token, b.low_up, 0);
+    }
+    if (lora.down.rank) kernels.low_rank(lora.down, e, I, H, false, b.hidden, by_slot, b.low_down, 0);
+  });
+
+  const int64_t out_blocks = hidden_cols / kBlockRows, items = std::min<int64_t>(out_blocks, threads * kItemsPerThread);
+  const int64_t widest = (out_blocks + items - 1) / items * kBlockRows, result_bytes = round_up(batch.tokens * widest * 4, 4096);
+  uint8_t* results = w.result.at_least(result_bytes * threads);
+  parallel(items, [&](int64_t item, int thread) {
+    const int64_t begin = out_blocks * item / items, end = out_blocks * (item + 1) / items, width = (end - begin) * kBlockRows;
+    const int64_t first = begin * kBlockRows, there = std::min(width, layer.hidden - first);
+    auto* result = reinterpret_cast<float*>(results + thread * result_bytes);
+    memset(result, 0, batch.tokens * width * 4);
+    for (int64_t i = 0; i < active; i++)
+      kernels.backward_input(layer, routing.experts[i], begin, end, routing.by_token(i), b, result, width, scratch + thread * scratch_bytes);
+    const int64_t size = batch.grad_x_dtype == DType::f32 ? 4 : 2;
+    for (int64_t t = 0; t < batch.tokens; t++)
+      kernels.store(result + t * width, there, static_cast<uint8_t*>(batch.grad_x) + (t * layer.hidden + first) * size, batch.grad_x_dtype);
+  });
+
+  std::vector<LoraGradient> wanted;
+  const std::pair<LoraGradient, const void*> all[] = {
+      {LoraGradient::gate_a, lora.gate.grad_a}, {LoraGradient::gate_b, lora.gate.grad_b}, {LoraGradient::up_a, lora.shared_a ? nullptr : lora.up.grad_a},
+      {LoraGradient::up_b, lora.up.grad_b},     {LoraGradient::down_a, lora.down.grad_a}, {LoraGradient::down_b, lora.down.grad_b}};
+  for (const auto& [which, grad] : all)
+    if (grad) wanted.push_back(which);
+  const int64_t kinds = static_cast<int64_t>(wanted.size());
+  parallel(active * kinds, [&](int64_t item, int) {
+    const int64_t i = item / kinds;
+    kernels.lora_gradient(layer, routing.experts[i], wanted[item % kinds], routing.by_token(i), b);
+  });
+}
+
+}  // namespace coterie

@@ -1,0 +1,54 @@
+// Memory that forward and backward keep between calls: one for the process, used by one call at a time.
+#pragma once
+#include <mutex>
+
+#include "isa/kernels.h"
+#include "layer/routing.h"
+
+namespace coterie {
+
+// Grows when asked for more; contents are lost then.
+class Buffer {
+ public:
+  ~Buffer() { release(); }
+  uint8_t* at_least(int64_t bytes);
+  void release();
+
+ private:
+  uint8_t* memory_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Rows of activations in the form the kernels read.
+class StagedBuffer {
+ public:
+  Staged integers(const Kernels& kernels, int64_t rows, const Layout& weights);
+  Staged floats(const Kernels& kernels, int64_t rows, int64_t cols);  // cols: padded
+  void release();
+
+ private:
+  Buffer data_, scale_, offset_;
+};
+
+struct Workspace {
+  std::mutex turn;
+  Routing routing;
+  StagedBuffer input, hidden, low_gate, low_up, low_down;
+  StagedBuffer grad_out, grads, d_low_down;
+  Buffer hidden_rows, result, scratch, weight_parts;
+
+  void release();
+};
+
+Workspace& workspace();
+
+// Gives the memory back.
+void release_workspace();
+
+// Rows of `source` [rows, cols] staged, all threads taking part.
+void stage_rows(const Kernels& kernels, const Layout& weights, const void* source, DType dtype, int64_t stride, int64_t cols, int64_t rows,
+                const Staged& to);
+
+constexpr int64_t kItemsPerThread = 8;  // work items a thread takes in turn: enough to even out, few enough to stay cheap
+
+}  // namespace coterie
