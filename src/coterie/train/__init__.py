@@ -1,0 +1,1 @@
+"""Fine-tuning from one YAML file, on TRL's trainers."""

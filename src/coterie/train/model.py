@@ -1,0 +1,110 @@
+"""The model of a fine-tuning file: packed experts, an adapter, and what is trained besides it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+
+from coterie.errors import ArgumentError
+from coterie.hf.loading import from_pretrained
+from coterie.hf.weight import PackedWeight
+from coterie.train.config import TrainConfig
+
+
+def load_tokenizer(config: TrainConfig, path: str, folder: Path) -> Any:
+    """The tokenizer, with a padding token and the file's chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.chat_template:
+        file = folder / config.chat_template if "{" not in config.chat_template else None
+        if file is not None and not file.is_file():
+            raise ArgumentError(f"chat_template: expected a Jinja template or a file of one, found no file {file}")
+        tokenizer.chat_template = file.read_text(encoding="utf-8") if file else config.chat_template
+    return tokenizer
+
+
+def load_model(config: TrainConfig, path: str, tokenizer: Any) -> Any:
+    """The base model with packed experts, frozen but for what the file trains; with an adapter, a PeftModel."""
+    auto_class, task = AutoModelForCausalLM, "CAUSAL_LM"
+    labels = {}
+    if config.reward_model:
+        auto_class, task, labels = AutoModelForSequenceClassification, "SEQ_CLS", {"num_labels": 1}
+    if config.process_reward_model:
+        auto_class, task = AutoModelForTokenClassification, "TOKEN_CLS"
+        labels = {"num_labels": config.num_labels or 2}
+    model = from_pretrained(
+        path,
+        config.experts,
+        group_size=config.group_size,
+        zero_point=config.zero_point or None,
+        auto_class=auto_class,
+        dtype=torch.bfloat16 if config.bf16 else torch.float32,
+        trust_remote_code=config.trust_remote_code,
+        **labels,
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+    unfrozen = find_unfrozen(model, config.unfrozen_parameters)
+    if config.adapter is None:
+        model.requires_grad_(False)
+        for name in unfrozen:
+            model.get_parameter(name).requires_grad_(True)
+        return model
+    if config.lora_model_dir:
+        return load_adapter(model, config.lora_model_dir)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules or None,
+        target_parameters=config.lora_target_parameters or None,
+        use_rslora=config.peft_use_rslora,
+        modules_to_save=sorted({name.rpartition(".")[0] for name in unfrozen}) or None,
+        task_type=task,
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise ArgumentError(f"adapter: {error}") from error
+
+
+def load_adapter(model: Any, path: str) -> Any:
+    """The model with an adapter to go on training. Raises ArgumentError for one that does not fit."""
+    if not (Path(path) / "adapter_config.json").is_file():
+        raise ArgumentError(f"lora_model_dir: {path} has no adapter_config.json; expected the folder of an adapter")
+    try:
+        return PeftModel.from_pretrained(model, path, is_trainable=True)
+    except (ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()
+        raise ArgumentError(f"lora_model_dir: {path} does not fit the model: {' '.join(first[:2])}") from error
+
+
+def find_unfrozen(model: Any, patterns: list[str]) -> list[str]:
+    """The names of the parameters that `patterns` match. Raises ArgumentError for a pattern that matches none."""
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        try:
+            matched = [(name, p) for name, p in model.named_parameters() if re.search(pattern, name)]
+        except re.error as error:
+            raise ArgumentError(f"unfrozen_parameters: {pattern!r} is not a regular expression: {error}") from None
+        if not matched:
+            raise ArgumentError(f"unfrozen_parameters: {pattern!r} matches no parameter of {type(model).__name__}")
+        packed = next((name for name, p in matched if isinstance(p, PackedWeight)), None)
+        if packed:
+            raise ArgumentError(
+                f"unfrozen_parameters: {pattern!r} matches {packed}, whose packed weights are frozen; "
+                "train experts through lora_target_parameters"
+            )
+        names |= dict.fromkeys(name for name, _ in matched)
+    return list(names)
