@@ -39,8 +39,6 @@ def experts_forward(
     if self._is_expert_parallel:
         # Transformers marks the experts of other ranks by the number after the last; here that is -1.
         top_k_index = top_k_index.masked_fill(top_k_index >= packed.layout.num_experts, -1)
-    if lora is None:
-        return packed.experts(hidden_states, top_k_index, top_k_weights)
     return packed.experts(hidden_states, top_k_index, top_k_weights, lora=lora)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -45,13 +46,13 @@ def load_model(config: TrainConfig, path: str, tokenizer: Any) -> Any:
         labels = {"num_labels": config.num_labels or 2}
     model = from_pretrained(
         path,
-        config.experts,
+        config=AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code, **labels),
+        experts=config.experts,
         group_size=config.group_size,
         zero_point=config.zero_point or None,
         auto_class=auto_class,
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
         trust_remote_code=config.trust_remote_code,
-        **labels,
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
