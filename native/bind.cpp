@@ -163,6 +163,7 @@ double seconds_of(const std::function<void()>& work) {
 double measure_read_bandwidth() {
   nb::gil_scoped_release released;
   constexpr int64_t kBytes = int64_t{512} << 20, kPart = 4 << 20;
+  const Kernels& k = kernels();
   uint8_t* memory = allocate_pages(kBytes);
   if (!memory) return 0.0;
   parallel(kBytes / kPart, [&](int64_t i, int) {
@@ -171,7 +172,7 @@ double measure_read_bandwidth() {
   double best = 0.0;
   std::atomic<uint64_t> sum{0};
   for (int pass = 0; pass < 4; pass++) {
-    const double s = seconds_of([&] { parallel(kBytes / kPart, [&](int64_t i, int) { sum += kernels().read(memory + i * kPart, kPart); }); });
+    const double s = seconds_of([&] { parallel(kBytes / kPart, [&](int64_t i, int) { sum += k.read(memory + i * kPart, kPart); }); });
     best = std::max(best, kBytes / s);
   }
   free_pages(memory, kBytes);
@@ -195,6 +196,7 @@ double measure_dot_rate(bool integer) {
 
 NB_MODULE(_native, m) {
   m.doc() = "coterie's CPU engine";
+  nb::set_leak_warnings(false);  // a model that lives until the interpreter exits is no leak
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<const LayoutTuple&, const LayoutTuple&, std::tuple<int, float, float, float>,
                     const nb::ndarray<int64_t, nb::shape<3, -1, 3>, nb::c_contig, nb::device::cpu>&, bool, uintptr_t, uintptr_t, uintptr_t>())
@@ -214,7 +216,11 @@ NB_MODULE(_native, m) {
   m.def("use_isa", &use_kernels, "name"_a, "Switch instruction set in this process (for tests and comparisons).");
   m.def("available_cpus", &available_cpus);
   m.def("threads", &thread_count);
-  m.def("set_threads", &set_thread_count, "count"_a);
+  m.def("set_threads", [](int count) {
+    nb::gil_scoped_release released;
+    std::lock_guard<std::mutex> lock(workspace().turn);  // a layer that is being computed keeps the threads it began with
+    set_thread_count(count);
+  }, "count"_a);
   m.def("numa_nodes", &numa_nodes);
   m.def("release_workspace", &release_workspace);
   m.def("measure_read_bandwidth", &measure_read_bandwidth, "Bytes per second, all threads.");

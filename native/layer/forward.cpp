@@ -32,7 +32,7 @@ void forward_chunk(Workspace& w, const Experts& layer, const Kernels& kernels, c
   uint8_t* scratch = w.scratch.at_least(scratch_bytes * threads);
 
   Staged input = integer ? w.input.integers(kernels, batch.tokens, layer.in) : w.input.floats(kernels, batch.tokens, layer.in.padded_cols());
-  const bool as_is = !integer && kernels.float_bytes == 2 && batch.x_dtype == DType::bf16 && layer.hidden == input.cols;
+  const bool as_is = !integer && kernels.float_bytes == 2 && batch.x_dtype == DType::bf16 && layer.hidden == input.cols && batch.x_stride == input.cols;
   if (as_is) {
     input.data = static_cast<uint8_t*>(const_cast<void*>(batch.x));
     input.row_bytes = batch.x_stride * 2;
