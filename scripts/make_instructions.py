@@ -53,13 +53,16 @@ def instructions(topics: list[str]) -> list[dict]:
 
 
 def preferences(topics: list[str], chance: random.Random) -> list[dict]:
-    """A topic's own beginning is better than another topic's."""
-    begun = [(topic.split("\n", 1)[0].strip(), paragraphs(topic)[0]) for topic in topics if paragraphs(topic)]
+    """How a topic begins is better than the same words in another order."""
     rows = []
-    for title, text in begun:
-        other = chance.choice([t for _, t in begun if t != text])
+    for topic in topics:
+        title, text = topic.split("\n", 1)[0].strip(), paragraphs(topic)
+        if not text:
+            continue
+        words = text[0].split()
+        chance.shuffle(words)
         prompt = [{"role": "user", "content": f"Explain: {title}"}]
-        chosen, rejected = ([{"role": "assistant", "content": t}] for t in (text, other))
+        chosen, rejected = ([{"role": "assistant", "content": t}] for t in (text[0], " ".join(words)))
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
 
