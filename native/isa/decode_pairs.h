@@ -50,6 +50,13 @@ inline void pack_pairs(const void* source, DType dtype, int64_t row_stride, int6
   uint16_t* out = reinterpret_cast<uint16_t*>(to);
   memset(to, 0, lines * kLine);
   const int64_t n = rows < kLanes ? rows : kLanes;
+  if (dtype == DType::bf16 && col_stride == 1 && cols % 2 == 0) {  // pairs are adjacent already
+    for (int64_t lane = 0; lane < n; lane++) {
+      const uint16_t* from = static_cast<const uint16_t*>(source) + lane * row_stride;
+      for (int64_t k = 0; k < cols; k += 2) memcpy(to + (k / 2 * kLanes + lane) * 4, from + k, 4);
+    }
+    return;
+  }
   auto fill = [&](auto value) {
     if (row_stride == 1)
       for (int64_t k = 0; k < cols; k++)

@@ -65,7 +65,7 @@ constexpr int lines_at_once(int panels, int rows) { return panels == 1 && rows <
 template <class Isa, int M, int NP, int A>
 __attribute__((noinline)) void bf16_tile(const uint8_t* const* weight, const Rows<M>& rows, int64_t lines, float* out, const Ahead& ahead,
                                          bool add = false) {
-  constexpr int U = lines_at_once(NP, M);
+  constexpr int U = M * NP * 4 <= Isa::kAccumulators ? 4 : 1;
   typename Isa::F acc[U][M][NP];
   for (int u = 0; u < U; u++)
     for (int m = 0; m < M; m++)
@@ -369,8 +369,10 @@ struct Engine {
   static void add_low_rank(const LoraFactor& f, const LoraBlock& block, int64_t at, int64_t count, const Staged& low, const int32_t* index,
                            int64_t rows, float* out) {
     if (!f.rank) return;
-    for (int64_t p = 0; p < count; p++)
-      add_pairs<1>(&block.panel[at + p], f.padded_rank() / 2, low, index, rows, out + (at + p) * kPanelRows, true);
+    const int64_t lines = f.padded_rank() / 2;
+    if (count == 4) return add_pairs<4>(block.panel, lines, low, index, rows, out, true);
+    if (count == 2) return add_pairs<2>(block.panel + at, lines, low, index, rows, out + at * kPanelRows, true);
+    for (int64_t p = at; p < at + count; p++) add_pairs<1>(block.panel + p, lines, low, index, rows, out + p * kPanelRows, true);
   }
 
   // out[m][..] = or += pairs times staged rows, NP panels wide, for any number of rows.

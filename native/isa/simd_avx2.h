@@ -17,6 +17,7 @@ struct Avx2 {
   };
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
   static constexpr bool kTiles = false;
+  static constexpr int kAccumulators = 8;  // that fit the registers beside weights and activations
   static constexpr int kTileRows = 6;
   static constexpr int kStreamRows = 1;
   static constexpr int tile_panels(int rows) { return rows <= 1 || rows > 3 ? 1 : 2; }
