@@ -8,6 +8,7 @@ from . import cpu, transformers_hook
 from .activations import Activation
 from .experts import Experts
 from .lora import ExpertLora
+from .recompute import checkpointing
 
 if TYPE_CHECKING:
     from .hf import CoterieConfig, from_pretrained
@@ -16,7 +17,7 @@ cpu.read_environment()
 transformers_hook.install()
 
 __version__ = "0.1.0"
-__all__ = ["Activation", "CoterieConfig", "ExpertLora", "Experts", "cpu", "from_pretrained"]
+__all__ = ["Activation", "CoterieConfig", "ExpertLora", "Experts", "checkpointing", "cpu", "from_pretrained"]
 
 
 def __getattr__(name: str) -> Any:

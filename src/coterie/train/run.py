@@ -12,9 +12,9 @@ from transformers import TrainingArguments, logging, set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from coterie.checkpointing import checkpointing
 from coterie.errors import ArgumentError
 from coterie.hf.loading import check_folder
+from coterie.recompute import checkpointing
 from coterie.train.callbacks import CURVE, METRICS, MetricsFile, Profiler, ProgressBar, draw_losses, read_metrics
 from coterie.train.config import TrainConfig
 from coterie.train.data import load_datasets, locate
