@@ -87,9 +87,11 @@ class Pool {
   }
 
   void serve(int thread) {
-    for (uint32_t seen = 0; !stopping_; seen++) {
+    bool last = false;
+    for (uint32_t seen = 0; !last; seen++) {
       wait_while(generation_, seen, sleepers_);
       take(thread);
+      last = stopping_;  // read while this run is not over: every worker takes part in the last one
       if (busy_.fetch_sub(1) == 1 && waiting_.load() > 0) futex(busy_, FUTEX_WAKE, 1);
     }
   }
