@@ -9,6 +9,8 @@ from pathlib import Path
 from . import _native
 from .errors import ArgumentError, DeviceError
 
+MAX_THREADS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class CpuInfo:
@@ -61,8 +63,8 @@ def use_isa(name: str) -> None:
 
 def set_threads(n: int) -> None:
     """Use ``n`` threads, the calling one included. Results do not depend on it."""
-    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= 1024:
-        raise ArgumentError(f"threads: expected a whole number from 1 to 1024, found {n!r}")
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MAX_THREADS:
+        raise ArgumentError(f"threads: expected a whole number from 1 to {MAX_THREADS}, found {n!r}")
     _native.set_threads(n)
 
 
@@ -75,8 +77,8 @@ def read_environment() -> None:
     """Apply COTERIE_THREADS; called once at import."""
     text = os.environ.get("COTERIE_THREADS")
     if text:
-        if not text.isdigit():
-            raise ArgumentError(f"COTERIE_THREADS: expected a whole number, found {text!r}")
+        if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_THREADS):
+            raise ArgumentError(f"COTERIE_THREADS: expected a whole number from 1 to {MAX_THREADS}, found {text!r}")
         set_threads(int(text))
 
 

@@ -1,0 +1,219 @@
+"""Training: the output and every gradient against plain torch in float32 on the dequantised weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_cases import FORMATS, dense, name_of, options
+from torch import Tensor
+
+import coterie
+from coterie import Activation, Experts, ExpertLora, reference
+from coterie.errors import ArgumentError
+from coterie.formats import Format
+
+# bf16 activations, LoRA factors and gradients: every rounding is 2^-9 relative; a few of them in a row, on small shapes
+# where they do not average out.
+TOLERANCE = 0.015
+# (experts, hidden, intermediate), top_k, tokens, rank
+SIZES = {
+    "two experts": ((2, 64, 64), 1, 7, 8),
+    "odd sizes": ((5, 33, 50), 3, 64, 3),
+    "rank one": ((5, 96, 160), 5, 64, 1),
+    "one token": ((64, 128, 64), 8, 1, 16),
+    "many tokens": ((5, 128, 192), 2, 300, 16),
+    "high rank": ((3, 128, 128), 2, 64, 128),
+    "middle rank": ((4, 64, 128), 4, 64, 64),
+    "most experts empty": ((256, 64, 64), 4, 7, 8),
+}
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    assert found.shape == wanted.shape
+    scale = wanted.float().norm()
+    return ((found.float() - wanted.float()).norm() / scale).item() if scale else found.float().norm().item()
+
+
+def random_lora(sizes: tuple[int, int, int], rank: int, dtype: torch.dtype, has_gate: bool = True) -> dict[str, Tensor]:
+    count, hidden, intermediate = sizes
+    random, made = torch.Generator().manual_seed(rank), {}
+    for name in ("gate", "up", "down") if has_gate else ("up", "down"):
+        cols, rows = (intermediate, hidden) if name == "down" else (hidden, intermediate)
+        made[f"{name}_a"] = (torch.randn(count, rank, cols, generator=random) / cols**0.5).to(dtype)
+        made[f"{name}_b"] = (torch.randn(count, rows, rank, generator=random) * 0.1).to(dtype)
+    return made
+
+
+def random_batch(sizes: tuple[int, int, int], top_k: int, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(tokens)
+    x, grad = torch.randn(2, tokens, sizes[1], generator=random).bfloat16()
+    ids = torch.rand(tokens, sizes[0], generator=random).topk(top_k, dim=1).indices
+    if tokens > 1:
+        ids[0, 0] = -1
+        ids[1, -1] = ids[1, 0]
+    return x, ids, torch.rand(tokens, top_k, generator=random) + 0.1, grad
+
+
+def gradients(forward, x: Tensor, weights: Tensor, lora: dict[str, Tensor], grad: Tensor, dtype=None, scaling=2.0):
+    x, weights = x.detach().to(dtype or x.dtype).requires_grad_(), weights.detach().clone().requires_grad_()
+    lora = {name: t.detach().to(dtype or t.dtype).clone().requires_grad_() for name, t in lora.items()}
+    y = forward(x, weights, ExpertLora(**lora, scaling=scaling))
+    names = ["x", "weights", *lora]
+    return {"y": y.detach(), **dict(zip(names, torch.autograd.grad(y, [x, weights, *lora.values()], grad.to(y.dtype)), strict=True))}
+
+
+def compare(experts: Experts, batch, lora: dict[str, Tensor], scaling=2.0) -> dict[str, Tensor]:
+    x, ids, weights, grad = batch
+    found = gradients(lambda x, w, adapter: experts(x, ids, w, lora=adapter), x, weights, lora, grad, scaling=scaling)
+    gate, up, down = experts.dequantize()
+    biases = {f"{name}_bias": bias for name, bias in experts.biases().items()}
+
+    def plain(x, w, adapter):
+        return reference.forward(x, ids, w, gate, up, down, experts.activation, lora=adapter, **biases)
+
+    wanted = gradients(plain, x, weights, lora, grad, torch.float32, scaling)
+    for name in wanted:
+        assert relative(found[name], wanted[name]) < TOLERANCE, name
+        assert name in ("y", "weights") or found[name].dtype == (x.dtype if name == "x" else lora[name].dtype)
+    return found
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_every_gradient(isa: str, case: str) -> None:
+    sizes, top_k, tokens, rank = SIZES[case]
+    experts = Experts.pack(*dense(sizes), format="bf16")
+    found = compare(experts, random_batch(sizes, top_k, tokens), random_lora(sizes, rank, torch.bfloat16))
+    ids = random_batch(sizes, top_k, tokens)[1]
+    for e in set(range(sizes[0])) - set(ids.unique().tolist()):
+        assert not found["gate_a"][e].any() and not found["down_b"][e].any()
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=name_of)
+def test_every_format(isa: str, spec: Format) -> None:
+    sizes = (4, 128, 256)
+    experts = Experts.pack(*dense(sizes), **options(spec))
+    compare(experts, random_batch(sizes, 2, 40), random_lora(sizes, 8, torch.float32))
+
+
+@pytest.mark.parametrize("activation", [Activation("gelu"), Activation("gelu_tanh"), Activation("silu", 1.702, 3.0, 1.0)], ids=lambda a: a.kind)
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_activations_and_biases(isa: str, activation: Activation, has_gate: bool) -> None:
+    sizes = (4, 64, 96)
+    random = torch.Generator().manual_seed(0)
+    rows = {"gate": 96, "up": 96, "down": 64} if has_gate else {"up": 96, "down": 64}
+    biases = {f"{name}_bias": torch.randn(4, n, generator=random) for name, n in rows.items()}
+    experts = Experts.pack(*dense(sizes, has_gate), format="bf16", activation=activation, **biases)
+    compare(experts, random_batch(sizes, 2, 40), random_lora(sizes, 8, torch.bfloat16, has_gate))
+
+
+def test_all_tokens_on_one_expert(isa: str) -> None:
+    sizes = (4, 64, 128)
+    x, ids, weights, grad = random_batch(sizes, 1, 100)
+    experts = Experts.pack(*dense(sizes), format="int4")
+    compare(experts, (x, torch.full_like(ids, 2), weights, grad), random_lora(sizes, 16, torch.bfloat16))
+
+
+def test_shared_a_gets_both_gradients() -> None:
+    sizes = (4, 64, 128)
+    x, ids, weights, grad = random_batch(sizes, 2, 40)
+    experts = Experts.pack(*dense(sizes), format="bf16")
+    lora = random_lora(sizes, 8, torch.float32)
+    apart = gradients(lambda x, w, adapter: experts(x, ids, w, lora=adapter), x, weights, lora | {"up_a": lora["gate_a"]}, grad)
+    shared = lora["gate_a"].clone().requires_grad_()
+    adapter = ExpertLora(shared, lora["gate_b"], shared, lora["up_b"], lora["down_a"], lora["down_b"], scaling=2.0)
+    y = experts(x, ids, weights, lora=adapter)
+    assert torch.equal(y.detach(), apart["y"])
+    (found,) = torch.autograd.grad(y, [shared], grad)
+    assert relative(found, apart["gate_a"] + apart["up_a"]) < 1e-5
+
+
+def test_some_projections_and_different_ranks_and_scalings() -> None:
+    sizes = (4, 64, 128)
+    experts = Experts.pack(*dense(sizes), format="int8")
+    low, high = random_lora(sizes, 3, torch.bfloat16), random_lora(sizes, 20, torch.bfloat16)
+    compare(experts, random_batch(sizes, 2, 40), {"down_a": low["down_a"], "down_b": low["down_b"]})
+    mixed = low | {"down_a": high["down_a"], "down_b": high["down_b"]}
+    compare(experts, random_batch(sizes, 2, 40), mixed, scaling=(0.5, 1.0, 3.0))
+    compare(experts, random_batch(sizes, 2, 40), {})
+
+
+def test_same_bits_for_any_number_of_threads(isa: str, threads: None) -> None:
+    sizes = (5, 96, 160)
+    x, ids, weights, grad = random_batch(sizes, 3, 70)
+    experts, lora = Experts.pack(*dense(sizes), format="int4"), random_lora(sizes, 16, torch.bfloat16)
+    seen = []
+    for count in (1, 2, 3, 7):
+        coterie.cpu.set_threads(count)
+        seen.append(gradients(lambda x, w, adapter: experts(x, ids, w, lora=adapter), x, weights, lora, grad))
+    for other in seen[1:]:
+        assert all(torch.equal(other[name], seen[0][name]) for name in other)
+
+
+def test_no_tokens_and_two_forwards_before_a_backward() -> None:
+    sizes = (4, 64, 128)
+    experts, lora = Experts.pack(*dense(sizes), format="bf16"), random_lora(sizes, 8, torch.float32)
+    empty = random_batch(sizes, 2, 0)
+    found = gradients(lambda x, w, adapter: experts(x, empty[1], w, lora=adapter), empty[0], empty[2], lora, empty[3])
+    assert found["x"].shape == (0, 64) and not found["up_a"].any()
+    first, second = random_batch(sizes, 2, 7), random_batch(sizes, 2, 30)
+    a, b = (batch[0].detach().requires_grad_() for batch in (first, second))
+    adapter = ExpertLora(**lora)
+    ya, yb = experts(a, first[1], first[2], lora=adapter), experts(b, second[1], second[2], lora=adapter)
+    (late,) = torch.autograd.grad(ya, [a], first[3])
+    (alone,) = torch.autograd.grad(experts(a, first[1], first[2], lora=adapter), [a], first[3])
+    assert torch.equal(late, alone)
+    assert torch.autograd.grad(yb, [b], second[3])[0].isfinite().all()
+
+
+def test_nan_and_inf_flow_through() -> None:
+    sizes = (4, 64, 128)
+    experts, lora = Experts.pack(*dense(sizes), format="int4"), random_lora(sizes, 8, torch.bfloat16)
+    x, _, weights, grad = random_batch(sizes, 1, 4)
+    ids = torch.arange(4)[:, None]
+    x[1, 3], grad[2, 5] = float("nan"), float("inf")
+    found = gradients(lambda x, w, adapter: experts(x, ids, w, lora=adapter), x, weights, lora, grad)
+    assert not found["y"][1].isfinite().any() and found["y"][[0, 2, 3]].isfinite().all()
+    assert not found["x"][2].isfinite().all() and found["x"][[0, 3]].isfinite().all()
+    assert not found["gate_a"][1].isfinite().all() and found["gate_a"][[0, 3]].isfinite().all()
+
+
+def test_without_gradients_the_adapter_still_counts() -> None:
+    sizes = (4, 64, 128)
+    experts, lora = Experts.pack(*dense(sizes), format="bf16"), random_lora(sizes, 8, torch.bfloat16)
+    x, ids, weights, _ = random_batch(sizes, 2, 7)
+    with torch.no_grad():
+        y = experts(x, ids, weights, lora=ExpertLora(**lora, scaling=2.0))
+    assert torch.equal(y, experts(x.requires_grad_(), ids, weights, lora=ExpertLora(**lora, scaling=2.0)).detach())
+    assert relative(experts(x.detach(), ids, weights), y) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gate_a": torch.zeros(4, 8, 63)}, r"gate_a: expected shape \[4, 8, 64\], found \[4, 8, 63\]"),
+        ({"up_b": torch.zeros(4, 128, 7)}, r"up_b: expected shape \[4, 128, 8\], found \[4, 128, 7\]"),
+        ({"down_a": torch.zeros(4, 0, 128), "down_b": torch.zeros(4, 64, 0)}, "rank >= 1"),
+        ({"down_b": None}, "expected both A and B, found only A"),
+        ({"down_a": torch.zeros(4, 8, 128, dtype=torch.int32)}, "down_a: expected bfloat16"),
+        ({"scaling": (1.0, 2.0)}, "expected one number or three, found 2"),
+    ],
+)
+def test_adapters_that_do_not_fit(change: dict, message: str) -> None:
+    sizes = (4, 64, 128)
+    experts = Experts.pack(*dense(sizes), format="bf16")
+    x, ids, weights, _ = random_batch(sizes, 2, 7)
+    with pytest.raises(ArgumentError, match=message):
+        experts(x, ids, weights, lora=ExpertLora(**(random_lora(sizes, 8, torch.float32) | change)))
+
+
+def test_torch_compile() -> None:
+    sizes = (4, 64, 128)
+    experts, lora = Experts.pack(*dense(sizes), format="bf16"), random_lora(sizes, 8, torch.float32)
+    x, ids, weights, grad = random_batch(sizes, 2, 7)
+
+    def step(x, w, adapter):
+        return experts(x * 1.0, ids, w, lora=adapter) * 1.0
+
+    eager = gradients(step, x, weights, lora, grad)
+    compiled = gradients(torch.compile(step, fullgraph=True, backend="aot_eager"), x, weights, lora, grad)
+    assert all(torch.equal(eager[name], compiled[name]) for name in eager)

@@ -1,0 +1,133 @@
+"""The thread pool: the same bits however many threads, and no hang under fork, several Python threads, or exit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import torch
+from engine_cases import FORMATS, Batch, name_of, packed
+
+from coterie import cpu
+
+SIZES = (4, 128, 256)
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=name_of)
+def test_bits_depend_on_neither_threads_nor_repeats(isa, spec, threads):
+    for batch in (Batch(1, 2), Batch(5, 3), Batch(40, 2)):
+        inputs = batch.tensors(SIZES)
+        cpu.set_threads(1)
+        expected = packed(spec, SIZES)(*inputs)
+        for count in (1, 2, 3, 7):
+            cpu.set_threads(count)
+            for _ in range(2):
+                assert torch.equal(packed(spec, SIZES)(*inputs), expected), (batch, count)
+
+
+@pytest.mark.parametrize("spec", [FORMATS[0], FORMATS[6]], ids=name_of)
+def test_python_threads_take_turns(spec, threads):
+    """Among them one that keeps changing the number of threads."""
+    batches = [Batch(tokens, 2).tensors(SIZES) for tokens in (1, 3, 17, 40)]
+    expected = [packed(spec, SIZES)(*inputs) for inputs in batches]
+    wrong, done = [], threading.Event()
+
+    def compute(number: int) -> None:
+        for _ in range(30):
+            if not torch.equal(packed(spec, SIZES)(*batches[number]), expected[number]):
+                wrong.append(number)
+
+    def change() -> None:
+        while not done.is_set():
+            for count in (1, 8, 2):
+                cpu.set_threads(count)
+
+    workers = [threading.Thread(target=compute, args=(number,)) for number in range(len(batches))]
+    changer = threading.Thread(target=change)
+    for thread in (*workers, changer):
+        thread.start()
+    for thread in workers:
+        thread.join(60)
+    done.set()
+    changer.join(60)
+    assert not wrong and not any(thread.is_alive() for thread in (*workers, changer))
+
+
+SETUP = """
+import os, sys, threading, time
+import torch
+import coterie
+torch.set_num_threads(1)
+coterie.cpu.set_threads(3)
+experts = coterie.Experts.pack(torch.randn(4, 64, 96), torch.randn(4, 64, 96), torch.randn(4, 96, 64), format="int4")
+x, ids, weights = torch.randn(9, 96), torch.randint(0, 4, (9, 2)), torch.rand(9, 2)
+expected = experts(x, ids, weights)
+"""
+
+
+def run(script: str) -> str:
+    """A program of its own, for it may hang or crash."""
+    program = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", SETUP + textwrap.dedent(script)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "leaked" not in done.stderr
+    return done.stdout
+
+
+def test_a_forked_child_computes():
+    run("""
+        for _ in range(3):
+            child = os.fork()
+            if not child:
+                same = torch.equal(experts(x, ids, weights), expected)
+                os._exit(0 if same and coterie.cpu.threads() == 3 else 1)
+            assert os.waitpid(child, 0)[1] == 0
+            assert torch.equal(experts(x, ids, weights), expected)
+    """)
+
+
+def test_fork_while_another_thread_computes():
+    run("""
+        done = False
+        def work():
+            while not done:
+                experts(x, ids, weights)
+        thread = threading.Thread(target=work)
+        thread.start()
+        for _ in range(10):
+            child = os.fork()
+            if not child:
+                os._exit(0 if torch.equal(experts(x, ids, weights), expected) else 1)
+            assert os.waitpid(child, 0)[1] == 0
+        done = True
+        thread.join()
+    """)
+
+
+def test_grandchildren_compute():
+    run("""
+        child = os.fork()
+        if not child:
+            experts(x, ids, weights)
+            grandchild = os.fork()
+            if not grandchild:
+                os._exit(0 if torch.equal(experts(x, ids, weights), expected) else 1)
+            os._exit(os.waitpid(grandchild, 0)[1])
+        assert os.waitpid(child, 0)[1] == 0
+    """)
+
+
+def test_exit_while_workers_sleep():
+    assert run("time.sleep(0.05); print('end')") == "end\n"
+
+
+def test_exit_of_a_forked_child_that_never_computed():
+    run("""
+        child = os.fork()
+        if not child:
+            sys.exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    """)

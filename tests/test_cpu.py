@@ -1,0 +1,101 @@
+"""What the engine says of this machine, and what it says to wrong settings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ISAS
+
+from coterie import cpu
+from coterie.errors import ArgumentError, CoterieError, DeviceError
+
+EVERY_ISA = ("amx", "avx512_bf16", "avx512", "avx2", "scalar")
+
+
+def in_a_new_process(program: str, **environment: str) -> str:
+    command = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", program]
+    given = {**os.environ, **environment}
+    return subprocess.run(command, env=given, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
+
+
+def error_of(statement: str, **environment: str) -> str:
+    program = f"""
+try:
+    import coterie
+    {statement}
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    return in_a_new_process(program, **environment)
+
+
+def test_info():
+    info = cpu.info()
+    assert info.isa in info.isas and set(info.isas) <= set(EVERY_ISA)
+    assert info.isas[-1] == "scalar" and "amx_emulated" not in info.isas
+    assert info.cores >= 1 and info.threads >= 1 and info.numa_nodes >= 1
+    assert info.isa_reason and info.model and info.huge_pages
+
+
+def test_use_isa(isa):
+    assert cpu.current_isa() == isa == cpu.info().isa
+
+
+def test_unknown_isa_is_refused_and_changes_nothing():
+    before = cpu.current_isa()
+    with pytest.raises(DeviceError, match=r"sse9 is not an instruction set; expected one of .*avx2.*scalar"):
+        cpu.use_isa("sse9")
+    assert cpu.current_isa() == before
+
+
+@pytest.mark.parametrize("name", [isa for isa in EVERY_ISA if isa not in ISAS])
+def test_an_isa_this_cpu_lacks(name):
+    with pytest.raises(DeviceError, match="this CPU does not have it"):
+        cpu.use_isa(name)
+    assert error_of("coterie.cpu.info()", COTERIE_ISA=name).startswith(f"DeviceError COTERIE_ISA={name}: this CPU")
+
+
+def test_isa_from_the_environment():
+    program = "import coterie; print(coterie.cpu.info().isa, '|', coterie.cpu.info().isa_reason)"
+    assert in_a_new_process(program, COTERIE_ISA="scalar") == "scalar | forced by COTERIE_ISA"
+    assert in_a_new_process(program, COTERIE_ISA="").endswith("the best this CPU has")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["coterie.cpu.info()", "coterie.Experts.empty(1, 64, 64)", "coterie.cpu.use_isa('scalar')"],
+)
+def test_nonsense_in_the_environment(statement):
+    found = error_of(statement, COTERIE_ISA="nonsense")
+    assert found.startswith("DeviceError COTERIE_ISA=nonsense is not an instruction set; expected one of")
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "²", "4096", " "])
+def test_bad_threads_in_the_environment(value):
+    found = error_of("coterie.cpu.threads()", COTERIE_THREADS=value)
+    assert found.startswith("ArgumentError") and "COTERIE_THREADS" in found and value in found
+
+
+def test_threads_from_the_environment():
+    assert in_a_new_process("import coterie; print(coterie.cpu.threads())", COTERIE_THREADS="3") == "3"
+
+
+def test_set_threads(threads):
+    for count in (1, 5, 1024):
+        cpu.set_threads(count)
+        assert cpu.threads() == count == cpu.info().threads
+
+
+@pytest.mark.parametrize("count", [0, -1, 1025, 2.0, "2", None, True])
+def test_set_threads_refuses(count):
+    before = cpu.threads()
+    with pytest.raises(ArgumentError, match="threads: expected a whole number from 1 to 1024, found"):
+        cpu.set_threads(count)
+    assert cpu.threads() == before
+
+
+def test_errors_have_one_base():
+    assert issubclass(DeviceError, CoterieError) and issubclass(ArgumentError, (CoterieError, ValueError))
