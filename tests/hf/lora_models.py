@@ -32,6 +32,7 @@ def dequantised(path: Path, experts: str = "int8"):
 def adapt(model, seed: int = 0, **changes) -> PeftModel:
     """An adapter on attention and experts whose A and B are both random."""
     options = {"r": 4, "lora_alpha": 8, "target_parameters": PARAMETERS, **changes}
+    torch.manual_seed(seed)
     adapted = get_peft_model(model, LoraConfig(**options))
     randomise(adapted, seed)
     return adapted

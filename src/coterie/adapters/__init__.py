@@ -1,0 +1,1 @@
+"""PEFT adapters of models with experts: written for servers, and merged into checkpoints."""
