@@ -70,7 +70,7 @@ class Batch:
 
 
 def int8_grid(x: Tensor) -> Tensor:
-    """Rows rounded to int8 codes with a scale per 128 columns, as values; the engine's float32 operations in its order."""
+    """Rows rounded to int8 codes with a scale per 128 columns, as values, by the engine's operations."""
     cols = x.shape[1]
     padded = torch.nn.functional.pad(x, (0, -cols % ACTIVATION_GROUP)).unflatten(1, (-1, ACTIVATION_GROUP))
     most = padded.abs().amax(-1, keepdim=True)

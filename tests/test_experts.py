@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 import torch
-from engine_cases import FORMATS, Batch, dense, name_of, options, packed
+from engine_cases import FORMATS, Batch, dense, name_of, packed
 
 from coterie import Activation, Experts
 from coterie.errors import ArgumentError

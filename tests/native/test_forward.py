@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from engine_cases import FORMATS, Batch, assert_close, dequantized, engine_truth, name_of, packed, token_errors
 
 from coterie import reference
