@@ -464,6 +464,10 @@ struct Engine {
     }
   }
 
+  // The codes of a NaN or Inf are arbitrary; sums of them may overflow, and are not used.
+  static int32_t wrapping_sum(int32_t a, int32_t b) { return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
+  static int32_t wrapping_product(int32_t a, int32_t b) { return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b)); }
+
   // Int8 codes of one row, a scale per 128 columns, and what undoes the offset of the weights' codes. A NaN or Inf makes its group's scale NaN.
   static void quantise_row(const Layout& weights, const float* row, const Staged& to, int64_t index) {
     // Codes are stored as q + 128, or q + 8; with a zero point the kernel multiplies by it.
@@ -479,7 +483,7 @@ struct Engine {
       }
       const float most = Isa::reduce_max(largest), bad = Isa::reduce_add(poison);
       to.scale[index * to.groups() + g] = most / 127.0f + bad;
-      const auto inverse = Isa::set1(most > 0.0f && bad == 0.0f ? 127.0f / most : 0.0f);
+      const auto inverse = Isa::set1(most > 1e-30f && bad == 0.0f ? 127.0f / most : 0.0f);  // below that it may be infinite
       int32_t group_sum = 0;
       for (int64_t u = begin; u < end; u += to.unit) {
         auto acc = Isa::integer_zero();
@@ -487,10 +491,10 @@ struct Engine {
         for (int64_t i = u; i < stop; i += kPanelRows)
           acc = Isa::add(acc, Isa::store_codes(codes + i * Isa::kIntegerBytes, Isa::mul(Isa::load(row + i), inverse)));
         const int32_t sum = Isa::reduce_add(acc);
-        to.offset[index * to.units() + u / to.unit] = -code_offset * sum;
-        group_sum += sum;
+        to.offset[index * to.units() + u / to.unit] = wrapping_product(-code_offset, sum);
+        group_sum = wrapping_sum(group_sum, sum);
       }
-      to.group_offset[index * to.groups() + g] = -128 * group_sum;
+      to.group_offset[index * to.groups() + g] = wrapping_product(-128, group_sum);
     }
   }
 

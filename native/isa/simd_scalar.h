@@ -31,7 +31,11 @@ struct Scalar {
   }
   static F zero() { return set1(0.0f); }
   static F set1(float x) { return each<F>([&](int) { return x; }); }
-  static F load(const float* p) { return each<F>([&](int i) { return p[i]; }); }
+  static F load(const float* p) {  // packed scales need no alignment
+    F r;
+    memcpy(r.v, p, sizeof r.v);
+    return r;
+  }
   static void store(float* p, const F& v) { memcpy(p, v.v, sizeof v); }
   static F mul(const F& a, const F& b) { return each<F>([&](int i) { return a.v[i] * b.v[i]; }); }
   static F add(const F& a, const F& b) { return each<F>([&](int i) { return a.v[i] + b.v[i]; }); }
