@@ -226,10 +226,5 @@ def test_checkpointing_gives_the_same_gradients(checkpoint, monkeypatch):
 
 
 def test_importing_coterie_leaves_peft_alone():
-    code = (
-        "import sys, coterie; assert 'peft' not in sys.modules\n"
-        "import peft\n"
-        "assert peft.tuners.lora.layer.ParamWrapper.forward.__module__ == 'coterie.hf.peft' or "
-        "'coterie.hf.peft' in sys.modules"
-    )
+    code = "import sys, coterie; assert 'peft' not in sys.modules\nimport peft; assert 'coterie.hf.peft' in sys.modules"
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True, capture_output=True)

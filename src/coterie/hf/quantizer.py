@@ -163,5 +163,10 @@ class CoterieQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the model may be trained without an adapter: all of it but the experts."""
+        return True
+
+    @property
     def is_compileable(self) -> bool:
         return True

@@ -1,0 +1,199 @@
+"""Adapters written for servers and merged into checkpoints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import coterie
+from coterie import tiny
+from coterie.adapters.export import export_adapter
+from coterie.adapters.merge import merge_adapter
+from coterie.errors import ArgumentError, CheckpointError
+
+IDS = torch.arange(20, 60)[None]
+BF16 = 0.012
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.requires_grad_(False)(IDS).logits.float()
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory) -> tuple[Path, PeftModel]:
+    """(folder of an adapter on the bundled model, that model on packed bf16 experts)."""
+    torch.manual_seed(0)
+    model = coterie.from_pretrained(tiny.PATH, experts="bf16", dtype=torch.float32)
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        rank_pattern={"experts.down_proj": 3},
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return folder, model
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory) -> Path:
+    """A base whose experts are transposed, gate and up in turns."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "gpt_oss",
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_local_experts=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    folder = tmp_path_factory.mktemp("gpt_oss")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny.PATH).save_pretrained(folder)
+    return folder
+
+
+def test_merged_adapter_gives_the_unmerged_logits(adapted, tmp_path):
+    folder, model = adapted
+    done = merge_adapter(folder, tmp_path / "merged")
+    assert 0 < done.rounding_error < 0.004 and done.quantisation_error == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert relative(logits(merged), logits(model)) < BF16
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "merged")) == 2048
+
+
+def test_merged_and_packed_again(adapted, tmp_path):
+    folder, model = adapted
+    done = merge_adapter(folder, tmp_path / "merged", experts="int8")
+    assert 0 < done.quantisation_error < 0.03
+    merged = coterie.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert merged.config.quantization_config.experts == "int8"
+    assert relative(logits(merged), logits(model)) < 0.05
+    assert not (tmp_path / "merged" / "plain").exists()
+
+
+def test_merged_into_a_packed_base(adapted, tmp_path):
+    folder, _ = adapted
+    coterie.from_pretrained(tiny.PATH, experts="int8").save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny.PATH).save_pretrained(tmp_path / "base")
+    merge_adapter(folder, tmp_path / "merged", str(tmp_path / "base"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    beside = PeftModel.from_pretrained(coterie.from_pretrained(tmp_path / "base", dtype=torch.float32), folder)
+    assert relative(logits(merged), logits(beside)) < BF16
+
+
+def test_merged_into_transposed_experts(gpt_oss, tmp_path):
+    model = coterie.from_pretrained(gpt_oss, experts="bf16", dtype=torch.float32)
+    config = LoraConfig(target_parameters=["experts.gate_up_proj", "experts.down_proj"], init_lora_weights=False)
+    model = get_peft_model(model, config)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert relative(logits(merged), logits(model)) < BF16
+
+
+@pytest.mark.parametrize("base", ["qwen3_moe", "gpt_oss"])
+def test_exported_tensors_add_up_to_the_same_weights(base, adapted, gpt_oss, tmp_path):
+    """W + scaling * B A of every exported pair is the merged weight."""
+    folder, path = adapted[0], tiny.PATH
+    if base == "gpt_oss":
+        folder, path = tmp_path / "adapter", gpt_oss
+        config = LoraConfig(target_parameters=["experts.gate_up_proj", "experts.down_proj"], init_lora_weights=False)
+        get_peft_model(coterie.from_pretrained(path), config).save_pretrained(folder)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    before = {name: p.clone() for name, p in plain.named_parameters()}
+    merged = PeftModel.from_pretrained(plain, folder).merge_and_unload()
+    done = export_adapter(folder, tmp_path / "exported")
+    tensors = load_file(tmp_path / "exported" / "adapter_model.safetensors")
+    assert done.tensors == len(tensors) and done.experts == 4 * 16 if base == "qwen3_moe" else 4
+    config = json.loads((tmp_path / "exported" / "adapter_config.json").read_text())
+    assert {"gate_proj", "up_proj", "down_proj"} <= set(config["target_modules"]) and not config["target_parameters"]
+    module = "model.layers.0.mlp.experts"
+    for e in (0, 3):
+        parts = {}
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            key = f"base_model.model.{module}.{e}.{name}"
+            a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
+            rank = config["rank_pattern"].get(name, config["r"])
+            assert a.shape[0] == b.shape[1] == rank
+            parts[name] = config["lora_alpha"] / rank * (b @ a)
+        deltas = {
+            name: (merged.get_parameter(f"{module}.{name}") - before[f"{module}.{name}"])[e]
+            for name in ("gate_up_proj", "down_proj")
+        }
+        if base == "gpt_oss":
+            deltas = {name: delta.T for name, delta in deltas.items()}
+            gate, up = deltas["gate_up_proj"][0::2], deltas["gate_up_proj"][1::2]
+        else:
+            gate, up = deltas["gate_up_proj"].chunk(2)
+        for name, delta in (("gate_proj", gate), ("up_proj", up), ("down_proj", deltas["down_proj"])):
+            assert torch.allclose(parts[name], delta, atol=1e-5)
+
+
+def test_what_is_refused(adapted, gpt_oss, tmp_path):
+    folder, _ = adapted
+    for command in (export_adapter, merge_adapter):
+        with pytest.raises(CheckpointError, match="has no adapter_config"):
+            command(tmp_path, tmp_path / "out")
+        with pytest.raises(ArgumentError, match="does not fit"):
+            command(folder, tmp_path / "out", str(gpt_oss))
+        (tmp_path / "full").mkdir(exist_ok=True)
+        (tmp_path / "full" / "file").touch()
+        with pytest.raises(ArgumentError, match="is not empty"):
+            command(folder, tmp_path / "full")
+    with pytest.raises(ArgumentError):
+        merge_adapter(folder, tmp_path / "out", experts="int3")
+    attention = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny.PATH), LoraConfig(target_modules=["q_proj"]))
+    attention.save_pretrained(tmp_path / "attention")
+    with pytest.raises(ArgumentError, match="adapts no experts"):
+        export_adapter(tmp_path / "attention", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_commands(adapted, tmp_path, monkeypatch, capsys):
+    from coterie import cli
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out = capsys.readouterr()
+        return ended.value.code or 0, out.out + out.err
+
+    code, text = run("adapter", "export", "-a", adapted[0], "-o", tmp_path / "exported")
+    assert code == 0 and "64" in text
+    code, text = run("adapter", "merge", "-a", adapted[0], "-o", tmp_path / "merged", "--experts", "int4")
+    assert code == 0 and "quantising to int4" in text
+    code, text = run("adapter", "merge", "-a", tmp_path, "-o", tmp_path / "merged")
+    assert code == 2 and text.startswith("coterie: ")
+    code, text = run("sft", "--init", tmp_path / "mine.yaml")
+    assert code == 0 and (tmp_path / "mine.yaml").exists()
+    code, text = run("sft", "--validate", tmp_path / "mine.yaml")
+    assert code == 0 and "106 rows" in text
+    (tmp_path / "wrong.yaml").write_text("lora_rank: 8")
+    code, text = run("sft", tmp_path / "wrong.yaml")
+    assert code == 2 and "did you mean 'lora_r'" in text

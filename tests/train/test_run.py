@@ -1,0 +1,158 @@
+"""Whole runs of a few steps on the bundled model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import coterie
+from coterie import tiny
+from coterie.errors import ArgumentError, CheckpointError
+from coterie.train.example import DATA
+
+PREFERENCES = [{"path": str(DATA / "preferences.jsonl")}]
+STEPS = [{"path": str(DATA / "steps.jsonl")}]
+IDS = torch.arange(20, 60)[None]
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_supervised(configure, train, tmp_path):
+    """Chats, packed, with evaluation: the loss falls, and the adapter, metrics and curve are left behind."""
+    few = (DATA / "train.jsonl").read_text().splitlines()[:8]
+    (tmp_path / "few.jsonl").write_text("\n".join(few))
+    config = configure(
+        datasets=[{"path": str(tmp_path / "few.jsonl")}],
+        sample_packing=True,
+        max_steps=12,
+        eval_steps=6,
+        test_datasets=[{"path": str(DATA / "heldout.jsonl")}],
+        gradient_checkpointing="retain_experts",
+        profiler_steps=1,
+        profiler_steps_start=2,
+    )
+    rows = train(config)
+    losses = [row["loss"] for row in rows]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    output = tmp_path / "output"
+    assert '"eval_loss"' in (output / "metrics.jsonl").read_text()
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "traceEvents" in (output / "trace.json").read_text()
+    base = coterie.from_pretrained(tiny.PATH, "int8").requires_grad_(False)
+    before = logits(base)
+    assert not torch.equal(logits(PeftModel.from_pretrained(base, output)), before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rl": "dpo", "datasets": PREFERENCES},
+        {"reward_model": True, "datasets": PREFERENCES},
+        {"process_reward_model": True, "datasets": STEPS},
+        {
+            "adapter": "qlora",
+            "experts": "int4",
+            "zero_point": True,
+            "peft_use_rslora": True,
+            "router_aux_loss_coef": 0.0,
+        },
+    ],
+    ids=["dpo", "reward", "process reward", "qlora"],
+)
+def test_other_trainings(changes, configure, train, tmp_path):
+    rows = train(configure(**changes))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    tensors = load_file(tmp_path / "output" / "adapter_model.safetensors")
+    assert any(value.any() for name, value in tensors.items() if "experts" in name and "lora_B" in name)
+    assert any("score" in name for name in tensors) == ("reward" in str(changes))
+
+
+def test_resumed_run_is_the_run_without_a_stop(configure, train, tmp_path):
+    whole = train(configure(max_steps=6, save_steps=3, output_dir=str(tmp_path / "whole")))
+    options = {"max_steps": 6, "save_steps": 3, "output_dir": str(tmp_path / "resumed")}
+    resumed = train(configure(**options, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3")))
+    assert [row["step"] for row in resumed] == [4, 5, 6]
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in whole[3:]]
+    adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "resumed")]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_resumes_from_the_last_checkpoint(configure, train, tmp_path):
+    options = {"max_steps": 4, "save_steps": 2, "auto_resume_from_checkpoints": True}
+    whole = train(configure(**options))
+    shutil.rmtree(tmp_path / "output" / "checkpoint-4")
+    again = train(configure(**options))
+    assert [(row["step"], row["loss"]) for row in again] == [(row["step"], row["loss"]) for row in whole]
+
+    last = tmp_path / "output" / "checkpoint-4"
+    damaged = last / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        train(configure(**options))
+    damaged.unlink()
+    with pytest.raises(CheckpointError, match="has no weights"):
+        train(configure(**options))
+    (last / "trainer_state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"trainer_state.json is damaged"):
+        train(configure(**options))
+    (last / "optimizer.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"optimizer.pt missing"):
+        train(configure(**options))
+
+
+def test_unfrozen_beside_an_adapter(configure, train, tmp_path):
+    train(configure(unfrozen_parameters=[r"^model\.norm", r"layers\.1\.mlp\.gate"], max_steps=2, learning_rate=0.1))
+    tensors = load_file(tmp_path / "output" / "adapter_model.safetensors")
+    full = sorted(name for name in tensors if "lora_" not in name)
+    assert full == ["base_model.model.model.layers.1.mlp.gate.weight", "base_model.model.model.norm.weight"]
+    assert not torch.equal(tensors[full[1]], load_file(tiny.PATH / "model.safetensors")["model.norm.weight"])
+
+
+def test_unfrozen_alone(configure, train, tmp_path):
+    """Without an adapter a whole packed checkpoint is saved."""
+    train(configure(adapter=None, unfrozen_parameters=[r"norm"], max_steps=2, learning_rate=0.1))
+    model = coterie.from_pretrained(tmp_path / "output")
+    base = coterie.from_pretrained(tiny.PATH, "int8")
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, base.get_parameter(name))}
+    assert changed and all("norm" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unfrozen_parameters": ["zebra"]}, "'zebra' matches no parameter of Qwen3MoeForCausalLM"),
+        ({"unfrozen_parameters": ["("]}, "is not a regular expression"),
+        ({"unfrozen_parameters": ["mlp"]}, "packed weights are frozen"),
+        ({"lora_target_modules": ["nothing"], "lora_target_parameters": []}, "adapter: .*nothing"),
+        ({"lora_target_parameters": ["experts.up_proj"], "lora_target_modules": []}, "adapter: "),
+        ({"lora_model_dir": "nowhere"}, "nowhere has no adapter_config.json"),
+        ({"optimizer": "zebra"}, "the trainer refuses these settings.*zebra"),
+        ({"chat_template": "no.jinja"}, "found no file"),
+    ],
+)
+def test_refused_before_anything_is_written(changes, message, configure, train, tmp_path):
+    with pytest.raises(ArgumentError, match=message):
+        train(configure(**changes))
+    assert not (tmp_path / "output").exists()
+
+
+def test_goes_on_from_an_adapter(configure, train, tmp_path):
+    train(configure(output_dir=str(tmp_path / "first")))
+    train(configure(lora_model_dir=str(tmp_path / "first"), learning_rate=1e-12, max_steps=1))
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "output"))
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "first", other)
+    config = (other / "adapter_config.json").read_text().replace('"r": 4', '"r": 5')
+    (other / "adapter_config.json").write_text(config)
+    with pytest.raises(ArgumentError, match="does not fit the model"):
+        train(configure(lora_model_dir=str(Path(other))))
