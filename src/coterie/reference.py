@@ -7,6 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import Activation
+from .lora import ExpertLora
+
+_Factors = tuple[Tensor | None, Tensor | None, float]
 
 
 def act(activation: Activation, gate: Tensor | None, up: Tensor) -> Tensor:
@@ -26,8 +29,12 @@ def act(activation: Activation, gate: Tensor | None, up: Tensor) -> Tensor:
     return y if gate is None else y * (up + activation.up_offset)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:
-    return F.linear(x, weight[expert].float(), None if bias is None else bias[expert].float())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: _Factors, expert: int) -> Tensor:
+    y = F.linear(x, weight[expert].float(), None if bias is None else bias[expert].float())
+    a, b, scaling = lora
+    if a is None or b is None:
+        return y
+    return y + scaling * (x @ a[expert].float().T) @ b[expert].float().T
 
 
 def forward(
@@ -41,20 +48,25 @@ def forward(
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    lora: ExpertLora | None = None,
 ) -> Tensor:
     """``out[t] = sum_k weights[t,k] * down_e(act(gate_e x[t], up_e x[t]))``, ``e = ids[t,k]``; -1 adds nothing.
+
+    With LoRA each projection is ``W x + scaling * B (A x)``. Differentiable, by torch.
 
     x [T,H], ids [T,K], weights [T,K], gate and up [E,I,H], down [E,H,I], biases [E,I] and [E,H] -> float32 [T,H].
     """
     x, weights = x.float(), weights.float()
+    lora = lora or ExpertLora()
+    gate_lora, up_lora, down_lora = ((*p, s) for p, s in zip(lora.pairs().values(), lora.scalings(), strict=True))
     out = torch.zeros_like(x)
     for e in ids.unique().tolist():
         if e < 0:
             continue
         t, k = (ids == e).nonzero(as_tuple=True)
-        g = None if gate is None else _linear(x[t], gate, gate_bias, e)
-        u = _linear(x[t], up, up_bias, e)
-        y = _linear(act(activation, g, u), down, down_bias, e)
+        g = None if gate is None else _linear(x[t], gate, gate_bias, gate_lora, e)
+        u = _linear(x[t], up, up_bias, up_lora, e)
+        y = _linear(act(activation, g, u), down, down_bias, down_lora, e)
         out = out.index_add(0, t, y * weights[t, k, None])
     return out
 
