@@ -1,9 +1,9 @@
 #include "isa/amx_tiles.h"
-#include "isa/generic.h"
 #include "isa/simd_amx.h"
+#include "isa/variant.h"
 
 namespace coterie {
 
-const Kernels kAmx = Engine<Amx<AmxTiles>>::kernels("amx");
+const Kernels kAmx = kernels_of<Amx<AmxTiles>>("amx");
 
 }  // namespace coterie

@@ -1,9 +1,9 @@
 #include "isa/amx_tiles_emulated.h"
-#include "isa/generic.h"
 #include "isa/simd_amx.h"
+#include "isa/variant.h"
 
 namespace coterie {
 
-const Kernels kAmxEmulated = Engine<Amx<EmulatedTiles>>::kernels("amx_emulated");
+const Kernels kAmxEmulated = kernels_of<Amx<EmulatedTiles>>("amx_emulated");
 
 }  // namespace coterie

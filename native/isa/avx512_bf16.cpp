@@ -1,8 +1,8 @@
-#include "isa/generic.h"
 #include "isa/simd_avx512_bf16.h"
+#include "isa/variant.h"
 
 namespace coterie {
 
-const Kernels kAvx512Bf16 = Engine<Avx512Bf16>::kernels("avx512_bf16");
+const Kernels kAvx512Bf16 = kernels_of<Avx512Bf16>("avx512_bf16");
 
 }  // namespace coterie

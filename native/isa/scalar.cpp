@@ -1,8 +1,8 @@
-#include "isa/generic.h"
 #include "isa/simd_scalar.h"
+#include "isa/variant.h"
 
 namespace coterie {
 
-const Kernels kScalar = Engine<Scalar>::kernels("scalar");
+const Kernels kScalar = kernels_of<Scalar>("scalar");
 
 }  // namespace coterie

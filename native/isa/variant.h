@@ -1,0 +1,33 @@
+// The kernels of one instruction set as a table. Included by the source file of each, which is compiled with that set's flags; everything behind
+// it has internal linkage, so that no code compiled for one instruction set is shared with another.
+#pragma once
+#include "isa/generic.h"
+#include "isa/train.h"
+
+namespace coterie {
+namespace {
+
+template <class Isa>
+constexpr Kernels kernels_of(const char* name) {
+  using E = Engine<Isa>;
+  using T = Trainer<Isa>;
+  return {name,
+          Isa::kFloatBytes,
+          Isa::kIntegerBytes,
+          E::stage,
+          E::gate_up,
+          E::down,
+          E::store,
+          pack_panel,
+          T::low_rank,
+          T::backward_hidden,
+          T::backward_input,
+          T::lora_gradient,
+          Isa::dots,
+          E::read,
+          Isa::kFloatMacs,
+          Isa::kIntegerMacs};
+}
+
+}  // namespace
+}  // namespace coterie
