@@ -59,7 +59,8 @@ class ExpertLora:
             rank = a.shape[1] if a.dim() == 3 else 0
             if rank < 1:
                 raise ArgumentError(f"{name}_a: expected shape [experts, rank >= 1, {cols}], found {list(a.shape)}")
-            for label, tensor, shape in (("a", a, (experts.num_experts, rank, cols)), ("b", b, (experts.num_experts, rows, rank))):
+            count = experts.num_experts
+            for label, tensor, shape in (("a", a, (count, rank, cols)), ("b", b, (count, rows, rank))):
                 if tuple(tensor.shape) != shape:
                     raise ArgumentError(f"{name}_{label}: expected shape {list(shape)}, found {list(tensor.shape)}")
                 if tensor.dtype not in (torch.bfloat16, torch.float32, torch.float16):

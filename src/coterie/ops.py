@@ -29,7 +29,7 @@ def register(experts: 'Experts') -> int:
 
 
 def forward(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None = None) -> Tensor:
-    """See Experts.__call__. Without gradients and LoRA: the fast path of the format; else bf16 activations in every format."""
+    """See Experts.__call__. Without gradients and LoRA the format's fast path, else bf16 activations."""
     check(experts, x, ids, weights)
     if lora is not None:
         lora.check(experts)
@@ -148,8 +148,9 @@ def experts_backward(
     parameters = (gate_a, gate_b, up_a, up_b, down_a, down_b)
     grad_x, grad_weights, *grads = _gradients(x, weights, parameters, wanted)
     _registered[key].native.backward(
-        x.shape[0], ids.shape[1], x.data_ptr(), DTYPES[x.dtype], grad_out.data_ptr(), DTYPES[grad_out.dtype], ids.data_ptr(),
-        weights.data_ptr(), gate.data_ptr(), up.data_ptr(), grad_x.data_ptr(), DTYPES[grad_x.dtype], grad_weights.data_ptr(),
+        x.shape[0], ids.shape[1], x.data_ptr(), DTYPES[x.dtype], grad_out.data_ptr(), DTYPES[grad_out.dtype],
+        ids.data_ptr(), weights.data_ptr(), gate.data_ptr(), up.data_ptr(),
+        grad_x.data_ptr(), DTYPES[grad_x.dtype], grad_weights.data_ptr(),
         _factors(parameters, scalings, shared_a, grads),
     )  # fmt: skip
     return grad_x, grad_weights, *grads  # type: ignore[return-value]
@@ -202,7 +203,10 @@ def _gradients(
 
 
 def _factors(
-    parameters: Sequence[Tensor | None], scalings: Sequence[float], shared_a: bool, grads: Sequence[Tensor] | None = None
+    parameters: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    shared_a: bool,
+    grads: Sequence[Tensor] | None = None,
 ) -> tuple[Any, ...]:
     """Addresses of LoRA and of its gradients, as the engine takes them."""
     factors = []

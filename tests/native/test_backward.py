@@ -8,7 +8,7 @@ from engine_cases import FORMATS, dense, name_of, options
 from torch import Tensor
 
 import coterie
-from coterie import Activation, Experts, ExpertLora, reference
+from coterie import Activation, ExpertLora, Experts, reference
 from coterie.errors import ArgumentError
 from coterie.formats import Format
 
@@ -58,8 +58,8 @@ def gradients(forward, x: Tensor, weights: Tensor, lora: dict[str, Tensor], grad
     x, weights = x.detach().to(dtype or x.dtype).requires_grad_(), weights.detach().clone().requires_grad_()
     lora = {name: t.detach().to(dtype or t.dtype).clone().requires_grad_() for name, t in lora.items()}
     y = forward(x, weights, ExpertLora(**lora, scaling=scaling))
-    names = ["x", "weights", *lora]
-    return {"y": y.detach(), **dict(zip(names, torch.autograd.grad(y, [x, weights, *lora.values()], grad.to(y.dtype)), strict=True))}
+    found = torch.autograd.grad(y, [x, weights, *lora.values()], grad.to(y.dtype))
+    return {"y": y.detach(), **dict(zip(["x", "weights", *lora], found, strict=True))}
 
 
 def compare(experts: Experts, batch, lora: dict[str, Tensor], scaling=2.0) -> dict[str, Tensor]:
@@ -95,7 +95,11 @@ def test_every_format(isa: str, spec: Format) -> None:
     compare(experts, random_batch(sizes, 2, 40), random_lora(sizes, 8, torch.float32))
 
 
-@pytest.mark.parametrize("activation", [Activation("gelu"), Activation("gelu_tanh"), Activation("silu", 1.702, 3.0, 1.0)], ids=lambda a: a.kind)
+@pytest.mark.parametrize(
+    "activation",
+    [Activation("gelu"), Activation("gelu_tanh"), Activation("silu", 1.702, 3.0, 1.0)],
+    ids=lambda a: a.kind,
+)
 @pytest.mark.parametrize("has_gate", [True, False])
 def test_activations_and_biases(isa: str, activation: Activation, has_gate: bool) -> None:
     sizes = (4, 64, 96)
@@ -118,7 +122,8 @@ def test_shared_a_gets_both_gradients() -> None:
     x, ids, weights, grad = random_batch(sizes, 2, 40)
     experts = Experts.pack(*dense(sizes), format="bf16")
     lora = random_lora(sizes, 8, torch.float32)
-    apart = gradients(lambda x, w, adapter: experts(x, ids, w, lora=adapter), x, weights, lora | {"up_a": lora["gate_a"]}, grad)
+    same = lora | {"up_a": lora["gate_a"]}
+    apart = gradients(lambda x, w, adapter: experts(x, ids, w, lora=adapter), x, weights, same, grad)
     shared = lora["gate_a"].clone().requires_grad_()
     adapter = ExpertLora(shared, lora["gate_b"], shared, lora["up_b"], lora["down_a"], lora["down_b"], scaling=2.0)
     y = experts(x, ids, weights, lora=adapter)
