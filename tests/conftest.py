@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from instruction_sets import ISAS
 
 import coterie
-
-ISAS = list(coterie.cpu.info().isas)
-if "avx512_bf16" in ISAS:  # the emulation of AMX's tiles leaves the rest to these
-    ISAS.append("amx_emulated")
 
 
 @pytest.fixture(params=ISAS)

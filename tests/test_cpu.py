@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ISAS
+from instruction_sets import ISAS
 
 from coterie import cpu
 from coterie.errors import ArgumentError, CoterieError, DeviceError
