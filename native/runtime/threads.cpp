@@ -112,6 +112,7 @@ struct Shared {
   std::mutex turn;
   Pool* pool = nullptr;
   std::atomic<int> wanted{0};
+  std::atomic<int> available{0};  // asked of the system once: reading the cgroup's files takes longer than a small layer
 };
 Shared* shared = new Shared;
 
@@ -145,8 +146,9 @@ int available_cpus() {
 }
 
 int thread_count() {
-  const int wanted = shared->wanted;
-  return wanted ? wanted : available_cpus();
+  if (const int wanted = shared->wanted) return wanted;
+  if (!shared->available) shared->available = available_cpus();
+  return shared->available;
 }
 
 void set_thread_count(int count) { shared->wanted = count; }
