@@ -14,6 +14,7 @@
 #include <mutex>
 #include <string>
 #include <sys/syscall.h>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -54,14 +55,19 @@ void wait_while(std::atomic<uint32_t>& word, uint32_t old, std::atomic<int>& sle
 
 class Pool {
  public:
-  explicit Pool(int threads) {
+  // Where the system gives fewer threads than wanted, those there are do the work.
+  explicit Pool(int threads) : wanted_(threads) {
     for (int t = 1; t < threads; t++) {
-      std::thread worker([this, t] { serve(t); });
-      pin_to_node(worker.native_handle(), t);
-      workers_.push_back(std::move(worker));
+      try {
+        std::thread worker([this, t] { serve(t); });
+        pin_to_node(worker.native_handle(), t);
+        workers_.push_back(std::move(worker));
+      } catch (const std::system_error&) {
+        break;
+      }
     }
   }
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  int wanted() const { return wanted_; }
 
   void run(int64_t items, const Work& work) {
     work_ = &work;
@@ -96,6 +102,7 @@ class Pool {
     }
   }
 
+  const int wanted_;
   std::vector<std::thread> workers_;
   const Work* work_ = nullptr;
   int64_t items_ = 0;
@@ -156,7 +163,7 @@ void set_thread_count(int count) { shared->wanted = count; }
 void parallel(int64_t items, const Work& work) {
   std::lock_guard<std::mutex> lock(shared->turn);
   const int threads = thread_count();
-  if (shared->pool && shared->pool->threads() != threads) {
+  if (shared->pool && shared->pool->wanted() != threads) {
     shared->pool->stop();
     delete shared->pool;
     shared->pool = nullptr;

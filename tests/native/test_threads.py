@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -104,6 +105,53 @@ def test_fork_while_another_thread_computes():
             assert os.waitpid(child, 0)[1] == 0
         done = True
         thread.join()
+    """)
+
+
+def test_fork_while_the_pool_is_resized():
+    """Another thread computes and a third one changes the number of threads, here and in the children."""
+    run("""
+        done = False
+        def work():
+            while not done:
+                assert torch.equal(experts(x, ids, weights), expected)
+        def resize():
+            while not done:
+                for count in (1, 5, 2):
+                    coterie.cpu.set_threads(count)
+                    time.sleep(0.0003)
+        threads = [threading.Thread(target=work), threading.Thread(target=resize)]
+        for thread in threads:
+            thread.start()
+        for _ in range(30):
+            child = os.fork()
+            if not child:
+                same = True
+                for count in (2, 1, 4):
+                    coterie.cpu.set_threads(count)
+                    same = same and torch.equal(experts(x, ids, weights), expected)
+                os._exit(0 if same else 1)
+            assert os.waitpid(child, 0)[1] == 0
+        done = True
+        for thread in threads:
+            thread.join()
+    """)
+
+
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer dies where memory is refused")
+def test_fewer_threads_than_wanted():
+    """Where the system refuses a thread, the others do the work."""
+    run("""
+        import resource
+        for count in (64, 1):
+            coterie.cpu.set_threads(count)
+            experts(x, ids, weights)
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (256 << 20), resource.RLIM_INFINITY))
+        coterie.cpu.set_threads(64)
+        for _ in range(3):
+            assert torch.equal(experts(x, ids, weights), expected)
+        assert 2 < len(os.listdir("/proc/self/task")) < 60
     """)
 
 
