@@ -38,13 +38,14 @@ bench: $(BUILT)
 develop: $(BUILT)
 
 # Without the site module the editable install is not seen, and the sanitized build is imported in its place.
+# --capture=sys leaves the sanitizers' reports on the terminal.
 sanitize: $(BUILT)
 	$(PIP) install -q --no-build-isolation --no-deps --upgrade --target $(SANITIZED)/site \
 	  -C build-dir=$(SANITIZED)/native -C cmake.define.COTERIE_SANITIZE=ON .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=1 \
 	PYTHONPATH="$(SANITIZED)/site:$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-	  $(PY) -S -m pytest $(NATIVE_TESTS)
+	  $(PY) -S -m pytest --capture=sys $(NATIVE_TESTS)
 
 lint: $(BUILT)
 	$(PY) -m ruff check

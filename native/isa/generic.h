@@ -43,39 +43,63 @@ struct Engine {
     return r;
   }
 
-  template <int M, int A>
-  static void tile(const Layout& layout, const Ready& r, const Staged& x, const int32_t* index, float* out, const Ahead& ahead) {
-    constexpr int NP = Isa::tile_panels(M), kSweeps = kBlockPanels / NP, kAhead = A == kInOrder ? A : (A + kSweeps - 1) / kSweeps;
+  // M rows times NP panels of a block, from `panel` on.
+  template <int M, int NP, class Ahead>
+  static void tile(const Layout& layout, const Ready& r, int panel, const Staged& x, const Rows<M>& rows, float* out, const Ahead& ahead) {
     const int64_t cols = layout.padded_cols();
-    const Rows<M> rows(x, index, r.form == Form::bytes);
     const Block& b = r.block;
+    if (r.form == Form::pairs)
+      bf16_tile<Isa, M, NP>(b.weight + panel, rows, cols / 2, out, ahead);
+    else if (r.form == Form::bytes)
+      integer_tile<Isa, M, NP, Codes::bytes, Scales::decoded, false>(b, panel, rows, cols, kActivationGroup, out, ahead);
+    else if (layout.format == Format::int8)
+      layout.group ? integer_tile<Isa, M, NP, Codes::bytes, Scales::group, false>(b, panel, rows, cols, x.unit, out, ahead)
+                   : integer_tile<Isa, M, NP, Codes::bytes, Scales::row, false>(b, panel, rows, cols, x.unit, out, ahead);
+    else if (layout.zero_point)
+      layout.group ? integer_tile<Isa, M, NP, Codes::nibbles, Scales::group, true>(b, panel, rows, cols, x.unit, out, ahead)
+                   : integer_tile<Isa, M, NP, Codes::nibbles, Scales::row, true>(b, panel, rows, cols, x.unit, out, ahead);
+    else
+      layout.group == 32 ? integer_tile<Isa, M, NP, Codes::nibbles, Scales::group, false, 32>(b, panel, rows, cols, 32, out, ahead)
+      : layout.group     ? integer_tile<Isa, M, NP, Codes::nibbles, Scales::group, false>(b, panel, rows, cols, x.unit, out, ahead)
+                         : integer_tile<Isa, M, NP, Codes::nibbles, Scales::row, false>(b, panel, rows, cols, x.unit, out, ahead);
+  }
+
+  // Up to M rows times a whole block that is read once, as packed.
+  template <int M>
+  static void multiply_once(int64_t count, const Layout& layout, const Ready& r, const Staged& x, const int32_t* index, float* out,
+                            const Block& next) {
+    if constexpr (M > 1) {
+      if (count < M) return multiply_once<M - 1>(count, layout, r, x, index, out, next);
+    }
+    constexpr int NP = Isa::tile_panels(M);
+    const Rows<M> rows(x, index, false);
     for (int p = 0; p < kBlockPanels; p += NP) {
-      float* to = out + p * kPanelRows;
-      const Ahead next = A > 0 ? ahead.after(p / NP * kAhead) : ahead;
-      if (r.form == Form::pairs)
-        bf16_tile<Isa, M, NP, kAhead>(b.weight + p, rows, cols / 2, to, next);
-      else if (r.form == Form::bytes)
-        integer_tile<Isa, M, NP, Codes::bytes, Scales::decoded, false, kAhead>(b, p, rows, cols, kActivationGroup, to, next);
-      else if (layout.format == Format::int8)
-        layout.group ? integer_tile<Isa, M, NP, Codes::bytes, Scales::group, false, kAhead>(b, p, rows, cols, x.unit, to, next)
-                     : integer_tile<Isa, M, NP, Codes::bytes, Scales::row, false, kAhead>(b, p, rows, cols, x.unit, to, next);
-      else if (layout.zero_point)
-        layout.group ? integer_tile<Isa, M, NP, Codes::nibbles, Scales::group, true, kAhead>(b, p, rows, cols, x.unit, to, next)
-                     : integer_tile<Isa, M, NP, Codes::nibbles, Scales::row, true, kAhead>(b, p, rows, cols, x.unit, to, next);
-      else
-        layout.group == 32 ? integer_tile<Isa, M, NP, Codes::nibbles, Scales::group, false, kAhead, 32>(b, p, rows, cols, 32, to, next)
-        : layout.group     ? integer_tile<Isa, M, NP, Codes::nibbles, Scales::group, false, kAhead>(b, p, rows, cols, x.unit, to, next)
-                           : integer_tile<Isa, M, NP, Codes::nibbles, Scales::row, false, kAhead>(b, p, rows, cols, x.unit, to, next);
+      const Block& then = p + NP < kBlockPanels ? r.block : next;
+      FetchSoon<NP> ahead;
+      for (int i = 0; i < NP; i++) {
+        ahead.now[i] = r.block.weight[p + i];
+        ahead.next[i] = then.weight[(p + NP) % kBlockPanels + i];
+      }
+      ahead.bytes = layout.weight_panel_bytes();
+      tile<M, NP>(layout, r, p, x, rows, out + p * kPanelRows, ahead);
     }
   }
 
-  template <int M, int A>
-  static void tile_of(int64_t rows, const Layout& layout, const Ready& r, const Staged& x, const int32_t* index, float* out,
-                      const Ahead& ahead) {
+  // Up to M rows times a whole block; `from` holds `Runs` runs to fetch meanwhile.
+  template <int M, int Runs>
+  static void multiply_rows(int64_t count, const Layout& layout, const Ready& r, const Staged& x, const int32_t* index, float* out,
+                            const uint8_t* const* from, int shift) {
     if constexpr (M > 1) {
-      if (rows < M) return tile_of<M - 1, A>(rows, layout, r, x, index, out, ahead);
+      if (count < M) return multiply_rows<M - 1, Runs>(count, layout, r, x, index, out, from, shift);
     }
-    tile<M, A>(layout, r, x, index, out, ahead);
+    constexpr int NP = Isa::tile_panels(M), kSweeps = kBlockPanels / NP, kRuns = (Runs + kSweeps - 1) / kSweeps;
+    const Rows<M> rows(x, index, r.form == Form::bytes);
+    for (int sweep = 0; sweep < kSweeps; sweep++) {
+      FetchRuns<kRuns> ahead;
+      for (int i = 0; i < kRuns; i++) ahead.from[i] = from[sweep * kRuns + i];
+      ahead.shift = shift;
+      tile<M, NP>(layout, r, sweep * NP, x, rows, out + sweep * NP * kPanelRows, ahead);
+    }
   }
 
   // Tile registers want rows next to each other: those of an expert, copied once for all its panels. Null where tiles are not used.
@@ -90,24 +114,26 @@ struct Engine {
     return nullptr;
   }
 
-  // Every row of `tokens` times one block, a tile at a time; `finish(first, rows, out)` takes each tile's [rows][64] products.
-  // The first tiles fetch `next`, the block that comes after, into the L2 cache.
-  // Piece `piece` of the next block cut into 4 << shift; `denser`: the lines being multiplied are 2^denser times as many as packed ones.
-  static Ahead ahead_of(const Layout& layout, const Block& next, int denser, int64_t piece, int shift) {
-    Ahead ahead{{}, shift + denser};
-    const int64_t size = layout.weight_panel_bytes() >> shift;
-    for (int a = 0; a < kBlockPanels; a++) {
-      const int64_t i = (piece + a) % (kBlockPanels << shift);
-      ahead.from[a] = next.weight[i >> shift] + (i & ((1 << shift) - 1)) * size;
-    }
-    return ahead;
-  }
+  // Where the next block lies, cut into 4 << shift pieces, from `piece` on.
+  struct Pieces {
+    const uint8_t* from[kBlockPanels];
 
+    Pieces(const Layout& layout, const Block& next, int64_t piece, int shift) {
+      const int64_t size = layout.weight_panel_bytes() >> shift;
+      for (int a = 0; a < kBlockPanels; a++) {
+        const int64_t i = (piece + a) % (kBlockPanels << shift);
+        from[a] = next.weight[i >> shift] + (i & ((1 << shift) - 1)) * size;
+      }
+    }
+  };
+
+  // Every row of `tokens` times one block, a tile at a time; `finish(first, rows, out)` takes each tile's [rows][64] products.
+  // The tiles fetch `next`, the block that comes after, meanwhile.
   template <class Finish>
   static void multiply(const Layout& layout, const Block& block, const Staged& x, const Tokens& tokens, const uint8_t* gathered, uint8_t* scratch,
                        const Block& next, const Finish& finish) {
     const Ready r = ready(layout, block, tokens.count, x.integer, gathered != nullptr, scratch);
-    const int denser = r.form == Form::packed || layout.format == Format::bf16 ? 0 : layout.format == Format::int4 && x.integer ? 1 : layout.format == Format::int4 ? 2 : 1;
+    alignas(64) float out[Isa::kTileRows * kBlockPanels * kPanelRows];
     for (int p = 0; p < kBlockPanels; p++) {
       for (int64_t i = 0; i < layout.scale_panel_bytes(); i += kLine) Isa::prefetch(next.scale[p] + i);
       for (int64_t i = 0; i < layout.zero_panel_bytes(); i += kLine) Isa::prefetch(next.zero[p] + i);
@@ -124,27 +150,23 @@ struct Engine {
         return;
       }
     }
-    alignas(64) float out[Isa::kTileRows * kBlockPanels * kPanelRows];
+    if (tokens.count <= Isa::kTileRows && r.block.weight[0] == block.weight[0]) {
+      multiply_once<Isa::kTileRows>(tokens.count, layout, r, x, tokens.input, out, next);
+      return finish(0, tokens.count, out);
+    }
+    // A decoded block has 2^denser times the lines of the packed one that is to be fetched meanwhile.
+    const int denser = r.form == Form::packed || layout.format == Format::bf16 ? 0 : layout.format == Format::int4 && !x.integer ? 2 : 1;
     const int64_t tiles = (tokens.count + Isa::kTileRows - 1) / Isa::kTileRows;
+    const int shift = tiles < 8 ? 0 : tiles < 16 ? 1 : 2;
     for (int64_t t = 0; t < tiles; t++) {
-      int64_t first = tokens.count * t / tiles, last = tokens.count * (t + 1) / tiles;
-      const int64_t rows = last - first;
+      const int64_t first = tokens.count * t / tiles, rows = tokens.count * (t + 1) / tiles - first;
       const int32_t* index = tokens.input + first;
-      switch (tiles) {
-        case 1:
-          if (rows <= Isa::kStreamRows && !denser)
-            tile_of<Isa::kStreamRows, kInOrder>(rows, layout, r, x, index, out, Ahead{});
-          else
-            tile_of<Isa::kTileRows, 4>(rows, layout, r, x, index, out, ahead_of(layout, next, denser, 0, 0));
-          break;
-        case 2:
-        case 3:
-          tile_of<Isa::kTileRows, 2>(rows, layout, r, x, index, out, ahead_of(layout, next, denser, 2 * (t % 2), 0));
-          break;
-        default:
-          const int shift = tiles < 8 ? 0 : tiles < 16 ? 1 : 2;
-          tile_of<Isa::kTileRows, 1>(rows, layout, r, x, index, out, ahead_of(layout, next, denser, t, shift));
-      }
+      if (tiles == 1)
+        multiply_rows<Isa::kTileRows, 4>(rows, layout, r, x, index, out, Pieces(layout, next, 0, 0).from, denser);
+      else if (tiles < 4)
+        multiply_rows<Isa::kTileRows, 2>(rows, layout, r, x, index, out, Pieces(layout, next, 2 * (t % 2), 0).from, denser);
+      else
+        multiply_rows<Isa::kTileRows, 1>(rows, layout, r, x, index, out, Pieces(layout, next, t, shift).from, shift + denser);
       finish(first, rows, out);
     }
   }
@@ -220,7 +242,7 @@ struct Engine {
     }
     constexpr int kWidth = Isa::tile_panels(M) < NP ? Isa::tile_panels(M) : NP;
     const Rows<M> block(x, index, false);
-    for (int p = 0; p < NP; p += kWidth) bf16_tile<Isa, M, kWidth, 0>(weight + p, block, lines, out + p * kPanelRows, Ahead{}, add);
+    for (int p = 0; p < NP; p += kWidth) bf16_tile<Isa, M, kWidth>(weight + p, block, lines, out + p * kPanelRows, FetchNothing{}, add);
   }
 
   static void gate_up(const Experts& layer, const Work& work, const Staged& x, const Tokens& tokens, uint8_t* hidden, int64_t hidden_row_bytes,

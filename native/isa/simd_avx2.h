@@ -19,7 +19,6 @@ struct Avx2 {
   static constexpr bool kTiles = false;
   static constexpr int kAccumulators = 8;  // that fit the registers beside weights and activations
   static constexpr int kTileRows = 6;
-  static constexpr int kStreamRows = 1;
   static constexpr int tile_panels(int rows) { return rows <= 1 || rows > 3 ? 1 : 2; }
   static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 32;
 

@@ -14,8 +14,7 @@ struct Avx512 {
   static constexpr bool kTiles = false;
   static constexpr int kAccumulators = 24;  // that fit the registers beside weights and activations
   static constexpr int kTileRows = 6;
-  static constexpr int kStreamRows = 2;
-  static constexpr int tile_panels(int rows) { return rows <= 2 ? 1 : 2; }
+  static constexpr int tile_panels(int rows) { return rows <= 2 ? 4 : 2; }
   static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 32;
 
   static F zero() { return _mm512_setzero_ps(); }

@@ -9,8 +9,7 @@ namespace {
 struct Avx512Bf16 : Avx512 {
   static constexpr int kFloatBytes = 2, kIntegerBytes = 1;
   static constexpr int kTileRows = 6;
-  static constexpr int kStreamRows = 2;  // up to which a tile is one panel wide
-  static constexpr int tile_panels(int rows) { return rows <= kStreamRows ? 1 : 4; }
+  static constexpr int tile_panels(int) { return 4; }
   static constexpr int64_t kFloatMacs = 32, kIntegerMacs = 64;
 
   using Pair = __m512i;

@@ -44,6 +44,7 @@ void weight_gradients(const Experts& layer, const Routing& routing, const Backwa
 }  // namespace
 
 void backward(const Experts& layer, const Kernels& kernels, const BackwardBatch& batch, const Training& training) {
+  if (!batch.tokens) return;
   Workspace& w = workspace();
   std::lock_guard<std::mutex> lock(w.turn);
   const Lora& lora = training.lora;
