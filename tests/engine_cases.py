@@ -12,7 +12,7 @@ from coterie import Experts, reference
 from coterie.activations import Activation
 from coterie.formats import Format
 
-ACTIVATION_GROUP = 128  # columns of an activation that share one int8 scale
+ACTIVATION_GROUP = 256  # columns of an activation that share one int8 scale
 BF16_ACTIVATIONS = ("avx512_bf16", "amx", "amx_emulated")  # the others compute bf16 weights with float32 activations
 
 FORMATS = (
@@ -70,7 +70,7 @@ class Batch:
 
 
 def int8_grid(x: Tensor) -> Tensor:
-    """Rows rounded to int8 codes with a scale per 128 columns, as values, by the engine's operations."""
+    """Rows rounded to int8 codes with a scale per activation group, as values, by the engine's operations."""
     cols = x.shape[1]
     padded = torch.nn.functional.pad(x, (0, -cols % ACTIVATION_GROUP)).unflatten(1, (-1, ACTIVATION_GROUP))
     most = padded.abs().amax(-1, keepdim=True)

@@ -1,4 +1,4 @@
-// 4-bit codes with a scale per group -> bytes with a scale per 128 columns, in plain C: code = round((q - zero) * group scale / panel scale)
+// 4-bit codes with a scale per group -> bytes with a scale per activation group, in plain C: code = round((q - zero) * group scale / panel scale)
 // + 128, the panel scale being the smallest that keeps the codes within 8 bits. Adds under a tenth of the format's own rounding error.
 #pragma once
 #include "isa/pack.h"

@@ -317,7 +317,7 @@ struct Engine {
   static int32_t wrapping_sum(int32_t a, int32_t b) { return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
   static int32_t wrapping_product(int32_t a, int32_t b) { return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b)); }
 
-  // Int8 codes of one row, a scale per 128 columns, and what undoes the offset of the weights' codes. A NaN or Inf makes its group's scale NaN.
+  // Int8 codes of one row, a scale per group of columns, and what undoes the offset of the weights' codes. A NaN or Inf makes its group's scale NaN.
   static void quantise_row(const Layout& weights, const float* row, const Staged& to, int64_t index) {
     // Codes are stored as q + 128, or q + 8; with a zero point the kernel multiplies by it.
     const int32_t code_offset = weights.format == Format::int8 ? 128 : weights.zero_point ? 1 : 8;

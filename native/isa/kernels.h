@@ -10,19 +10,19 @@ enum class DType : int { bf16 = 0, f32 = 1, f16 = 2 };
 
 constexpr int kBlockPanels = 4;       // panels a matmul works on at a time
 constexpr int kBlockRows = kBlockPanels * kPanelRows;
-constexpr int kActivationGroup = 128;  // columns of an activation row that share one int8 scale
+constexpr int kActivationGroup = 256;  // columns of an activation row that share one int8 scale
 
 // Activations in the form the dot products of an instruction set read.
 struct Staged {
   uint8_t* data;      // [rows][row_bytes]
   int64_t row_bytes;
-  float* scale;       // integer paths: [rows][groups of 128]
+  float* scale;       // integer paths: [rows][groups]
   // Integer paths: the sum of each unit of quantised columns, times minus the offset of the weights' codes.
   int32_t* offset;        // [rows][units]
-  int32_t* group_offset;  // [rows][groups of 128], for weights decoded to bytes
+  int32_t* group_offset;  // [rows][groups], for weights decoded to bytes
   bool integer;       // int8 codes and scales, or floats
   int64_t cols;       // padded
-  int64_t unit;       // columns per partial sum: the weights' group, at most 128
+  int64_t unit;       // columns per partial sum: the weights' group, or that of the activations
 
   int64_t groups() const { return (cols + kActivationGroup - 1) / kActivationGroup; }
   int64_t units() const { return (cols + unit - 1) / unit; }

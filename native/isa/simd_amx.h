@@ -9,12 +9,13 @@ template <class Tiles>
 struct Amx : Avx512Bf16 {
   static constexpr bool kTiles = true;
   static constexpr int kTilesFrom = 8;       // rows from which tiles are used
+  static constexpr int kTileCols = 64;       // columns of int8 in a tile
   static constexpr int kTileChunk = 32;      // rows of one call to `multiply_tiles`
   static constexpr int64_t kFloatMacs = 32;  // `dots` measures the AVX512 rate
 
   static bool supports(const Layout& layout, bool integer) {
     if (!integer) return layout.format == Format::bf16;
-    if (layout.format == Format::int8) return layout.group == 0 || layout.group == kActivationGroup;
+    if (layout.format == Format::int8) return layout.group % kTileCols == 0;
     return layout.group != 0;
   }
 
@@ -68,12 +69,15 @@ struct Amx : Avx512Bf16 {
   }
 
   // Rows first..first+count (count <= 32) of `x`, contiguous at `data`, times four panels: out[m][64].
-  // `scale`, per panel: f32 or bf16 for every 128 columns, or f32 for the whole row.
+  // `scale`, per panel: of decoded bytes f32 per activation group, else bf16 per group of weights or f32 for the whole row.
   template <bool Two>
   static void run(const Layout& layout, const uint8_t* const* weight, const uint8_t* const* scale, bool decoded, const Staged& x, const uint8_t* data,
                   const int32_t* index, int count, float* out) {
     configure(count < 16 ? count : 16, count - 16);
-    const int64_t steps = layout.format == Format::bf16 ? x.cols / 32 : x.cols / 64, row = kBlockPanels * kPanelRows;
+    const bool grouped = !decoded && layout.group;
+    const int64_t unit = grouped ? layout.group : kActivationGroup, units = (x.cols + unit - 1) / unit;
+    const int32_t* offset = grouped ? x.offset : x.group_offset;
+    const int64_t steps = layout.format == Format::bf16 ? x.cols / 32 : x.cols / kTileCols, row = kBlockPanels * kPanelRows;
     for (int p = 0; p < kBlockPanels; p += 2) {
       float* to = out + p * kPanelRows;
       if (layout.format == Format::bf16) {
@@ -83,20 +87,20 @@ struct Amx : Avx512Bf16 {
       }
       for (int m = 0; m < count; m++)
         for (int q = 0; q < 2; q++) Avx512::store(to + m * row + q * kPanelRows, Avx512::zero());
-      for (int64_t g = 0; g < x.groups(); g++) {
+      for (int64_t u = 0; u < units; u++) {
         alignas(64) int32_t sums[kTileChunk][2 * kPanelRows];
-        const int64_t begin = g * 2, there = steps - begin < 2 ? steps - begin : 2;
+        const int64_t begin = u * (unit / kTileCols), left = steps - begin, there = left < unit / kTileCols ? left : unit / kTileCols;
         accumulate<Two, true>(data + begin * 64, x.row_bytes, weight[p] + begin * 16 * kLine, weight[p + 1] + begin * 16 * kLine, there);
         store_tiles<Two>(sums, sizeof sums[0]);
         for (int q = 0; q < 2; q++) {
           F ws = Avx512::set1(1.0f);
-          if (decoded) ws = Avx512::load(reinterpret_cast<const float*>(scale[p + q]) + g * kPanelRows);
-          if (!decoded && layout.group) ws = Avx512::load_bf16(scale[p + q] + g * kPanelRows * 2);
+          if (decoded) ws = Avx512::load(reinterpret_cast<const float*>(scale[p + q]) + u * kPanelRows);
+          if (grouped) ws = Avx512::load_bf16(scale[p + q] + u * kPanelRows * 2);
           for (int m = 0; m < count; m++) {
             const int64_t i = index[m];
-            const I sum = Avx512::add(_mm512_load_si512(sums[m] + q * kPanelRows), Avx512::integer_set1(x.group_offset[i * x.groups() + g]));
+            const I sum = Avx512::add(_mm512_load_si512(sums[m] + q * kPanelRows), Avx512::integer_set1(offset[i * units + u]));
             float* total = to + m * row + q * kPanelRows;
-            const F s = Avx512::mul(ws, Avx512::set1(x.scale[i * x.groups() + g]));
+            const F s = Avx512::mul(ws, Avx512::set1(x.scale[i * x.groups() + u * unit / kActivationGroup]));
             Avx512::store(total, Avx512::fma(Avx512::to_float(sum), s, Avx512::load(total)));
           }
         }

@@ -118,7 +118,7 @@ struct Avx512 {
   }
 };
 
-// 4-bit codes with a scale per group -> bytes with a scale per 128 columns: code = round((q - zero) * group scale / panel scale) + 128, the
+// 4-bit codes with a scale per group -> bytes with a scale per activation group: code = round((q - zero) * group scale / panel scale) + 128, the
 // panel scale being the smallest that keeps the codes within 8 bits. Adds under a tenth of the format's own rounding error.
 inline void Avx512::decode_panel(const Layout& layout, const uint8_t* weight, const uint8_t* scale, const uint8_t* zero, uint8_t* codes,
                                  float* scales) {
