@@ -10,7 +10,7 @@ from coterie.formats import Format
 
 # (experts, hidden, intermediate); columns of grouped formats are multiples of their group.
 AWKWARD = [(1, 1, 1), (2, 1, 70), (3, 33, 17), (4, 100, 65), (5, 65, 130)]
-GROUPED = [(1, 128, 128), (4, 128, 256), (3, 640, 384)]
+GROUPED = [(1, 128, 128), (4, 128, 256), (3, 640, 128)]
 HALF_GROUPS = [(3, 96, 160), (2, 32, 32)]  # the last activation group is not whole
 
 # Up to a tile of rows and past it, for every tile height; one expert's 16 rows and more decode int4 to bytes.
