@@ -12,6 +12,7 @@ from instruction_sets import ISAS
 from coterie import cpu
 from coterie.errors import ArgumentError, CoterieError, DeviceError
 
+THREADS = "import coterie; print(coterie.cpu.threads())"
 EVERY_ISA = ("amx", "avx512_bf16", "avx512", "avx2", "scalar")
 
 
@@ -80,7 +81,30 @@ def test_bad_threads_in_the_environment(value):
 
 
 def test_threads_from_the_environment():
-    assert in_a_new_process("import coterie; print(coterie.cpu.threads())", COTERIE_THREADS="3") == "3"
+    assert in_a_new_process(THREADS, COTERIE_THREADS="3") == "3"
+
+
+@pytest.mark.parametrize(
+    ("processes", "launcher_cpus", "asked", "expected"),
+    [
+        ("2", 8, "", 4),
+        ("3", 8, "", 2),
+        ("20", 8, "", 1),
+        ("2", 16, "", 11),  # the launcher has bound this process to 8 of its 16 CPUs: they are its own
+        ("2", 8, "7", 7),
+        ("1", 8, "", 11),
+        ("", 8, "", 11),
+        ("many", 8, "", 11),
+    ],
+)
+def test_processes_of_a_launcher_share_the_cpus(processes, launcher_cpus, asked, expected, monkeypatch, threads):
+    cpu.set_threads(11)
+    monkeypatch.setattr(cpu._native, "available_cpus", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(launcher_cpus if pid else 8)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setenv("COTERIE_THREADS", asked)
+    cpu.read_environment()
+    assert cpu.threads() == expected
 
 
 def test_set_threads(threads):

@@ -69,17 +69,32 @@ def set_threads(n: int) -> None:
 
 
 def threads() -> int:
-    """Threads in use: what was set here or by COTERIE_THREADS, else the CPUs this process may use."""
+    """Threads in use: what was set here or by COTERIE_THREADS, else the CPUs this process may use.
+
+    Where torchrun or `accelerate launch` started several processes here (LOCAL_WORLD_SIZE), this one's share of them.
+    """
     return _native.threads()
 
 
 def read_environment() -> None:
-    """Apply COTERIE_THREADS; called once at import."""
+    """Apply COTERIE_THREADS, or LOCAL_WORLD_SIZE; called once at import."""
     text = os.environ.get("COTERIE_THREADS")
     if text:
         if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_THREADS):
             raise ArgumentError(f"COTERIE_THREADS: expected a whole number from 1 to {MAX_THREADS}, found {text!r}")
         set_threads(int(text))
+        return
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if processes.isascii() and processes.isdigit() and int(processes) > 1 and not _has_own_cpus():
+        set_threads(max(1, _native.available_cpus() // int(processes)))
+
+
+def _has_own_cpus() -> bool:
+    """Whether this process was given fewer CPUs than its parent, as launchers do that bind processes to CPUs."""
+    try:
+        return len(os.sched_getaffinity(0)) < len(os.sched_getaffinity(os.getppid()))
+    except OSError:
+        return False
 
 
 def _model_name() -> str:

@@ -45,6 +45,8 @@ def sft(
         console.print(f"{config} is fine: {rows} rows to train on, {held} to evaluate on", highlight=False)
         return
     report = run.train(settings, config.parent, errors)
+    if report is None:
+        return
     summary = facts(str(config))
     summary.add_row("trained", f"{count(report.trained)} parameters, {report.steps} steps")
     summary.add_row("time", f"{significant(report.seconds)} s")

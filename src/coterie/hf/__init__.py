@@ -4,5 +4,6 @@ from coterie.hf.config import CoterieConfig
 from coterie.hf.experts import experts_forward
 from coterie.hf.loading import from_pretrained
 from coterie.hf.quantizer import CoterieQuantizer
+from coterie.hf.weight import packed_parameters
 
-__all__ = ["CoterieConfig", "CoterieQuantizer", "experts_forward", "from_pretrained"]
+__all__ = ["CoterieConfig", "CoterieQuantizer", "experts_forward", "from_pretrained", "packed_parameters"]

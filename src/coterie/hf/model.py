@@ -19,11 +19,21 @@ from coterie.errors import ArgumentError, CheckpointError
 from coterie.hf.modules import number_layers, packed_modules
 from coterie.hf.weight import PackedWeight
 
+PEFT_PREFIX = "base_model.model."
 SHARD = "model-00001-of-00001.safetensors"
 
 
 class PackedModel:
     """Mixed into the class of a model whose experts are packed."""
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel leaves alone: each process keeps its own packed experts.
+
+        It asks the module it wraps, and a PeftModel passes the question on: hence the names with PEFT's prefix too.
+        """
+        names = [name for name, p in self.named_parameters() if isinstance(p, PackedWeight)]
+        return names + [PEFT_PREFIX + name for name in names]
 
     def half(self) -> PreTrainedModel:
         """Casts the rest of the model to float16; packed experts stay as they are, in any dtype."""

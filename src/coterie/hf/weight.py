@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coterie.errors import ArgumentError
 from coterie.hf.packed import PackedModule
@@ -51,7 +51,7 @@ class PackedWeight(Tensor):
         return f"PackedWeight({self.parameter} {list(self.shape)}, {self.packed.experts.format}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo: dict) -> Tensor:
-        return torch.nn.Parameter(PackedWeight(self.packed, self.parameter, self.dtype), requires_grad=False)
+        return nn.Parameter(PackedWeight(self.packed, self.parameter, self.dtype), requires_grad=False)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ArgumentError(f"{self.parameter} is packed and cannot be pickled; save the model with save_pretrained()")
@@ -75,12 +75,25 @@ class PackedWeight(Tensor):
                 return first.packed.dense_expert(first.parameter, int(args[2]) % first.shape[0], first.dtype)
             if func is aten.copy_.default and first._is(args[1]):
                 return first
+            if func is aten.split.Tensor and (args[2] if len(args) > 2 else kwargs.get("dim", 0)) == 0:
+                raise ArgumentError(
+                    f"{first.parameter} is packed and cannot be sharded: each process keeps all of it; leave it out, "
+                    "fully_shard(..., ignored_params=coterie.hf.packed_parameters(model))"
+                )
         if func._schema.is_mutable and any(_written(func, args, kwargs)):
             raise ArgumentError(
                 f"{func.__name__} would write to packed expert weights, which are frozen: load new weights with "
                 "coterie.from_pretrained(), train them through LoRA"
             )
         return func(*_dense(args), **_dense(kwargs))
+
+
+def packed_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of a model whose values are packed, each process's own; FSDP2 is to leave them alone:
+
+    fully_shard(layer, ignored_params=packed_parameters(model))
+    """
+    return {p for p in model.parameters() if isinstance(p, PackedWeight)}
 
 
 def _written(func, args, kwargs):

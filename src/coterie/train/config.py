@@ -46,6 +46,7 @@ class TrainConfig:
     experts: str | None = key(None, "bf16, int8 or int4; by default int4, or what a packed checkpoint is")
     group_size: int | None = key(None, "columns that share a scale: 32, 64, 128, or 0 for a whole row")
     zero_point: bool = key(False, "int4 with zero points")
+    mmap: bool = key(False, "use a packed checkpoint's experts where they lie on disk; processes then share one copy")
     bf16: bool = key(True, "the rest of the model in bfloat16; false: float32")
     trust_remote_code: bool = key(False, "allow code from the model's repository")
     chat_template: str | None = key(None, "a Jinja template or a file of one; by default the tokenizer's")

@@ -50,6 +50,7 @@ def load_model(config: TrainConfig, path: str, tokenizer: Any) -> Any:
         experts=config.experts,
         group_size=config.group_size,
         zero_point=config.zero_point or None,
+        mmap=config.mmap,
         auto_class=auto_class,
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
         trust_remote_code=config.trust_remote_code,

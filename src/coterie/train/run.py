@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +56,15 @@ def base_model(config: TrainConfig, folder: Path) -> str:
     return str(found) if found else config.base_model
 
 
-def train(config: TrainConfig, folder: Path, console: Console) -> Report:
-    """Runs a checked file; relative paths are seen from `folder`. Writes everything under `config.output_dir`."""
+def train(config: TrainConfig, folder: Path, console: Console) -> Report | None:
+    """Runs a checked file; relative paths are seen from `folder`. Writes everything under `config.output_dir`.
+
+    Under torchrun each process trains on its share of every step; the first one alone prints, writes and reports, the
+    others return None.
+    """
     logging.set_verbosity_error()
+    if os.environ.get("RANK", "0") != "0":
+        logging.disable_progress_bar()
     resume = find_checkpoint(config)
     train_rows, test_rows = load_datasets(config, folder)
     path = base_model(config, folder)
@@ -65,9 +72,6 @@ def train(config: TrainConfig, folder: Path, console: Console) -> Report:
     tokenizer = load_tokenizer(config, path, folder)
     model = load_model(config, path, tokenizer)
     output = Path(config.output_dir)
-    callbacks: list[Any] = [MetricsFile(output / METRICS), ProgressBar(console)]
-    if config.profiler_steps:
-        callbacks.append(Profiler(output, config.profiler_steps, config.profiler_steps_start))
     try:
         trainer = make_trainer(
             config,
@@ -75,15 +79,22 @@ def train(config: TrainConfig, folder: Path, console: Console) -> Report:
             train_dataset=train_rows,
             eval_dataset=test_rows,
             processing_class=tokenizer,
-            callbacks=callbacks,
         )
     except ValueError as error:
         raise ArgumentError(f"the trainer refuses these settings: {error}") from error
     trainer.remove_callback(PrinterCallback)
+    is_first = trainer.is_world_process_zero()
+    if is_first:
+        trainer.add_callback(MetricsFile(output / METRICS))
+        trainer.add_callback(ProgressBar(console))
+        if config.profiler_steps:
+            trainer.add_callback(Profiler(output, config.profiler_steps, config.profiler_steps_start))
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - start
     trainer.save_model(str(output))
+    if not is_first:
+        return None
     metrics = read_metrics(output / METRICS)
     draw_losses(metrics, output / CURVE)
     losses = [row["loss"] for row in metrics if "loss" in row]

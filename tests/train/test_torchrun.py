@@ -1,0 +1,44 @@
+"""coterie sft under torchrun: two processes train what one trains on twice the batch; the first one writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from coterie.train.example import DATA
+
+
+def losses(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def test_two_processes_train_like_one(write, configure, train, tmp_path):
+    common = {"bf16": False, "save_steps": 2, "profiler_steps": 1}
+    pair = tmp_path / "pair"
+    file = write(**common, output_dir=str(pair), test_datasets=[{"path": str(DATA / "heldout.jsonl")}], eval_steps=4)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "--no-python", sys.executable, "-c", "from coterie.cli import main; main()", "sft", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained") == 1 and done.stderr.count("step 3/4") == 1
+    files = {path.name for path in pair.iterdir()}
+    assert {"adapter_model.safetensors", "metrics.jsonl", "loss.png", "trace.json", "checkpoint-2"} <= files
+    assert (pair / "checkpoint-2" / "rng_state_1.pth").exists()
+
+    train(configure(**common, output_dir=str(tmp_path / "one"), gradient_accumulation_steps=2))
+    train(configure(**common, output_dir=str(tmp_path / "double"), micro_batch_size=4))
+    assert list(losses(pair)) == [1, 2, 3, 4]
+    assert losses(pair) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+    assert losses(pair) == pytest.approx(losses(tmp_path / "double"), rel=1e-3)
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (pair, tmp_path / "one")]
+    for name, found in adapters[0].items():
+        torch.testing.assert_close(found, adapters[1][name], rtol=1e-5, atol=1e-7)
