@@ -21,7 +21,17 @@ def test_help_names_every_command(coterie):
     assert all(command in ran.out for command in COMMANDS)
 
 
-EXPLAINED = (["quickstart"], ["plan"], ["convert", "cpu"], ["bench", "layer"], ["bench", "model"])
+EXPLAINED = (
+    ["quickstart"],
+    ["plan"],
+    ["convert", "cpu"],
+    ["bench", "layer"],
+    ["bench", "model"],
+    ["bench", "train", "layer"],
+    ["bench", "train", "model"],
+    ["bench", "train", "lora"],
+    ["bench", "train", "memory"],
+)
 
 
 @pytest.mark.parametrize("command", EXPLAINED, ids=" ".join)
@@ -54,6 +64,12 @@ def test_mistyped_command_exits_2(coterie):
         (["bench", "layer", "-T", "1,two"], "--tokens"),
         (["bench", "layer", "--shape", "tiny", "--peer", "fastest"], "unknown peer"),
         (["bench", "model", "--layers", "0"], "at least 1"),
+        (["bench", "train", "layer", "--rank", "0"], "rank=0"),
+        (["bench", "train", "layer", "--peer", "fastest"], "unknown peer"),
+        (["bench", "train", "model", "--experts", "int3"], "unknown format 'int3'"),
+        (["bench", "train", "lora", "-T", "0"], "--tokens"),
+        (["bench", "train", "memory", "--num-experts", "all"], "--num-experts"),
+        (["bench", "train", "memory", "--num-experts", "4"], "K at most E"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(coterie, arguments, message):
@@ -112,6 +128,28 @@ def test_bench_layer_prints_a_row_for_each_number_of_tokens(coterie):
     ran = coterie("bench", "layer", "--shape", free, "-T", "1,5", "--seconds", "0.01", "--rounds", "1")
     assert ran.code == 0
     assert "│ 1 " in ran.out and "│ 5 " in ran.out
+
+
+FREE = ("--shape", "E=4,H=64,I=64,K=2", "--rank", "2")
+QUICK = ("--seconds", "0.01", "--rounds", "1")
+
+
+def test_bench_train_layer_prints_both_sides(coterie):
+    ran = coterie("bench", "train", "layer", *FREE, "-T", "3,9", *QUICK)
+    assert ran.code == 0
+    assert "│ 3 " in ran.out and "│ 9 " in ran.out and "peer PEFT" in ran.out
+
+
+def test_bench_train_lora_prints_what_it_adds(coterie):
+    ran = coterie("bench", "train", "lora", *FREE, "-T", "5", *QUICK)
+    assert ran.code == 0
+    assert "│ 5 " in ran.out and "ExpertLora" in ran.out
+
+
+def test_bench_train_memory_prints_a_row_for_each_number_of_experts(coterie):
+    ran = coterie("bench", "train", "memory", *FREE, "--num-experts", "8", "-T", "5")
+    assert ran.code == 0
+    assert "│ 8 " in ran.out and "the rest of a step" in ran.out
 
 
 def test_layer_ranges():

@@ -90,15 +90,19 @@ class _Cycle:
         self.side(*self.draws[number % len(self.draws)])
 
 
-def transformers_experts(shape: Shape, implementation: str) -> Any:
-    """Transformers' experts in bf16 with Gaussian weights of standard deviation 1 / sqrt(columns)."""
+def experts_on_meta(shape: Shape, implementation: str) -> Any:
+    """Transformers' experts module in bf16, without weights."""
     config = Qwen3MoeConfig(
         num_experts=shape.E, hidden_size=shape.H, moe_intermediate_size=shape.I, num_experts_per_tok=shape.K
     )
     config._experts_implementation = implementation
     with torch.device("meta"):
-        module: Any = Qwen3MoeExperts(config)
-    module.to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+        return Qwen3MoeExperts(config).to(torch.bfloat16).requires_grad_(False)
+
+
+def transformers_experts(shape: Shape, implementation: str) -> Any:
+    """Transformers' experts in bf16 with Gaussian weights of standard deviation 1 / sqrt(columns)."""
+    module = experts_on_meta(shape, implementation).to_empty(device="cpu")
     random = torch.Generator().manual_seed(0)
     for weight in (module.gate_up_proj, module.down_proj):
         for matrix in weight:

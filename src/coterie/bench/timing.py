@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 SETTLE = 0.1  # seconds before a turn, in which the threads of the one before stop spinning
 
@@ -27,21 +28,27 @@ class Turns:
 
 def take_turns(calls: Mapping[str, Callable[[int], object]], seconds: float, rounds: int) -> Turns:
     """Each call gets `seconds` (three calls at least) per round; it is given a running number to draw its input by."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call(0)
+    return read_in_turns({name: partial(median_seconds, call, seconds) for name, call in calls.items()}, rounds)
+
+
+def read_in_turns(clocks: Mapping[str, Callable[[], float]], rounds: int) -> Turns:
+    """Each clock measures its contestant once per round, and gives its seconds per call."""
+    found: dict[str, list[float]] = {name: [] for name in clocks}
     for _ in range(rounds):
-        for name, call in calls.items():
+        for name, clock in clocks.items():
             time.sleep(SETTLE)
-            found[name].append(statistics.median(_times(call, seconds)))
+            found[name].append(clock())
     return Turns(found)
 
 
-def _times(call: Callable[[int], object], seconds: float) -> list[float]:
+def median_seconds(call: Callable[[int], object], seconds: float, least: int = 3) -> float:
+    """Median time of the calls that fit in `seconds`, `least` at least."""
     times: list[float] = []
     start = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - start < seconds:
+    while len(times) < least or time.perf_counter() - start < seconds:
         before = time.perf_counter()
         call(len(times))
         times.append(time.perf_counter() - before)
-    return times
+    return statistics.median(times)

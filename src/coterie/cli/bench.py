@@ -6,17 +6,12 @@ from typing import Annotated
 
 import typer
 
+from coterie.cli import bench_train
+from coterie.cli.bench_options import Experts, GroupSize, Peer, Rounds, Seconds, ZeroPoint, print_machine, read_counts
 from coterie.cli.console import console, errors, significant, table
-from coterie.errors import ArgumentError
 
 app = typer.Typer(help="Measure speed beside Transformers' own experts.", no_args_is_help=True)
-
-Experts = Annotated[str, typer.Option(help="Format of the packed experts: bf16, int8 or int4.")]
-GroupSize = Annotated[int | None, typer.Option(help="Columns that share a scale. [default: int4 32, int8 a row]")]
-ZeroPoint = Annotated[bool, typer.Option("--zero-point", help="int4 with zero points.")]
-Peer = Annotated[str, typer.Option(help="Transformers' implementation to compare with: grouped_mm or eager.")]
-Seconds = Annotated[float, typer.Option(help="Seconds of a turn.")]
-Rounds = Annotated[int, typer.Option(help="Turns of each side; medians are reported.", min=1)]
+app.add_typer(bench_train.app, name="train")
 
 
 @app.command()
@@ -39,7 +34,7 @@ def layer(
         from coterie.bench.shapes import parse_shape
 
         sizes = parse_shape(shape)
-        counts = parse_counts(tokens)
+        counts = read_counts("--tokens", tokens)
     report = table(
         f"E={sizes.E} H={sizes.H} I={sizes.I} K={sizes.K}: {experts}, peer Transformers {peer} bf16",
         "tokens",
@@ -64,7 +59,7 @@ def layer(
                 significant(r.peer_error),
             )
     console.print(report)
-    _machine(rounds)
+    print_machine(rounds)
 
 
 @app.command()
@@ -96,23 +91,4 @@ def model(
             r.work, significant(r.tokens_per_second), significant(r.peer_tokens_per_second), significant(r.ratio)
         )
     console.print(report)
-    _machine(rounds)
-
-
-def parse_counts(text: str) -> tuple[int, ...]:
-    """(1, 16) of "1,16". Raises ArgumentError."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ArgumentError(f"--tokens is {text!r}: expected numbers of at least 1, like 1,16,256")
-    return tuple(int(part) for part in parts)
-
-
-def _machine(rounds: int) -> None:
-    from coterie import cpu
-
-    info = cpu.info()
-    console.print(
-        f"{info.model}, {info.isa} kernels, {info.threads} threads; medians of {rounds} rounds taking turns, "
-        "ratio below 1: coterie is faster",
-        style="dim",
-    )
+    print_machine(rounds)

@@ -1,0 +1,37 @@
+"""Options that the bench commands have in common, and the line that every one of their tables ends with."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from coterie.cli.console import console
+from coterie.errors import ArgumentError
+
+Experts = Annotated[str, typer.Option(help="Format of the packed experts: bf16, int8 or int4.")]
+GroupSize = Annotated[int | None, typer.Option(help="Columns that share a scale. [default: int4 32, int8 a row]")]
+ZeroPoint = Annotated[bool, typer.Option("--zero-point", help="int4 with zero points.")]
+Peer = Annotated[str, typer.Option(help="Transformers' implementation to compare with: grouped_mm or eager.")]
+Seconds = Annotated[float, typer.Option(help="Seconds of a turn.")]
+Rounds = Annotated[int, typer.Option(help="Turns of each side; medians are reported.", min=1)]
+
+
+def read_counts(option: str, text: str) -> tuple[int, ...]:
+    """(1, 16) of "1,16". Raises ArgumentError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ArgumentError(f"{option} is {text!r}: expected numbers of at least 1, like 1,16,256")
+    return tuple(int(part) for part in parts)
+
+
+def print_machine(rounds: int) -> None:
+    """CPU, kernels, threads, and how to read the ratios above."""
+    from coterie import cpu
+
+    info = cpu.info()
+    console.print(
+        f"{info.model}, {info.isa} kernels, {info.threads} threads; medians of {rounds} rounds taking turns, "
+        "ratio below 1: coterie is faster",
+        style="dim",
+    )
