@@ -193,7 +193,7 @@ def test_commands(adapted, tmp_path, monkeypatch, capsys):
     code, text = run("sft", "--init", tmp_path / "mine.yaml")
     assert code == 0 and (tmp_path / "mine.yaml").exists()
     code, text = run("sft", "--validate", tmp_path / "mine.yaml")
-    assert code == 0 and "106 rows" in text
+    assert code == 0 and "248 rows" in text
     (tmp_path / "wrong.yaml").write_text("lora_rank: 8")
     code, text = run("sft", tmp_path / "wrong.yaml")
     assert code == 2 and "did you mean 'lora_r'" in text

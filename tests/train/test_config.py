@@ -25,7 +25,7 @@ def test_written_example_is_valid(tmp_path):
     write_example(tmp_path / "mine.yaml")
     config = read_config(tmp_path / "mine.yaml")
     assert (config.experts, config.max_steps, config.output_dir) == ("int4", 30, "mine-output")
-    assert run.validate(config, tmp_path) == (106, 15)
+    assert run.validate(config, tmp_path) == (248, 24)
     with pytest.raises(ArgumentError, match="is there already"):
         write_example(tmp_path / "mine.yaml")
 
@@ -100,7 +100,7 @@ def test_no_such_file(tmp_path):
         ({"datasets": [{"path": str(DATA / "train.jsonl"), "type": "preference"}]}, ArgumentError, "type: expected"),
         ({"datasets": [{"path": str(DATA / "README.md")}]}, ArgumentError, "expected a file ending in .jsonl"),
         ({"rl": "dpo"}, ArgumentError, r"expected columns chosen, rejected \(preference\)"),
-        ({"val_set_size": 500}, ArgumentError, "less than the 106 rows"),
+        ({"val_set_size": 500}, ArgumentError, "less than the 248 rows"),
         ({"base_model": "./nowhere"}, ArgumentError, "nowhere is not there"),
         ({"base_model": str(DATA)}, CheckpointError, "has no config.json"),
         ({"resume_from_checkpoint": "nowhere"}, CheckpointError, "nowhere is not a folder"),

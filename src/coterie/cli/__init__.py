@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -46,6 +47,8 @@ def _options(
 
 def main() -> None:
     """The entry point: runs a command; a CoterieError becomes one line on stderr and exit code 2."""
+    # PEFT and TRL set options of Transformers by names that it has since changed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app()
     except CoterieError as error:
