@@ -41,16 +41,35 @@ void weight_gradients(const Experts& layer, const Routing& routing, const Backwa
   });
 }
 
+// The gradients of LoRA of experts that have no tokens.
+void zero_gradients(const Experts& layer, const Routing& routing, const Lora& lora) {
+  std::vector<bool> has_tokens(layer.count, false);
+  for (int32_t e : routing.experts) has_tokens[e] = true;
+  auto zero = [&](void* grad, DType dtype, int64_t values, int64_t e) {
+    const int64_t bytes = values * (dtype == DType::f32 ? 4 : 2);
+    if (grad) memset(static_cast<uint8_t*>(grad) + e * bytes, 0, bytes);
+  };
+  for (int64_t e = 0; e < layer.count; e++) {
+    if (has_tokens[e]) continue;
+    for (const LoraFactor* f : {&lora.gate, &lora.up, &lora.down}) {
+      const auto [rows, cols] = f == &lora.down ? std::pair(layer.hidden, layer.intermediate) : std::pair(layer.intermediate, layer.hidden);
+      zero(f->grad_a, f->a_type, f->rank * cols, e);
+      zero(f->grad_b, f->b_type, rows * f->rank, e);
+    }
+  }
+}
+
 }  // namespace
 
 void backward(const Experts& layer, const Kernels& kernels, const BackwardBatch& batch, const Training& training) {
-  if (!batch.tokens) return;
   Workspace& w = workspace();
   std::lock_guard<std::mutex> lock(w.turn);
   const Lora& lora = training.lora;
   const int threads = thread_count();
   Routing& routing = w.routing;
   routing.group(batch.ids, batch.weights, batch.tokens, batch.top_k, layer.count);
+  zero_gradients(layer, routing, lora);
+  if (!batch.tokens) return;
   const int64_t slots = routing.slots(), active = static_cast<int64_t>(routing.experts.size());
   const int64_t hidden_cols = layer.in.padded_cols(), inner = layer.out.padded_cols(), gate_cols = layer.has_gate ? inner : 0;
 

@@ -15,7 +15,7 @@ struct BackwardBatch {
   float* grad_weights;  // [tokens, top_k], zero where the id is -1
 };
 
-// LoRA gradients go where `training.lora` says; those of experts without tokens are left as they are. Same bits for any number of threads.
+// LoRA gradients go where `training.lora` says; those of experts without tokens are zero. Same bits for any number of threads.
 void backward(const Experts& layer, const Kernels& kernels, const BackwardBatch& batch, const Training& training);
 
 }  // namespace coterie

@@ -56,7 +56,12 @@ def _train(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: Ex
 def _parameter(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
-    return (tensor.float() if tensor.dtype == torch.float16 else tensor).contiguous()
+    experts, rows, rank = tensor.shape
+    tensor = tensor.float() if tensor.dtype == torch.float16 else tensor
+    if tensor.stride() != (1, rank * experts, experts):
+        return tensor.contiguous()
+    # B as PEFT keeps it, an expert after the other in memory: torch swaps two axes faster than it turns three.
+    return tensor.permute(1, 2, 0).view(rows * rank, experts).t().contiguous().view(experts, rows, rank)
 
 
 def check(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor) -> None:
@@ -195,11 +200,11 @@ def _training_outputs(x: Tensor, ids: Tensor, experts: 'Experts') -> tuple[Tenso
 def _gradients(
     x: Tensor, weights: Tensor, parameters: Sequence[Tensor | None], wanted: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    zeros = (
-        torch.zeros_like(p) if p is not None and want else x.new_empty(0)
+    grads = (
+        torch.empty_like(p) if p is not None and want else x.new_empty(0)
         for p, want in zip(parameters, wanted, strict=True)
     )
-    return torch.empty_like(x), torch.empty_like(weights), *zeros
+    return torch.empty_like(x), torch.empty_like(weights), *grads
 
 
 def _factors(

@@ -170,6 +170,37 @@ def test_no_tokens_and_two_forwards_before_a_backward() -> None:
     assert torch.autograd.grad(yb, [b], second[3])[0].isfinite().all()
 
 
+@pytest.mark.parametrize("tokens", [0, 7])
+def test_what_no_token_reaches_is_zero_whatever_was_in_memory(tokens: int) -> None:
+    sizes = (64, 64, 128)
+    experts, lora = Experts.pack(*dense(sizes), format="bf16"), random_lora(sizes, 8, torch.float32)
+    x, ids, weights, grad = random_batch(sizes, 2, tokens)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        found = gradients(lambda x, w, adapter: experts(x, ids, w, lora=adapter), x, weights, lora, grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    reached = torch.zeros(64, dtype=torch.bool).index_fill(0, ids[ids >= 0], True)
+    for name in lora:
+        assert not found[name][~reached].any() and found[name][reached].isfinite().all(), name
+
+
+def test_b_with_the_experts_adjacent_in_memory_gives_the_same_bits() -> None:
+    sizes = (4, 64, 128)
+    x, ids, weights, grad = random_batch(sizes, 2, 40)
+    experts, lora = Experts.pack(*dense(sizes), format="int4"), random_lora(sizes, 8, torch.float32)
+
+    def found(place) -> dict[str, Tensor]:
+        def forward(x: Tensor, w: Tensor, adapter: ExpertLora) -> Tensor:
+            factors = [place(factor) for pair in adapter.pairs().values() for factor in pair]
+            return experts(x, ids, w, lora=ExpertLora(*factors, scaling=adapter.scaling))
+
+        return gradients(forward, x, weights, lora, grad)
+
+    plain, moved = found(lambda f: f), found(lambda f: f.permute(1, 2, 0).contiguous().permute(2, 0, 1))
+    assert all(torch.equal(moved[name], plain[name]) for name in plain)
+
+
 def test_nan_and_inf_flow_through() -> None:
     sizes = (4, 64, 128)
     experts, lora = Experts.pack(*dense(sizes), format="int4"), random_lora(sizes, 8, torch.bfloat16)
