@@ -54,7 +54,7 @@ class Experts:
         self._parts: dict[tuple[str, int, str], Tensor] = {}
         self._biases: dict[str, Tensor] = {}
         self._layer: _native.Layer | None = None
-        self._key = ops.register(self)
+        self._handle = ops.register(self)
 
     # --- making ---
 

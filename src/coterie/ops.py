@@ -17,15 +17,24 @@ if TYPE_CHECKING:
 
 DTYPES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}  # in the order of the native enum
 
-_keys = itertools.count()
+_numbers = itertools.count()
 _registered: weakref.WeakValueDictionary[int, 'Experts'] = weakref.WeakValueDictionary()
 
 
-def register(experts: 'Experts') -> int:
-    """A key by which the operator finds the experts; operators take tensors and numbers only."""
-    key = next(_keys)
-    _registered[key] = experts
-    return key
+def register(experts: 'Experts') -> Tensor:
+    """A handle by which the operators find the experts.
+
+    Operators take tensors and numbers only, and torch.compile specialises a graph on a number of a module: with a
+    tensor, all layers of a model share one graph.
+    """
+    number = next(_numbers)
+    _registered[number] = experts
+    with torch.inference_mode(False):  # autograd saves the handle
+        return torch.tensor(number, device="cpu")
+
+
+def _experts(handle: Tensor) -> 'Experts':
+    return _registered[int(handle)]
 
 
 def forward(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None = None) -> Tensor:
@@ -35,7 +44,7 @@ def forward(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: E
         lora.check(experts)
     if lora is None and not (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)):
         if torch.compiler.is_compiling():
-            return experts_forward(x, ids, weights, experts._key)
+            return experts_forward(x, ids, weights, experts._handle)
         return _compute(experts, x, ids, weights)
     return _train(experts, x, ids, weights, lora or ExpertLora())
 
@@ -47,8 +56,8 @@ def _train(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: Ex
     if shared:
         flat[2] = None
     out, _, _ = experts_train(
-        given.contiguous(), ids.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous(), experts._key,
-        *flat, lora.scalings(), shared,
+        given.contiguous(), ids.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous(), experts._handle,
+        *flat, lora.scalings(), shared, experts.intermediate_size, experts.has_gate,
     )  # fmt: skip
     return out.to(x.dtype)
 
@@ -86,12 +95,12 @@ def check(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor) -> None:
 
 
 @torch.library.custom_op("coterie::experts_forward", mutates_args=())
-def experts_forward(x: Tensor, ids: Tensor, weights: Tensor, key: int) -> Tensor:
-    return _compute(_registered[key], x, ids, weights)
+def experts_forward(x: Tensor, ids: Tensor, weights: Tensor, handle: Tensor) -> Tensor:
+    return _compute(_experts(handle), x, ids, weights)
 
 
 @experts_forward.register_fake
-def _(x: Tensor, ids: Tensor, weights: Tensor, key: int) -> Tensor:
+def _(x: Tensor, ids: Tensor, weights: Tensor, handle: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -100,7 +109,7 @@ def experts_train(
     x: Tensor,
     ids: Tensor,
     weights: Tensor,
-    key: int,
+    handle: Tensor,
     gate_a: Tensor | None,
     gate_b: Tensor | None,
     up_a: Tensor | None,
@@ -109,13 +118,14 @@ def experts_train(
     down_b: Tensor | None,
     scalings: Sequence[float],
     shared_a: bool,
+    intermediate_size: int,
+    has_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output [T,H] and the pre-activations of gate and up, bf16 [T*K,I] in the engine's order of slots."""
-    experts = _registered[key]
-    out, gate, up = _training_outputs(x, ids, experts)
+    out, gate, up = _training_outputs(x, ids, intermediate_size, has_gate)
     factors = _factors((gate_a, gate_b, up_a, up_b, down_a, down_b), scalings, shared_a)
     with _argument_errors():
-        experts.native.forward_training(
+        _experts(handle).native.forward_training(
             x.shape[0], ids.shape[1], x.data_ptr(), DTYPES[x.dtype], x.stride(0), ids.data_ptr(), weights.data_ptr(),
             out.data_ptr(), DTYPES[out.dtype], gate.data_ptr(), up.data_ptr(), factors,
         )  # fmt: skip
@@ -126,8 +136,8 @@ EXPERTS_OP = torch.ops.coterie.experts_train.default
 
 
 @experts_train.register_fake
-def _(x, ids, weights, key, *rest):  # type: ignore[no-untyped-def]
-    return _training_outputs(x, ids, _registered[key])
+def _(x, ids, weights, handle, *rest):  # type: ignore[no-untyped-def]
+    return _training_outputs(x, ids, *rest[8:])
 
 
 @torch.library.custom_op("coterie::experts_backward", mutates_args=())
@@ -138,7 +148,7 @@ def experts_backward(
     weights: Tensor,
     gate: Tensor,
     up: Tensor,
-    key: int,
+    handle: Tensor,
     gate_a: Tensor | None,
     gate_b: Tensor | None,
     up_a: Tensor | None,
@@ -152,7 +162,7 @@ def experts_backward(
     """Gradients of x, weights, and of A and B of gate, up, down; empty where there is none or none is wanted."""
     parameters = (gate_a, gate_b, up_a, up_b, down_a, down_b)
     grad_x, grad_weights, *grads = _gradients(x, weights, parameters, wanted)
-    _registered[key].native.backward(
+    _experts(handle).native.backward(
         x.shape[0], ids.shape[1], x.data_ptr(), DTYPES[x.dtype], grad_out.data_ptr(), DTYPES[grad_out.dtype],
         ids.data_ptr(), weights.data_ptr(), gate.data_ptr(), up.data_ptr(),
         grad_x.data_ptr(), DTYPES[grad_x.dtype], grad_weights.data_ptr(),
@@ -162,38 +172,38 @@ def experts_backward(
 
 
 @experts_backward.register_fake
-def _(grad_out, x, ids, weights, gate, up, key, *rest):  # type: ignore[no-untyped-def]
+def _(grad_out, x, ids, weights, gate, up, handle, *rest):  # type: ignore[no-untyped-def]
     return _gradients(x, weights, rest[:6], rest[8])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, ids, weights, ctx.key, *parameters, ctx.scalings, ctx.shared_a = inputs
+    x, ids, weights, handle, *parameters, ctx.scalings, ctx.shared_a, _, _ = inputs
     ctx.given = [p is not None for p in parameters]
-    ctx.save_for_backward(x, ids, weights, output[1], output[2], *(p for p in parameters if p is not None))
+    ctx.save_for_backward(x, ids, weights, output[1], output[2], handle, *(p for p in parameters if p is not None))
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 12
-    x, ids, weights, gate, up, *saved = ctx.saved_tensors
+        return (None,) * 14
+    x, ids, weights, gate, up, handle, *saved = ctx.saved_tensors
     present = iter(saved)
     parameters = [next(present) if given else None for given in ctx.given]
     grad_x, grad_weights, *grads = experts_backward(
-        grad_out.contiguous(), x, ids, weights, gate, up, ctx.key, *parameters, ctx.scalings, ctx.shared_a,
+        grad_out.contiguous(), x, ids, weights, gate, up, handle, *parameters, ctx.scalings, ctx.shared_a,
         list(ctx.needs_input_grad[4:10]),
     )  # fmt: skip
     needed = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[4:10], strict=True)]
-    return grad_x, None, grad_weights, None, *needed, None, None
+    return grad_x, None, grad_weights, None, *needed, None, None, None, None
 
 
 experts_train.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _training_outputs(x: Tensor, ids: Tensor, experts: 'Experts') -> tuple[Tensor, Tensor, Tensor]:
-    slots, width = ids.shape[0] * ids.shape[1], experts.intermediate_size
-    gate = x.new_empty((slots if experts.has_gate else 0, width), dtype=torch.bfloat16)
+def _training_outputs(x: Tensor, ids: Tensor, width: int, has_gate: bool) -> tuple[Tensor, Tensor, Tensor]:
+    slots = ids.shape[0] * ids.shape[1]
+    gate = x.new_empty((slots if has_gate else 0, width), dtype=torch.bfloat16)
     return torch.empty_like(x), gate, x.new_empty((slots, width), dtype=torch.bfloat16)
 
 

@@ -223,6 +223,43 @@ def test_without_gradients_the_adapter_still_counts() -> None:
     assert relative(experts(x.detach(), ids, weights), y) > 0.05
 
 
+@pytest.mark.parametrize("kind", ["bf16", "int4"])
+@pytest.mark.parametrize("of_b", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("of_x", [torch.bfloat16, torch.float32, torch.float16])
+def test_every_dtype(of_x: torch.dtype, of_b: torch.dtype, kind: str) -> None:
+    """Of x, and of A and B, which need not have the same; gradients come in each one's own (see compare)."""
+    sizes = (4, 64, 128)
+    experts = Experts.pack(*dense(sizes), format=kind)
+    x, ids, weights, grad = random_batch(sizes, 2, 40)
+    lora = {n: t.to(of_b) if n.endswith("_b") else t for n, t in random_lora(sizes, 8, torch.float32).items()}
+    compare(experts, (x.to(of_x), ids, weights, grad), lora)
+
+
+@pytest.mark.parametrize("of_x", [torch.bfloat16, torch.float32])
+def test_autocast_changes_nothing(of_x: torch.dtype) -> None:
+    """The engine chooses its own precision: the same bits in the same dtypes, with adapters and without."""
+    sizes = (4, 64, 128)
+    experts, lora = Experts.pack(*dense(sizes), format="int8"), random_lora(sizes, 8, torch.float32)
+    x, ids, weights, grad = random_batch(sizes, 2, 40)
+
+    def results() -> dict[str, Tensor]:
+        found = gradients(lambda x, w, adapter: experts(x, ids, w, lora=adapter), x.to(of_x), weights, lora, grad)
+        return found | {"without adapters": experts(x.to(of_x), ids, weights)}
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(found[name].dtype == expected[name].dtype for name in expected)
+
+
+def test_made_in_inference_mode_and_trained() -> None:
+    sizes = (4, 64, 128)
+    with torch.inference_mode():
+        experts = Experts.pack(*dense(sizes), format="bf16")
+    compare(experts, random_batch(sizes, 2, 7), random_lora(sizes, 8, torch.float32))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
