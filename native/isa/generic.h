@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "isa/activation.h"
-#include "isa/decode_pairs.h"
+#include "isa/pairs.h"
 #include "isa/kernels.h"
 #include "isa/pack.h"
 #include "isa/tiles.h"
@@ -36,7 +36,7 @@ struct Engine {
       uint8_t* scale = weight + weight_bytes;
       const bool repeated = p > 0 && block.weight[p] == block.weight[0];
       if (!repeated && integer) Isa::decode_panel(layout, block.weight[p], block.scale[p], block.zero[p], weight, reinterpret_cast<float*>(scale));
-      if (!repeated && !integer) decode_pairs(layout, block.weight[p], block.scale[p], block.zero[p], 0, cols, weight);
+      if (!repeated && !integer) decode_pairs<Isa>(layout, block.weight[p], block.scale[p], block.zero[p], 0, cols, weight);
       r.block.weight[p] = repeated ? r.block.weight[0] : weight;
       r.block.scale[p] = repeated ? r.block.scale[0] : scale;
     }
@@ -207,7 +207,7 @@ struct Engine {
       for (int64_t p = 0; p < count; p++) {
         const int64_t row = (first_panel + p) * kPanelRows;
         memory[at + p].resize(lines * kLine);
-        pack_pairs(static_cast<const uint8_t*>(f.b) + (expert * out + row) * f.rank * element, f.b_type, f.rank, 1, out - row, f.rank, lines,
+        pack_pairs<Isa>(static_cast<const uint8_t*>(f.b) + (expert * out + row) * f.rank * element, f.b_type, f.rank, 1, out - row, f.rank, lines,
                    memory[at + p].data());
         panel[at + p] = memory[at + p].data();
       }

@@ -3,7 +3,7 @@
 #include <immintrin.h>
 
 #include "isa/decode.h"
-#include "isa/decode_pairs.h"
+#include "isa/pairs.h"
 
 namespace coterie {
 namespace {
@@ -69,6 +69,20 @@ struct Avx2 {
   static I load_integers(const uint8_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
   }
+  template <int shift, uint32_t mask>
+  static I field(I v) {
+    const __m256i m = _mm256_set1_epi32(mask);
+    return {_mm256_and_si256(_mm256_srli_epi32(v.a, shift), m), _mm256_and_si256(_mm256_srli_epi32(v.b, shift), m)};
+  }
+  static __m256i rounded_to_bf16(__m256 v) {  // in the upper halves; the lower ones are not cleared
+    const __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7fff));
+  }
+  static void store_pairs(uint8_t* to, F first, F second) {
+    auto merge = [](__m256 low, __m256 high) { return _mm256_blend_epi16(_mm256_srli_epi32(rounded_to_bf16(low), 16), rounded_to_bf16(high), 0xaa); };
+    _mm256_storeu_si256((__m256i*)to, merge(first.a, second.a));
+    _mm256_storeu_si256((__m256i*)(to + 32), merge(first.b, second.b));
+  }
   static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
   struct Pair {
@@ -131,7 +145,9 @@ struct Avx2 {
     decode_panel_portable(layout, weight, scale, zero, codes, scales);
   }
 
-  static void transpose(const uint8_t* from, uint8_t* to) { transpose_tile(from, to); }
+  static void transpose(const uint8_t* from, uint8_t* to) { transpose_portable(from, to); }
+  static void pair_rows(const Square& square, uint8_t* to) { pair_rows_portable(square, to); }
+  static void pair_columns(const Square& square, uint8_t* to) { pair_columns_portable(square, to); }
 
   static void dots(int64_t count, bool integer) {
     constexpr int kChains = 6;

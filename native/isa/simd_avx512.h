@@ -2,10 +2,19 @@
 #pragma once
 #include <immintrin.h>
 
-#include "isa/kernels.h"
+#include "isa/pairs.h"
 
 namespace coterie {
 namespace {
+
+// 0, 16, 1, 17, ...: what interleaves the two halves of a register of 16-bit elements.
+struct Interleaved {
+  alignas(64) int16_t index[32] = {};
+  constexpr Interleaved() {
+    for (int i = 0; i < 32; i++) index[i] = static_cast<int16_t>(i / 2 + i % 2 * 16);
+  }
+};
+constexpr Interleaved kInterleaved;
 
 struct Avx512 {
   using F = __m512;
@@ -36,6 +45,17 @@ struct Avx512 {
   static int32_t reduce_add(I v) { return _mm512_reduce_add_epi32(v); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static I load_integers(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  template <int shift, uint32_t mask>
+  static I field(I v) {
+    return _mm512_and_si512(_mm512_srli_epi32(v, shift), _mm512_set1_epi32(mask));
+  }
+  static I rounded_to_bf16(F v) {  // in the upper halves; the lower ones are not cleared
+    const I u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
+  }
+  static void store_pairs(uint8_t* to, F first, F second) {
+    _mm512_storeu_si512(to, _mm512_mask_mov_epi16(_mm512_srli_epi32(rounded_to_bf16(first), 16), 0xaaaaaaaa, rounded_to_bf16(second)));
+  }
   static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
   struct Pair {
@@ -78,7 +98,7 @@ struct Avx512 {
 
   static void decode_panel(const Layout& layout, const uint8_t* weight, const uint8_t* scale, const uint8_t* zero, uint8_t* codes, float* scales);
 
-  // transpose_tile: words within each pair of rows, then an 8 x 8 transpose of 64-bit elements.
+  // Words within each pair of rows, then an 8 x 8 transpose of 64-bit elements.
   static void transpose(const uint8_t* from, uint8_t* to) {
     const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
     __m512i r[8], a[8], b[8];
@@ -91,6 +111,30 @@ struct Avx512 {
     for (int h = 0; h < 2; h++)
       for (int j = 0; j < 4; j++)
         b[h * 4 + j] = j < 2 ? _mm512_shuffle_i64x2(a[h * 4 + j], a[h * 4 + j + 2], 0x88) : _mm512_shuffle_i64x2(a[h * 4 + j - 2], a[h * 4 + j], 0xdd);
+    for (int j = 0; j < 4; j++) {
+      _mm512_storeu_si512(to + j * kLine, _mm512_shuffle_i64x2(b[j], b[4 + j], 0x88));
+      _mm512_storeu_si512(to + (j + 4) * kLine, _mm512_shuffle_i64x2(b[j], b[4 + j], 0xdd));
+    }
+  }
+
+  static __m512i interleave(__m512i halves) { return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved.index), halves); }
+  static void pair_rows(const Square& square, uint8_t* to) {
+    for (int k = 0; k < kLanes; k += 2) _mm512_storeu_si512(to + k / 2 * kLine, interleave(_mm512_load_si512(square.value[k])));
+  }
+
+  // An 8 x 8 transpose of words in each half of eight registers, each of which holds two rows.
+  static void pair_columns(const Square& square, uint8_t* to) {
+    __m512i r[8], a[8], b[8];
+    auto half = [&](int row) { return _mm256_load_si256((const __m256i*)square.value[row]); };
+    for (int i = 0; i < 8; i++) r[i] = _mm512_inserti64x4(_mm512_castsi256_si512(half(i % 4 + i / 4 * 8)), half(i % 4 + i / 4 * 8 + 4), 1);
+    for (int i = 0; i < 8; i += 2) {
+      a[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+      a[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    // b[h + j]: four lanes of words j and j + 4 in either half
+    for (int h = 0; h < 8; h += 4)
+      for (int j = 0; j < 4; j++)
+        b[h + j] = j % 2 ? _mm512_unpackhi_epi64(a[h + j / 2], a[h + j / 2 + 2]) : _mm512_unpacklo_epi64(a[h + j / 2], a[h + j / 2 + 2]);
     for (int j = 0; j < 4; j++) {
       _mm512_storeu_si512(to + j * kLine, _mm512_shuffle_i64x2(b[j], b[4 + j], 0x88));
       _mm512_storeu_si512(to + (j + 4) * kLine, _mm512_shuffle_i64x2(b[j], b[4 + j], 0xdd));

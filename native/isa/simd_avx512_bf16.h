@@ -20,6 +20,10 @@ struct Avx512Bf16 : Avx512 {
     return acc;
   }
 
+  static void store_pairs(uint8_t* to, Avx512::F first, Avx512::F second) {
+    _mm512_storeu_si512(to, interleave((__m512i)_mm512_cvtne2ps_pbh(second, first)));
+  }
+
   using Quad = __m512i;
   static Quad load_quad(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static Quad load_low_nibbles(const uint8_t* p) { return low_nibbles(p); }

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "isa/decode.h"
-#include "isa/decode_pairs.h"
+#include "isa/pairs.h"
 
 namespace coterie {
 namespace {
@@ -71,6 +71,15 @@ struct Scalar {
     memcpy(r.v, p, sizeof r);
     return r;
   }
+  template <int shift, uint32_t mask>
+  static I field(const I& v) {
+    return each<I>([&](int i) { return static_cast<int32_t>((static_cast<uint32_t>(v.v[i]) >> shift) & mask); });
+  }
+  static void store_pairs(uint8_t* to, const F& first, const F& second) {
+    uint32_t line[kLanes];
+    for (int i = 0; i < kLanes; i++) line[i] = float_to_bf16(first.v[i]) | static_cast<uint32_t>(float_to_bf16(second.v[i])) << 16;
+    memcpy(to, line, sizeof line);
+  }
   static void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
   struct Pair {
@@ -136,7 +145,9 @@ struct Scalar {
     decode_panel_portable(layout, weight, scale, zero, codes, scales);
   }
 
-  static void transpose(const uint8_t* from, uint8_t* to) { transpose_tile(from, to); }
+  static void transpose(const uint8_t* from, uint8_t* to) { transpose_portable(from, to); }
+  static void pair_rows(const Square& square, uint8_t* to) { pair_rows_portable(square, to); }
+  static void pair_columns(const Square& square, uint8_t* to) { pair_columns_portable(square, to); }
 
   static void dots(int64_t count, bool integer) {
     F f = set1(0.0f);

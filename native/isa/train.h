@@ -30,9 +30,9 @@ struct Trainer {
     alignas(64) float product[kBlockRows * Isa::kTileRows];
     for (int64_t r = 0; r < f.rank; r += kPanelRows) {
       if (transposed)
-        pack_pairs(source + r * element, dtype, 1, f.rank, f.rank - r, cols, lines, panel);
+        pack_pairs<Isa>(source + r * element, dtype, 1, f.rank, f.rank - r, cols, lines, panel);
       else
-        pack_pairs(source + r * cols * element, dtype, cols, 1, f.rank - r, cols, lines, panel);
+        pack_pairs<Isa>(source + r * cols * element, dtype, cols, 1, f.rank - r, cols, lines, panel);
       for (int64_t first = 0; first < tokens.count; first += Isa::kTileRows) {
         const int64_t rows = tokens.count - first < Isa::kTileRows ? tokens.count - first : Isa::kTileRows;
         E::template add_pairs<1>(&panel, lines, x, tokens.input + first, rows, product, false);
@@ -58,9 +58,9 @@ struct Trainer {
       }
       const uint8_t* weight = w.weight + panel * layout.weight_panel_bytes();
       const uint8_t* from = weight + column / layout.columns_per_line() * kLine;
-      for (int64_t i = 0; i < chunk; i += kLine) Isa::prefetch(from + 2 * layout.weight_panel_bytes() + i);
+      for (int64_t i = 0; i < chunk; i += kLine) Isa::prefetch(from + 4 * layout.weight_panel_bytes() + i);
       if (layout.format != Format::bf16) {
-        decode_pairs(layout, weight, w.scale + panel * layout.scale_panel_bytes(), w.zero + panel * layout.zero_panel_bytes(), column,
+        decode_pairs<Isa>(layout, weight, w.scale + panel * layout.scale_panel_bytes(), w.zero + panel * layout.zero_panel_bytes(), column,
                      column + kColumnAlign, decoded);
         from = decoded;
       }
@@ -75,7 +75,7 @@ struct Trainer {
     for (int q = 0; q < kBlockPanels; q++) {
       const int64_t row = column + q * kPanelRows, there = in - row;
       const uint8_t* source = static_cast<const uint8_t*>(f.a) + (expert * f.rank * in + row) * element;
-      pack_pairs(source, f.a_type, 1, in, there > 0 ? there : 0, f.rank, f.padded_rank() / 2, to + (q * lines + line) * kLine);
+      pack_pairs<Isa>(source, f.a_type, 1, in, there > 0 ? there : 0, f.rank, f.padded_rank() / 2, to + (q * lines + line) * kLine);
     }
   }
 
