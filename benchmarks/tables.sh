@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's tables of speed beside Transformers, measured on this machine. Takes about ten minutes.
+# The README's tables of speed and memory beside Transformers and PEFT, measured on this machine. Takes about twenty minutes.
 set -euo pipefail
 coterie doctor
 for format in bf16 int8 int4; do
@@ -8,3 +8,11 @@ done
 for format in bf16 int8 int4; do
   coterie bench model --experts "$format"
 done
+for format in bf16 int4; do
+  coterie bench train layer --experts "$format"
+done
+for format in bf16 int8 int4; do
+  coterie bench train lora --experts "$format"
+done
+coterie bench train memory
+coterie bench train model --rounds 2

@@ -58,10 +58,10 @@ def bench_train_layer(
     format: str = "int4",
     group_size: int | None = None,
     zero_point: bool = False,
-    tokens: tuple[int, ...] = (512,),
+    tokens: tuple[int, ...] = (64, 512, 2048),
     rank: int = 16,
     peer: str = "grouped_mm",
-    seconds: float = 2.0,
+    seconds: float = 1.0,
     rounds: int = 3,
 ) -> Iterator[TrainResult]:
     """Yields one result per number of tokens. Memory: the bf16 weights twice while ours are packed, then once."""

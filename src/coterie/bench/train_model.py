@@ -47,7 +47,7 @@ def bench_train_model(
     tokens: tuple[int, ...] = (512,),
     rank: int = 16,
     peer: str = "grouped_mm",
-    seconds: float = 2.0,
+    seconds: float = 1.0,
     rounds: int = 3,
 ) -> Iterator[TrainResult]:
     """Yields one result per length of the sequence. Memory: both models, and a step of the peer's."""

@@ -26,10 +26,10 @@ def layer(
     experts: Experts = "int4",
     group_size: GroupSize = None,
     zero_point: ZeroPoint = False,
-    tokens: Tokens = "512",
+    tokens: Tokens = "64,512,2048",
     rank: Rank = 16,
     peer: Peer = "grouped_mm",
-    seconds: Seconds = 2.0,
+    seconds: Seconds = 1.0,
     rounds: Rounds = 3,
 ) -> None:
     """One MoE block, forward and backward, beside PEFT's own target_parameters on Transformers' experts in bf16."""
@@ -54,7 +54,7 @@ def model(
     tokens: Tokens = "512",
     rank: Rank = 16,
     peer: Peer = "grouped_mm",
-    seconds: Seconds = 2.0,
+    seconds: Seconds = 1.0,
     rounds: Rounds = 3,
 ) -> None:
     """A model of random weights shaped like Qwen3-30B-A3B, LoRA on attention and experts, AdamW, beside PEFT's own."""
