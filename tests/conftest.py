@@ -20,6 +20,20 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def each_isa() -> Iterator[Iterator[str]]:
+    """The same within one test, whose truth is dear: ``for isa in each_isa``."""
+
+    def switch() -> Iterator[str]:
+        for name in ISAS:
+            coterie.cpu.use_isa(name)
+            yield name
+
+    before = coterie.cpu.current_isa()
+    yield switch()
+    coterie.cpu.use_isa(before)
+
+
+@pytest.fixture
 def threads() -> Iterator[None]:
     """Puts the number of threads back."""
     before = coterie.cpu.threads()

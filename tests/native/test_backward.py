@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_cases import FORMATS, dense, name_of, options
+from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, relative
 from torch import Tensor
 
 import coterie
@@ -12,9 +13,6 @@ from coterie import Activation, ExpertLora, Experts, reference
 from coterie.errors import ArgumentError
 from coterie.formats import Format
 
-# bf16 activations, LoRA factors and gradients: every rounding is 2^-9 relative; a few of them in a row, on small shapes
-# where they do not average out.
-TOLERANCE = 0.015
 # (experts, hidden, intermediate), top_k, tokens, rank
 SIZES = {
     "two experts": ((2, 64, 64), 1, 7, 8),
@@ -26,40 +24,6 @@ SIZES = {
     "middle rank": ((4, 64, 128), 4, 64, 64),
     "most experts empty": ((256, 64, 64), 4, 7, 8),
 }
-
-
-def relative(found: Tensor, wanted: Tensor) -> float:
-    assert found.shape == wanted.shape
-    scale = wanted.float().norm()
-    return ((found.float() - wanted.float()).norm() / scale).item() if scale else found.float().norm().item()
-
-
-def random_lora(sizes: tuple[int, int, int], rank: int, dtype: torch.dtype, has_gate: bool = True) -> dict[str, Tensor]:
-    count, hidden, intermediate = sizes
-    random, made = torch.Generator().manual_seed(rank), {}
-    for name in ("gate", "up", "down") if has_gate else ("up", "down"):
-        cols, rows = (intermediate, hidden) if name == "down" else (hidden, intermediate)
-        made[f"{name}_a"] = (torch.randn(count, rank, cols, generator=random) / cols**0.5).to(dtype)
-        made[f"{name}_b"] = (torch.randn(count, rows, rank, generator=random) * 0.1).to(dtype)
-    return made
-
-
-def random_batch(sizes: tuple[int, int, int], top_k: int, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    random = torch.Generator().manual_seed(tokens)
-    x, grad = torch.randn(2, tokens, sizes[1], generator=random).bfloat16()
-    ids = torch.rand(tokens, sizes[0], generator=random).topk(top_k, dim=1).indices
-    if tokens > 1:
-        ids[0, 0] = -1
-        ids[1, -1] = ids[1, 0]
-    return x, ids, torch.rand(tokens, top_k, generator=random) + 0.1, grad
-
-
-def gradients(forward, x: Tensor, weights: Tensor, lora: dict[str, Tensor], grad: Tensor, dtype=None, scaling=2.0):
-    x, weights = x.detach().to(dtype or x.dtype).requires_grad_(), weights.detach().clone().requires_grad_()
-    lora = {name: t.detach().to(dtype or t.dtype).clone().requires_grad_() for name, t in lora.items()}
-    y = forward(x, weights, ExpertLora(**lora, scaling=scaling))
-    found = torch.autograd.grad(y, [x, weights, *lora.values()], grad.to(y.dtype))
-    return {"y": y.detach(), **dict(zip(["x", "weights", *lora], found, strict=True))}
 
 
 def compare(experts: Experts, batch, lora: dict[str, Tensor], scaling=2.0) -> dict[str, Tensor]:
@@ -201,16 +165,22 @@ def test_b_with_the_experts_adjacent_in_memory_gives_the_same_bits() -> None:
     assert all(torch.equal(moved[name], plain[name]) for name in plain)
 
 
-def test_nan_and_inf_flow_through() -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_nan_and_inf_flow_through(isa: str, kind: str, value: float) -> None:
+    """One in x, one in the gradient of the output: each spoils its own token and its expert, and no other."""
     sizes = (4, 64, 128)
-    experts, lora = Experts.pack(*dense(sizes), format="int4"), random_lora(sizes, 8, torch.bfloat16)
+    experts, lora = Experts.pack(*dense(sizes), format=kind), random_lora(sizes, 8, torch.bfloat16)
     x, _, weights, grad = random_batch(sizes, 1, 4)
     ids = torch.arange(4)[:, None]
-    x[1, 3], grad[2, 5] = float("nan"), float("inf")
+    x[1, 3], grad[2, 5] = value, value
     found = gradients(lambda x, w, adapter: experts(x, ids, w, lora=adapter), x, weights, lora, grad)
     assert not found["y"][1].isfinite().any() and found["y"][[0, 2, 3]].isfinite().all()
-    assert not found["x"][2].isfinite().all() and found["x"][[0, 3]].isfinite().all()
-    assert not found["gate_a"][1].isfinite().all() and found["gate_a"][[0, 3]].isfinite().all()
+    assert not found["x"][2].isfinite().any() and found["x"][[0, 3]].isfinite().all()
+    assert not found["weights"][[1, 2]].isfinite().any() and found["weights"][[0, 3]].isfinite().all()
+    for name in lora:
+        assert not found[name][1].isfinite().all() and found[name][[0, 3]].isfinite().all(), name
+        assert not found[name][2].isfinite().all(), name
 
 
 def test_without_gradients_the_adapter_still_counts() -> None:
