@@ -13,7 +13,7 @@ from coterie import cpu
 from coterie.errors import ArgumentError, CoterieError, DeviceError
 
 THREADS = "import coterie; print(coterie.cpu.threads())"
-EVERY_ISA = ("amx", "avx512_bf16", "avx512", "avx2", "scalar")
+EVERY_ISA = ("amx", "avx512_bf16", "avx512", "avx2_vnni", "avx2", "scalar")
 
 
 def in_a_new_process(program: str, **environment: str) -> str:

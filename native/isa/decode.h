@@ -10,27 +10,32 @@ inline void decode_panel_portable(const Layout& layout, const uint8_t* weight, c
                                   float* scales) {
   const int64_t cols = layout.padded_cols(), group = layout.group, lines_per_group = group / 8;
   const float most = (layout.zero_point ? 15.0f : 8.0f) / 127.0f;
-  auto scale_of = [&](int64_t g, int lane) {
-    uint16_t h;
-    memcpy(&h, scale + (g * kLanes + lane) * 2, 2);
-    return bf16_to_float(h);
+  auto load_scales = [&](int64_t g, Lanes& to) {
+    uint16_t half[kLanes];
+    memcpy(half, scale + g * sizeof half, sizeof half);
+    for (int lane = 0; lane < kLanes; lane++) to[lane] = bf16_to_float(half[lane]);
   };
   for (int64_t begin = 0; begin < cols; begin += kActivationGroup, scales += kLanes) {
     const int64_t end = begin + kActivationGroup < cols ? begin + kActivationGroup : cols;
-    for (int lane = 0; lane < kLanes; lane++) {
-      float largest = 0.0f;
-      for (int64_t g = begin / group; g < end / group; g++) {
-        const float s = scale_of(g, lane), a = s < 0 ? -s : s;
-        largest = a > largest ? a : largest;
+    Lanes s, largest = {}, inverse;
+    for (int64_t g = begin / group; g < end / group; g++) {
+      load_scales(g, s);
+      for (int lane = 0; lane < kLanes; lane++) {
+        const float a = s[lane] < 0 ? -s[lane] : s[lane];
+        largest[lane] = a > largest[lane] ? a : largest[lane];
       }
-      scales[lane] = largest * most;
+    }
+    for (int lane = 0; lane < kLanes; lane++) {
+      scales[lane] = largest[lane] * most;
+      const float ratio = 128.0f / scales[lane];
+      inverse[lane] = scales[lane] > 0.0f ? ratio : 0.0f;
     }
     for (int64_t g = begin / group; g < end / group; g++) {
+      load_scales(g, s);
       int16_t ratio[kLine], centre[kLine];  // ratios in units of 1/128, one entry a byte of a line
-      for (int i = 0; i < kLine; i++) {
-        const int lane = i / 4;
-        ratio[i] = scales[lane] > 0.0f ? static_cast<int16_t>((scale_of(g, lane) * (128.0f / scales[lane]) + kRound) - kRound) : 0;
-        centre[i] = layout.zero_point ? zero[g * kLanes + lane] : 8;
+      for (int lane = 0; lane < kLanes; lane++) {
+        const auto units = static_cast<int16_t>((s[lane] * inverse[lane] + kRound) - kRound);
+        for (int i = 4 * lane; i < 4 * lane + 4; i++) ratio[i] = units, centre[i] = layout.zero_point ? zero[g * kLanes + lane] : 8;
       }
       for (int64_t line = g * lines_per_group; line < (g + 1) * lines_per_group; line++) {
         const uint8_t* from = weight + line * kLine;

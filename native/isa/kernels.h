@@ -133,6 +133,6 @@ inline int64_t backward_scratch_bytes(const Experts& layer, const Backward& b) {
   return kBlockRows * columns * 2 + kBlockRows * kColumnAlign;
 }
 
-extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated;
+extern const Kernels kScalar, kAvx2, kAvx2Vnni, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated;
 
 }  // namespace coterie

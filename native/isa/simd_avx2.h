@@ -17,7 +17,6 @@ struct Avx2 {
   };
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
   static constexpr bool kTiles = false;
-  static constexpr int kAccumulators = 8;  // that fit the registers beside weights and activations
   static constexpr int kTileRows = 6;
   static constexpr int tile_panels(int rows) { return rows <= 1 || rows > 3 ? 1 : 2; }
   static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 32;
@@ -114,16 +113,18 @@ struct Avx2 {
     return {{_mm256_and_si256(w.a, low), _mm256_and_si256(w.b, low)}, {_mm256_srli_epi16(w.a, 8), _mm256_srli_epi16(w.b, 8)}};
   }
   static Quad load_quad(const uint8_t* p) { return split(load_integers(p)); }
-  static Quad load_low_nibbles(const uint8_t* p) {
+  static I low_nibbles(const uint8_t* p) {
     const I w = load_integers(p);
     const __m256i mask = _mm256_set1_epi8(15);
-    return split({_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)});
+    return {_mm256_and_si256(w.a, mask), _mm256_and_si256(w.b, mask)};
   }
-  static Quad load_high_nibbles(const uint8_t* p) {
+  static I high_nibbles(const uint8_t* p) {
     const I w = load_integers(p);
     const __m256i mask = _mm256_set1_epi8(15);
-    return split({_mm256_and_si256(_mm256_srli_epi16(w.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(w.b, 4), mask)});
+    return {_mm256_and_si256(_mm256_srli_epi16(w.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(w.b, 4), mask)};
   }
+  static Quad load_low_nibbles(const uint8_t* p) { return split(low_nibbles(p)); }
+  static Quad load_high_nibbles(const uint8_t* p) { return split(high_nibbles(p)); }
   struct QuadOf1 {
     __m256i even, odd;
   };

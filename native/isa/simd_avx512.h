@@ -21,7 +21,6 @@ struct Avx512 {
   using I = __m512i;
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
   static constexpr bool kTiles = false;
-  static constexpr int kAccumulators = 24;  // that fit the registers beside weights and activations
   static constexpr int kTileRows = 6;
   static constexpr int tile_panels(int rows) { return rows <= 2 ? 4 : 2; }
   static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 32;

@@ -17,7 +17,6 @@ struct Scalar {
   };
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
   static constexpr bool kTiles = false;
-  static constexpr int kAccumulators = 8;  // that fit the registers beside weights and activations
   static constexpr int kTileRows = 4;
   static constexpr int tile_panels(int) { return 1; }
   static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 16;

@@ -14,6 +14,12 @@ namespace {
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 
+bool has_avx2_vnni() {
+  unsigned a = 7, b = 0, c = 1, d = 0;
+  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  return has_avx2() && (a & 1u << 4);
+}
+
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
@@ -44,6 +50,7 @@ const std::vector<Variant>& variants() {
       {&kAmx, has_amx(), true},
       {&kAvx512Bf16, has_avx512_bf16(), true},
       {&kAvx512, has_avx512(), true},
+      {&kAvx2Vnni, has_avx2_vnni(), true},
       {&kAvx2, has_avx2(), true},
       {&kAmxEmulated, has_avx512_bf16(), false},
 #endif
