@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's tables of speed and memory beside Transformers and PEFT, measured on this machine. Takes about twenty minutes.
+# The README's tables of speed and memory beside Transformers and PEFT, measured on this machine. About twenty minutes on a quiet machine.
 set -euo pipefail
 coterie doctor
 for format in bf16 int8 int4; do

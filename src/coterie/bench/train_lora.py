@@ -38,7 +38,7 @@ def bench_train_lora(
     tokens: tuple[int, ...] = (512, 2048),
     rank: int = 16,
     seconds: float = 1.0,
-    rounds: int = 5,
+    rounds: int = 3,
 ) -> Iterator[LoraResult]:
     """Yields one result per number of tokens."""
     check_sizes(tokens, rank)

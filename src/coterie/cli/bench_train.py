@@ -79,7 +79,7 @@ def lora(
     tokens: Tokens = "512,2048",
     rank: Rank = 16,
     seconds: Seconds = 1.0,
-    rounds: Rounds = 5,
+    rounds: Rounds = 3,
 ) -> None:
     """What LoRA adds to a step of one layer: through ExpertLora, and through PEFT's wrappers in PEFT's layout."""
     with errors.status("making random weights"):
