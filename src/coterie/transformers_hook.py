@@ -2,7 +2,8 @@
 
 Importing Transformers' model code takes seconds and half of coterie does without it, so `import coterie` does not: the
 experts implementation and the quantizer are registered right after `transformers.modeling_utils` is imported, without
-which no model can be loaded, and LoRA on packed experts right after PEFT's LoRA model.
+which no model can be loaded, LoRA on packed experts right after PEFT's LoRA model, and the check of saved adapters
+right after what loads them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,16 @@ import importlib.util
 import sys
 import warnings
 
-HOOKS = {"transformers.modeling_utils": "coterie.hf", "peft.tuners.lora.model": "coterie.hf.peft"}
-LOST = {"coterie.hf": "packed models cannot be loaded", "coterie.hf.peft": "packed experts cannot be fine-tuned"}
+HOOKS = {
+    "transformers.modeling_utils": "coterie.hf",
+    "peft.tuners.lora.model": "coterie.hf.peft",
+    "peft.peft_model": "coterie.hf.adapter_fit",
+}
+LOST = {
+    "coterie.hf": "packed models cannot be loaded",
+    "coterie.hf.peft": "packed experts cannot be fine-tuned",
+    "coterie.hf.adapter_fit": "adapters of other models are not recognised",
+}
 
 
 def install() -> None:

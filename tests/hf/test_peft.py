@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -175,11 +176,33 @@ def test_what_cannot_be_computed_is_refused(changes, message, checkpoint):
         get_peft_model(packed(checkpoint("gpt_oss")), LoraConfig(**{"target_parameters": PARAMETERS, **changes}))
 
 
-def test_adapter_of_another_model(checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_local_experts": 4}, r"expected shape \[16, \d+\], found \[\d+, \d+\]"),
+        ({"hidden_size": 96}, r"expected shape \[\d+, 96\]"),
+        ({"intermediate_size": 64}, "expected shape"),
+        ({"num_hidden_layers": 1}, r"expected 4 LoRA tensors, found 8: 4 have no place in it, .*layers\.1\."),
+        ({"num_hidden_layers": 3}, r"expected 12 LoRA tensors, found 8: 4 are missing, .*layers\.2\."),
+    ],
+    ids=str,
+)
+def test_adapter_of_another_model(changes, message, checkpoint, tmp_path):
     adapt(packed(checkpoint("mixtral"))).save_pretrained(tmp_path)
-    tiny_models.make("mixtral", num_local_experts=4).save_pretrained(tmp_path / "other")
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    tiny_models.make("mixtral", **changes).save_pretrained(tmp_path / "other")
+    expected = rf"does not fit MixtralForCausalLM: .*{message}.*trained on \({re.escape(str(checkpoint('mixtral')))}\)"
+    with pytest.raises(ArgumentError, match=expected):
         PeftModel.from_pretrained(packed(tmp_path / "other"), tmp_path)
+
+
+def test_adapter_of_another_rank(checkpoint, tmp_path):
+    """What is loaded into an adapter that is there must fit it; what was there is kept."""
+    adapt(packed(checkpoint("mixtral"))).save_pretrained(tmp_path)
+    model = adapt(packed(checkpoint("mixtral")), seed=1, r=8)
+    before = logits(model)
+    with pytest.raises(ArgumentError, match="does not fit"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model), before)
 
 
 def test_other_models_are_left_to_peft(checkpoint):

@@ -153,6 +153,18 @@ def test_exported_tensors_add_up_to_the_same_weights(base, adapted, gpt_oss, tmp
             assert torch.allclose(parts[name], delta, atol=1e-5)
 
 
+@pytest.mark.parametrize("layers", [2, 6])
+@pytest.mark.parametrize("command", [export_adapter, merge_adapter])
+def test_adapter_of_a_model_of_other_depth(command, layers, adapted, tmp_path):
+    """PEFT itself would apply it to the layers there are."""
+    config = AutoConfig.from_pretrained(tiny.PATH, num_hidden_layers=layers, layer_types=None)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny.PATH).save_pretrained(tmp_path / "other")
+    with pytest.raises(ArgumentError, match=rf"does not fit .*expected {6 * layers} LoRA tensors, found 24"):
+        command(adapted[0], tmp_path / "out", str(tmp_path / "other"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_refused(adapted, gpt_oss, tmp_path):
     folder, _ = adapted
     for command in (export_adapter, merge_adapter):

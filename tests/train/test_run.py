@@ -126,6 +126,29 @@ def test_unfrozen_alone(configure, train, tmp_path):
     assert changed and all("norm" in name for name in changed)
 
 
+@pytest.mark.parametrize("adapter", ["lora", None])
+def test_unfrozen_in_float32(adapter, configure, train, tmp_path):
+    """Steps smaller than bfloat16 can tell are kept, whatever is recomputed, and over a stop."""
+    patterns = [r"^model\.norm", r"layers\.1\.mlp\.gate", r"embed_tokens"]
+    options = {"adapter": adapter, "unfrozen_parameters": patterns, "learning_rate": 1e-5, "save_steps": 2}
+    names = ["model.norm.weight", "model.layers.1.mlp.gate.weight"]
+
+    def run(name: str, **changes) -> dict[str, torch.Tensor]:
+        train(configure(**options, **changes, output_dir=str(tmp_path / name)))
+        (file,) = (tmp_path / name).glob("*model*.safetensors")
+        tensors = load_file(file)
+        return {name: tensors[("base_model.model." if adapter else "") + name] for name in names}
+
+    kept = [run(str(kind), gradient_checkpointing=kind) for kind in (False, True, "retain_experts")]
+    kept.append(run("resumed", resume_from_checkpoint=str(tmp_path / "False" / "checkpoint-2")))
+    base = load_file(tiny.PATH / "model.safetensors")
+    for name, tensor in kept[0].items():
+        assert tensor.dtype == torch.float32
+        moved = (tensor - base[name].float()).abs()
+        assert 0 < moved.max() < 1e-4
+        assert all(torch.equal(tensor, other[name]) for other in kept[1:])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coterie.adapters.folder import WEIGHTS, base_of, finished, read_adapter_config
 from coterie.errors import ArgumentError
+from coterie.hf.adapter_fit import check_fits, lora_shapes
 from coterie.hf.layout import read_layout
 from coterie.hf.peft import factors, wrappers
 
@@ -83,17 +84,9 @@ def wrap_empty(base: str, config: LoraConfig, stored: dict[str, Tensor]) -> dict
             adapted = get_peft_model(model, config)
         except ValueError as error:
             raise ArgumentError(f"the adapter does not fit {base}: {error}") from error
-    found = {}
-    for name, module in adapted.base_model.model.named_modules():
-        if isinstance(module, ParamWrapper) and not name.endswith("base_layer"):
-            found[name] = module
-            for depth, wrapper in enumerate(wrappers(module)):
-                for part in ("A", "B"):
-                    key = f"{PREFIX}{name}.{'base_layer.' * depth}lora_{part}.weight"
-                    expected = list(getattr(wrapper, f"lora_{part}")["default"].weight.shape)
-                    if key not in stored or list(stored[key].shape) != expected:
-                        seen = list(stored[key].shape) if key in stored else "nothing"
-                        raise ArgumentError(
-                            f"the adapter does not fit {base}: {key}: expected {expected}, found {seen}"
-                        )
-    return found
+    check_fits(lora_shapes(adapted, "default"), stored, base, config.base_model_name_or_path)
+    return {
+        name: module
+        for name, module in adapted.base_model.model.named_modules()
+        if isinstance(module, ParamWrapper) and not name.endswith("base_layer")
+    }

@@ -77,7 +77,7 @@ class TrainConfig:
     peft_use_rslora: bool = key(False, "rank-stabilised scaling")
     unfrozen_parameters: list[str] = field(
         default_factory=list,
-        metadata={"about": "regular expressions of parameters to train in full, in their own dtype"},
+        metadata={"about": "regular expressions of parameters to train in full, in float32"},
     )
 
     micro_batch_size: int = key(1, "samples (packed sequences) of a forward pass")

@@ -20,6 +20,7 @@ from coterie.errors import ArgumentError
 from coterie.hf.loading import from_pretrained
 from coterie.hf.weight import PackedWeight
 from coterie.train.config import TrainConfig
+from coterie.train.precision import keep_float32
 
 
 def load_tokenizer(config: TrainConfig, path: str, folder: Path) -> Any:
@@ -62,9 +63,16 @@ def load_model(config: TrainConfig, path: str, tokenizer: Any) -> Any:
         model.requires_grad_(False)
         for name in unfrozen:
             model.get_parameter(name).requires_grad_(True)
-        return model
-    if config.lora_model_dir:
-        return load_adapter(model, config.lora_model_dir)
+    elif config.lora_model_dir:
+        model = load_adapter(model, config.lora_model_dir)
+    else:
+        model = add_adapter(model, config, task, unfrozen)
+    keep_float32(model)
+    return model
+
+
+def add_adapter(model: Any, config: TrainConfig, task: str, unfrozen: list[str]) -> Any:
+    """The model with a new adapter, the modules of `unfrozen` trained beside it."""
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
