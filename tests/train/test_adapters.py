@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import coterie
 from coterie import tiny
 from coterie.adapters.export import export_adapter
-from coterie.adapters.merge import merge_adapter
+from coterie.adapters.merge import merge_adapter, merge_in_memory
+from coterie.bench.memory import peak_rise
 from coterie.errors import ArgumentError, CheckpointError
 
 IDS = torch.arange(20, 60)[None]
@@ -93,6 +96,74 @@ def test_merged_and_packed_again(adapted, tmp_path):
     assert merged.config.quantization_config.experts == "int8"
     assert relative(logits(merged), logits(model)) < 0.05
     assert not (tmp_path / "merged" / "plain").exists()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_merged_expert_by_expert_as_in_memory(stacked, tmp_path):
+    """The same bits as PEFT's merge of the whole model, experts stored apart or stacked, in several shards."""
+    model = AutoModelForCausalLM.from_pretrained(tiny.PATH)
+    base = tmp_path / "base"
+    model.save_pretrained(base, max_shard_size="1MB", save_original_format=not stacked)
+    AutoTokenizer.from_pretrained(tiny.PATH).save_pretrained(base)
+    config = LoraConfig(
+        target_modules=["q_proj", "o_proj"],
+        target_parameters=["experts.down_proj"],
+        modules_to_save=["model.norm", "layers.1.mlp.gate"],
+        init_lora_weights=False,
+        use_rslora=True,
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        model.get_parameter("base_model.model.model.norm.modules_to_save.default.weight").mul_(1.25)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert sorted(f.name for f in (tmp_path / "merged").iterdir()) == sorted(f.name for f in base.iterdir())
+    merge_in_memory(tmp_path / "adapter", str(base), tmp_path / "expected")
+    merged, expected = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("merged", "expected"))
+    before = AutoModelForCausalLM.from_pretrained(base)
+    changed = set()
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(merged.get_parameter(name), parameter), name
+        if not torch.equal(parameter, before.get_parameter(name)):
+            changed.add(re.sub(r"\d+", "*", name))
+    assert changed == {
+        "model.norm.weight",
+        "model.layers.*.mlp.experts.down_proj",
+        "model.layers.*.self_attn.q_proj.weight",
+        "model.layers.*.self_attn.o_proj.weight",
+    }
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
+@pytest.mark.parametrize("experts", ["bf16", "int4"])
+def test_merging_takes_the_memory_of_an_expert(experts, tmp_path):
+    """Of 200 MB of experts and an adapter of 2 MB, never a layer is in memory."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 1024, "num_experts": 32, "num_hidden_layers": 2}
+    config = AutoConfig.from_pretrained(tiny.PATH, layer_types=None, **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    layer = sum(p.nbytes for p in model.model.layers[0].mlp.experts.parameters())
+    assert layer > 95 << 20
+    for stacked in (False, True):
+        model.save_pretrained(tmp_path / str(stacked), save_original_format=not stacked)
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    lora = LoraConfig(r=1, target_parameters=parameters, init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    del model
+    merge_adapter(tmp_path / "adapter", tmp_path / "first", str(tmp_path / "False"), experts)  # imports, workspace
+    for stacked in (False, True):
+        base, output = str(tmp_path / str(stacked)), tmp_path / f"merged {stacked}"
+        rise = peak_rise(lambda base=base, output=output: merge_adapter(tmp_path / "adapter", output, base, experts))
+        assert rise < layer / 2
+
+
+def test_adapters_that_are_more_than_lora_are_merged_in_memory(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny.PATH, dtype=torch.float32)
+    config = LoraConfig(target_modules=["q_proj"], use_dora=True, init_lora_weights=False)
+    model = get_peft_model(model, config)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert relative(logits(merged), logits(model)) < BF16
 
 
 def test_merged_into_a_packed_base(adapted, tmp_path):

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from coterie.adapters.folder import base_of, finished, read_adapter_config
+from coterie.adapters.empty import ADAPTER, adapt_empty
+from coterie.adapters.folder import WEIGHTS, base_of, finished, read_adapter_config
+from coterie.adapters.stream import StreamedMerge
 from coterie.convert import convert_cpu
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import resolve
 from coterie.hf.config import METHOD
 from coterie.hf.loading import check_folder, from_pretrained
 from coterie.hf.peft import factors
-
-LORA = "default"
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,54 @@ class Merged:
 def merge_adapter(adapter: Path, output: Path, model: str | None = None, experts: str = "bf16") -> Merged:
     """Writes the merged model to a new folder: `experts` "bf16" a plain checkpoint, "int8" or "int4" a packed one.
 
-    The base may be plain or packed. Needs memory for the whole model in its dtype (a packed one in bf16).
+    A plain base is read and written an expert at a time. A packed base is dequantised in memory, as is a base under an
+    adapter that is more than LoRA of experts and linear layers beside modules trained in full.
     Raises ArgumentError for an adapter that does not fit, CheckpointError for damaged files.
     """
     resolve(experts)
     config = read_adapter_config(adapter)
     base = base_of(adapter, config, model)
+    quantised = check_base(base)
+    stored = load_file(adapter / WEIGHTS)
+    adapted = adapt_empty(base, config, stored)
+    streamed = None if quantised else StreamedMerge(local(base), adapted, stored)
+    with finished(output) as folder:
+        plain = folder if experts == "bf16" else folder / "plain"
+        plain.mkdir(exist_ok=True)
+        if streamed is not None and streamed.possible:
+            parameters, worst = streamed.parameters, streamed.write(plain)
+        else:
+            parameters, worst = merge_in_memory(adapter, base, plain)
+        if experts == "bf16":
+            return Merged(parameters, experts, worst, 0.0)
+        packed = folder / "packed"
+        report = convert_cpu(plain, packed, experts)
+        for file in packed.iterdir():
+            file.replace(folder / file.name)
+        packed.rmdir()
+        shutil.rmtree(plain)
+    return Merged(parameters, experts, worst, max(error.worst for error in report.errors.values()))
+
+
+def check_base(base: str) -> bool:
+    """Whether the base is packed by coterie. Raises ArgumentError or CheckpointError for one that cannot be merged."""
+    if Path(base).is_dir():
+        check_folder(Path(base))
+    elif Path(base).is_absolute():
+        raise CheckpointError(f"{base} is not there: give the base model with --model")
+    found = getattr(AutoConfig.from_pretrained(base), "quantization_config", None)
+    if found is not None and dict(found).get("quant_method") != METHOD:
+        raise ArgumentError(f"{base} is quantised by {dict(found).get('quant_method')}; merge into the original model")
+    return found is not None
+
+
+def local(base: str) -> Path:
+    """The folder of a plain base model; one on the Hugging Face Hub is fetched."""
+    return Path(base) if Path(base).is_dir() else Path(snapshot_download(base))
+
+
+def merge_in_memory(adapter: Path, base: str, folder: Path) -> tuple[int, float]:
+    """(parameters of experts merged, rounding error of the worst expert); the whole model is in memory."""
     dense = load_dense(base)
     try:
         adapted = PeftModel.from_pretrained(dense, str(adapter))
@@ -50,35 +95,15 @@ def merge_adapter(adapter: Path, output: Path, model: str | None = None, experts
     worst = max((merge_experts(wrapper) for wrapper in wrapped), default=0.0)
     merged = adapted.merge_and_unload()
     merged.config.use_cache = True
-    with finished(output) as folder:
-        if experts == "bf16":
-            save(merged, base, folder)
-            return Merged(len(wrapped), experts, worst, 0.0)
-        plain = folder / "plain"
-        save(merged, base, plain)
-        del merged, adapted, dense
-        packed = folder / "packed"
-        report = convert_cpu(plain, packed, experts)
-        for file in packed.iterdir():
-            file.replace(folder / file.name)
-        packed.rmdir()
-        for file in plain.iterdir():
-            file.unlink()
-        plain.rmdir()
-    return Merged(len(wrapped), experts, worst, max(error.worst for error in report.errors.values()))
+    merged.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return len(wrapped), worst
 
 
 def load_dense(base: str) -> Any:
     """The base model with plain weights; a packed one is dequantised to bf16."""
-    if Path(base).is_dir():
-        check_folder(Path(base))
-    elif Path(base).is_absolute():
-        raise CheckpointError(f"{base} is not there: give the base model with --model")
-    stored = getattr(AutoConfig.from_pretrained(base), "quantization_config", None)
-    if stored is None:
+    if not check_base(base):
         return AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    if dict(stored).get("quant_method") != METHOD:
-        raise ArgumentError(f"{base} is quantised by {dict(stored).get('quant_method')}; merge into the original model")
     dense = from_pretrained(base).dequantize()
     dense.set_experts_implementation("eager")
     return dense
@@ -88,18 +113,13 @@ def load_dense(base: str) -> Any:
 def merge_experts(wrapper: ParamWrapper) -> float:
     """Adds the adapter to one parameter, an expert at a time, and takes it off; the worst expert's rounding error."""
     weight = wrapper.get_param()
-    a, b = (factor.float() for factor in factors(wrapper, LORA))
+    a, b = (factor.float() for factor in factors(wrapper, ADAPTER))
     transposed = getattr(wrapper.get_base_layer(), "is_transposed", False)
     worst = 0.0
     for e in range(wrapper.num_experts):
-        delta = wrapper.scaling[LORA] * (b[e] @ a[e])
+        delta = wrapper.scaling[ADAPTER] * (b[e] @ a[e])
         exact = weight[e].float() + (delta.T if transposed else delta)
         weight[e] = exact
         worst = max(worst, ((weight[e].float() - exact).norm() / exact.norm().clamp(min=1e-30)).item())
-    wrapper.delete_adapter(LORA)
+    wrapper.delete_adapter(ADAPTER)
     return worst
-
-
-def save(model: Any, base: str, folder: Path) -> None:
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)

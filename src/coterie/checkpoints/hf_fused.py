@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from coterie.activations import Activation
@@ -42,6 +43,13 @@ class FusedExperts(LayerReader):
             first, down = first.T, down.T
         weights = self._split(first, 0) | {"down": down}
         return {part: weight if weight.stride(1) == 1 else weight.contiguous() for part, weight in weights.items()}
+
+    def stored(self, expert: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        first, down = weights["up"], weights["down"]
+        if self.has_gate:
+            pair = weights["gate"], first
+            first = torch.stack(pair, 1).flatten(0, 1) if self.interleaved else torch.cat(pair)
+        return {self.first: first.T, self.down: down.T} if self.transposed else {self.first: first, self.down: down}
 
     def biases(self) -> dict[str, Tensor]:
         if not self.biased:

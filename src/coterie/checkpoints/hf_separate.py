@@ -28,6 +28,9 @@ class SeparateExperts(LayerReader):
     def expert(self, expert: int) -> dict[str, Tensor]:
         return {part: self.folder.tensor(self._name(expert, part)) for part in self.leaves}
 
+    def stored(self, expert: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {self._name(expert, part): weight for part, weight in weights.items()}
+
     def biases(self) -> dict[str, Tensor]:
         return {
             part: torch.stack(

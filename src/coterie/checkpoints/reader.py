@@ -37,6 +37,10 @@ class LayerReader(ABC):
         """
 
     @abstractmethod
+    def stored(self, expert: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `expert`: what the checkpoint stores of it, by tensor name; of a stack, its slice of it."""
+
+    @abstractmethod
     def biases(self) -> dict[str, Tensor]:
         """The biases of `biased`, float32: of {"gate": [E, I], "up": [E, I], "down": [E, H]}."""
 

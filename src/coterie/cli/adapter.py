@@ -44,7 +44,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model, and say what rounding it costs.
 
-    Needs memory for the whole model in bf16.
+    A plain base model is merged an expert at a time; a packed one needs memory for the whole model in bf16.
     """
     need_peft()
     from coterie.adapters.merge import merge_adapter

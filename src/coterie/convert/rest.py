@@ -29,7 +29,7 @@ class Rest:
     def __init__(self, folder: Folder, experts: Collection[str]):
         self._folder = folder
         self._names = [name for name in folder.shard_of if name not in experts]
-        self._files = list(_files(folder.root))
+        self._files = list(other_files(folder.root))
         self.tensor_bytes = sum(folder.nbytes(name) for name in self._names)
         self.nbytes = self.tensor_bytes + sum((folder.root / name).stat().st_size for name in self._files)
 
@@ -94,7 +94,7 @@ def _aligned(folder: Folder, names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: -DTYPES[folder.file_of(name).entry(name).dtype][0])
 
 
-def _files(root: Path) -> Iterator[str]:
+def other_files(root: Path) -> Iterator[str]:
     """Files that are not weights, an index of them, config.json or hidden (tokenizer, templates, code, licence): paths
     within `root`."""
     for parent, folders, files in os.walk(root):

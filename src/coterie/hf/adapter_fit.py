@@ -18,16 +18,17 @@ from coterie.errors import ArgumentError
 from coterie.hf.peft import computed_here
 
 SINGLE_EXPERTS = re.compile(r"experts\.\d+\.")  # adapters of older Transformers, which PEFT converts
+PAIRS = re.compile(r"\.lora_(embedding_)?[AB]\b")
 
 stock_set_state = peft_model.set_peft_model_state_dict
 
 
 def lora_shapes(model: nn.Module, adapter: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of an adapter's LoRA tensors in a PeftModel, by the names that they are saved under."""
+    """The shapes of an adapter's A and B in a PeftModel, by the names that they are saved under."""
     found = {}
     for name, parameter in model.named_parameters():
         before, _, after = f"{name}.".rpartition(f".{adapter}.")
-        if "lora_" in before:
+        if PAIRS.search(before):
             found[f"{before}.{after}".rstrip(".")] = tuple(parameter.shape)
     return found
 
@@ -35,11 +36,11 @@ def lora_shapes(model: nn.Module, adapter: str) -> dict[str, tuple[int, ...]]:
 def check_fits(
     expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, Tensor], model: str, trained_on: str | None
 ) -> None:
-    """Raises ArgumentError unless the LoRA tensors `stored` are those of `lora_shapes`.
+    """Raises ArgumentError unless A and B among `stored` are those of `lora_shapes`.
 
     model: what they are to be loaded into; trained_on: what the adapter says it was trained on; both for the message.
     """
-    found = {name: tuple(tensor.shape) for name, tensor in stored.items() if "lora_" in name}
+    found = {name: tuple(tensor.shape) for name, tensor in stored.items() if PAIRS.search(name)}
     advice = f"; load it into the model it was trained on ({trained_on or 'which it does not say'})"
     for name in expected:
         if name in found and expected[name] != found[name]:
