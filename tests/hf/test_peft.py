@@ -164,6 +164,8 @@ def test_merging_is_refused_before_anything_changes(checkpoint):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"r": 0}, "down_proj: expected r >= 1, found 0|gate_up_proj: expected r >= 1, found 0"),
+        ({"rank_pattern": {"experts.down_proj": -1}}, "down_proj: expected r >= 1, found -1"),
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"lora_dropout": 0.1}, "lora_dropout=0.1 is not supported"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),

@@ -110,6 +110,8 @@ def update_layer(self: ParamWrapper, adapter_name: str, r: int, lora_alpha: int,
     module = self.get_base_layer()
     if computed_here(module):
         check(module, self.parameter_name, config)
+        if r < 1:
+            raise ArgumentError(f"LoRA on {type(module).__name__}.{self.parameter_name}: expected r >= 1, found {r}")
     stock_update_layer(self, adapter_name, r, lora_alpha, config, **kwargs)
 
 

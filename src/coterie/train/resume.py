@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -38,6 +39,9 @@ def check_checkpoint(folder: Path) -> Path:
         json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE} is damaged ({error}); resume an earlier checkpoint") from None
+    for file in sorted((*folder.glob("*.pt"), *folder.glob("*.pth"))):
+        if not zipfile.is_zipfile(file):  # as torch.save writes it; its end is what a stop cuts off
+            raise CheckpointError(f"{file} is damaged (cut off, or empty); resume an earlier checkpoint")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise CheckpointError(f"{folder} has no weights (*.safetensors); resume an earlier checkpoint")
