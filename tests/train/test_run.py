@@ -76,6 +76,18 @@ def test_other_trainings(changes, configure, train, tmp_path):
     assert any("score" in name for name in tensors) == ("reward" in str(changes))
 
 
+def test_router_auxiliary_loss(configure, train, tmp_path):
+    """It is part of the loss, by its weight, and its gradient reaches the adapters of the layers before."""
+    runs = {}
+    for weight in (0.0, 1.0):
+        output = tmp_path / str(weight)
+        rows = train(configure(router_aux_loss_coef=weight, max_steps=1, output_dir=str(output)))
+        runs[weight] = rows[0]["loss"], load_file(output / "adapter_model.safetensors")
+    assert runs[1.0][0] - runs[0.0][0] > 1  # balanced routing has a loss of 1 or more
+    first = next(name for name in runs[0.0][1] if "layers.0.mlp.experts" in name and "lora_B" in name)
+    assert not torch.equal(runs[0.0][1][first], runs[1.0][1][first])
+
+
 def test_resumed_run_is_the_run_without_a_stop(configure, train, tmp_path):
     whole = train(configure(max_steps=6, save_steps=3, output_dir=str(tmp_path / "whole")))
     options = {"max_steps": 6, "save_steps": 3, "output_dir": str(tmp_path / "resumed")}
