@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 
 import pytest
@@ -209,6 +210,39 @@ def test_hub_id_is_downloaded_whole(packed, monkeypatch):
     model = coterie.from_pretrained("someone/some-model", config=config, revision="v1")
     assert asked == [("someone/some-model", {"revision": "v1"})]
     assert torch.equal(logits(model), logits(coterie.from_pretrained(packed)))
+
+
+@pytest.fixture
+def hub(packed, tmp_path, monkeypatch):
+    """A hub cache without network that holds someone/some-model; (cache, snapshot)."""
+    repository = tmp_path / "cache" / "models--someone--some-model"
+    snapshot = shutil.copytree(packed, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "cache", snapshot
+
+
+def test_hub_id_in_the_cache(hub, packed):
+    expected = logits(coterie.from_pretrained(packed))
+    for load in (coterie.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        assert torch.equal(logits(load("someone/some-model", cache_dir=hub[0])), expected)
+    found = coterie.from_pretrained("someone/some-model", cache_dir=hub[0], local_files_only=True, mmap=True)
+    assert torch.equal(logits(found), expected)
+
+
+def test_hub_id_whose_experts_were_not_downloaded(hub):
+    (hub[1] / "experts-00001.safetensors").unlink()
+    for load in (coterie.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=r"experts-00001.safetensors is missing"):
+            load("someone/some-model", cache_dir=hub[0])
+
+
+def test_hub_options_reach_the_download(packed, monkeypatch):
+    asked = []
+    monkeypatch.setattr("coterie.hf.loading.snapshot_download", lambda name, **kw: asked.append(kw) or str(packed))
+    coterie.from_pretrained("someone/some-model", config=AutoConfig.from_pretrained(packed), local_files_only=True)
+    assert asked == [{"local_files_only": True}]
 
 
 # --- what does not ---
@@ -446,6 +480,22 @@ def test_save_where_nothing_can_be_written(checkpoint):
     model = coterie.from_pretrained(checkpoint("qwen3_moe"), experts="int8")
     with pytest.raises(CheckpointError, match="cannot write"):
         model.save_pretrained("/proc/coterie")
+
+
+@pytest.mark.parametrize("limit", [1, 20_000, 300_000], ids=["the mark", "an experts' file", "the rest"])
+def test_a_disk_that_fills_up(limit, tmp_path):
+    """A limit on the size of one file stands in for a full disk; what was there is not taken for a whole one."""
+    tiny_models.make("qwen3_moe", vocab_size=4000).save_pretrained(tmp_path / "plain")
+    model = coterie.from_pretrained(tmp_path / "plain", experts="int4")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*File too large"):
+            model.save_pretrained(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with pytest.raises((CheckpointError, OSError)):
+        coterie.from_pretrained(tmp_path / "out")
 
 
 def test_save_options(checkpoint, tmp_path):

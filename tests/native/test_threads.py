@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -69,10 +70,13 @@ expected = experts(x, ids, weights)
 """
 
 
+def program(script: str) -> list[str]:
+    return [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", SETUP + textwrap.dedent(script)]
+
+
 def run(script: str) -> str:
     """A program of its own, for it may hang or crash."""
-    program = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", SETUP + textwrap.dedent(script)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(program(script), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "leaked" not in done.stderr
     return done.stdout
@@ -170,6 +174,32 @@ def test_grandchildren_compute():
 
 def test_exit_while_workers_sleep():
     assert run("time.sleep(0.05); print('end')") == "end\n"
+
+
+def test_exit_waits_for_threads_that_compute():
+    run("""
+        def work():
+            for _ in range(300):
+                assert torch.equal(experts(x, ids, weights), expected)
+        for _ in range(2):
+            threading.Thread(target=work).start()
+        sys.exit(0)
+    """)
+
+
+def test_exit_does_not_wait_for_daemon_threads():
+    """Before Python 3.14 such a thread ends within C++, of which a thread that runs torch alone dies too: no hang."""
+    script = """
+        def work():
+            while True:
+                experts(x, ids, weights)
+        for _ in range(2):
+            threading.Thread(target=work, daemon=True).start()
+        time.sleep(0.05)
+        print("end", flush=True)
+    """
+    done = subprocess.run(program(script), capture_output=True, text=True, timeout=120)
+    assert done.stdout == "end\n" and done.returncode in (0, -signal.SIGABRT), done.stderr
 
 
 def test_exit_of_a_forked_child_that_never_computed():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import sys
 from pathlib import Path
 
@@ -255,6 +256,20 @@ def test_what_is_refused(adapted, gpt_oss, tmp_path):
         export_adapter(tmp_path / "attention", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("limit", [100, 10_000], ids=["at once", "later"])
+@pytest.mark.parametrize("write", [export_adapter, merge_adapter])
+def test_a_disk_that_fills_up(write, limit, adapted, tmp_path):
+    """A limit on the size of one file stands in for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*out.*File too large"):
+            write(adapted[0], tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_commands(adapted, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,27 @@ def test_every_key_of_the_example_can_be_uncommented(tmp_path):
     keys = read_config(tmp_path / "mine.yaml").__dataclass_fields__
     for name in keys:
         assert f"\n{name}:" in text or f"\n# {name}:" in text
+
+
+def test_example_on_a_full_disk(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*new\.yaml: File too large"):
+            write_example(tmp_path / "new.yaml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_that_cannot_be_written(configure, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(CheckpointError, match=r"output_dir: .* cannot be made: .*file is a file"):
+            run.validate(configure(output_dir=str(folder)), tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(CheckpointError, match=r"output_dir: .* cannot be written: .* is read-only"):
+        run.validate(configure(output_dir=str(tmp_path / "new" / "folder")), tmp_path)
 
 
 def test_numbers_may_be_written_as_people_do(configure):

@@ -50,7 +50,7 @@ def base_of(folder: Path, config: LoraConfig, model: str | None) -> str:
 def finished(output: Path) -> Iterator[Path]:
     """A folder to write to that becomes `output` when all is written, and vanishes when not.
 
-    Raises ArgumentError where `output` is neither new nor empty.
+    Raises ArgumentError where `output` is neither new nor empty, CheckpointError when the system refuses a write.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ArgumentError(f"{output} is not empty; give a new folder")
@@ -62,7 +62,7 @@ def finished(output: Path) -> Iterator[Path]:
         if output.exists():
             output.rmdir()
         os.replace(partial, output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {output}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -102,8 +102,10 @@ class TensorWriter:
                 f"cannot finish {self.path}: {len(unwritten)} tensors were not written: {unwritten[0]!r}"
             )
         try:
-            os.fsync(self._file)
-            os.close(self._file)
+            try:
+                os.fsync(self._file)
+            finally:
+                os.close(self._file)
             os.replace(self._temporary, self.path)
             sync_folder(self.path.parent)
         except OSError as error:

@@ -14,6 +14,8 @@ from coterie.checkpoints.folder import Folder, read_json
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.hf.config import METHOD, CoterieConfig
 
+HUB_OPTIONS = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "force_download")
+
 
 def from_pretrained(
     path_or_id: str | os.PathLike,
@@ -49,7 +51,7 @@ def from_pretrained(
         check_folder(path)
     elif path.exists() or path.is_absolute() or str(path_or_id).startswith("."):
         raise CheckpointError(f"{path} is not a checkpoint folder; expected a folder or a Hugging Face id")
-    hub = {key: kwargs[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in kwargs}
+    hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path_or_id, **hub)
     stored = getattr(config, "quantization_config", None)
     if stored is None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from coterie import tiny
+from coterie.checkpoints.tensorwriter import write_text
 from coterie.errors import ArgumentError
 from coterie.train.config import DatasetConfig, TrainConfig, describe, is_union
 
@@ -22,13 +23,10 @@ HEADER = """\
 
 
 def write_example(path: Path) -> None:
-    """Writes the example to a new file. Raises ArgumentError where there is one."""
+    """Writes the example to a new file. Raises ArgumentError where there is one, CheckpointError where none can be."""
     if path.exists():
         raise ArgumentError(f"{path} is there already; give the name of a new file")
-    try:
-        path.write_text(example(path), encoding="utf-8")
-    except OSError as error:
-        raise ArgumentError(f"cannot write {path}: {error.strerror}") from None
+    write_text(path, example(path))
 
 
 def example(path: Path) -> str:

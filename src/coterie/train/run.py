@@ -13,7 +13,7 @@ from transformers import TrainingArguments, logging, set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from coterie.errors import ArgumentError
+from coterie.errors import ArgumentError, CheckpointError
 from coterie.hf.loading import check_folder
 from coterie.recompute import checkpointing
 from coterie.train.callbacks import CURVE, METRICS, MetricsFile, Profiler, ProgressBar, draw_losses, read_metrics
@@ -45,9 +45,21 @@ def validate(config: TrainConfig, folder: Path) -> tuple[int, int]:
     model = Path(base_model(config, folder))
     if model.is_dir():
         check_folder(model)
+    check_output(Path(config.output_dir))
     find_checkpoint(config)
     train, test = load_datasets(config, folder)
     return len(train), len(test) if test is not None else 0
+
+
+def check_output(folder: Path) -> None:
+    """Raises CheckpointError where `folder` cannot be written or made; writes nothing."""
+    parent = folder
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise CheckpointError(f"output_dir: {folder} cannot be made: {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"output_dir: {folder} cannot be written: {parent} is read-only; name another folder")
 
 
 def base_model(config: TrainConfig, folder: Path) -> str:
@@ -65,6 +77,7 @@ def train(config: TrainConfig, folder: Path, console: Console) -> Report | None:
     logging.set_verbosity_error()
     if os.environ.get("RANK", "0") != "0":
         logging.disable_progress_bar()
+    check_output(Path(config.output_dir))
     resume = find_checkpoint(config)
     train_rows, test_rows = load_datasets(config, folder)
     path = base_model(config, folder)
