@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy as copies
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -149,3 +151,12 @@ def test_memory_is_the_packed_bytes_and_is_given_back():
         gc.collect()
         assert status("VmRSS") - before < 8 * MB
     """)
+
+
+def test_copies_share_the_weights():
+    experts = Experts.pack(*dense(SIZES))
+    experts(*Batch(2, 1).tensors(SIZES))
+    model = {"layer": experts}
+    assert copies.deepcopy(model)["layer"] is experts and copies.copy(experts) is experts
+    with pytest.raises(ArgumentError, match=r"cannot be pickled; write them with save\(\)"):
+        pickle.dumps(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -271,6 +272,18 @@ class Experts:
                 self.activation.native(), addresses, self.has_gate, *biases
             )
         return self._layer
+
+    # --- copies ---
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Experts:
+        """Copies of a model share its packed weights, which never change."""
+        return self
+
+    def __copy__(self) -> Experts:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise ArgumentError("packed experts cannot be pickled; write them with save() and read them with open()")
 
     # --- files ---
 
