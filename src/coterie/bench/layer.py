@@ -49,10 +49,8 @@ def bench_layer(
     rounds: int = 5,
 ) -> Iterator[LayerResult]:
     """Yields one result per number of tokens. Memory: the bf16 weights once, the packed ones once."""
-    if peer not in PEERS:
-        raise ArgumentError(f"unknown peer {peer!r}: expected one of {', '.join(PEERS)}")
-    if not tokens or min(tokens) < 1:
-        raise ArgumentError(f"numbers of tokens are {list(tokens)}: expected at least one, all at least 1")
+    check_peer(peer)
+    check_tokens(tokens)
     experts = Experts.empty(shape.E, shape.H, shape.I, format=format, group_size=group_size, zero_point=zero_point)
     theirs = transformers_experts(shape, peer)
     for e in range(shape.E):
@@ -78,6 +76,16 @@ def bench_layer(
             error=error,
             peer_error=peer_error,
         )
+
+
+def check_peer(peer: str) -> None:
+    if peer not in PEERS:
+        raise ArgumentError(f"unknown peer {peer!r}: expected one of {', '.join(PEERS)}")
+
+
+def check_tokens(tokens: tuple[int, ...]) -> None:
+    if not tokens or min(tokens) < 1:
+        raise ArgumentError(f"numbers of tokens are {list(tokens)}: expected at least one, all at least 1")
 
 
 class _Cycle:

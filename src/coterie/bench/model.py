@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from coterie.bench.decode import Decoder, Prefill
-from coterie.bench.layer import OURS, PEERS
+from coterie.bench.layer import OURS, check_peer
 from coterie.bench.random_model import packed_twin, qwen3_30b, random_model
 from coterie.bench.timing import take_turns
 from coterie.errors import ArgumentError
@@ -36,8 +36,7 @@ def bench_model(
     rounds: int = 5,
 ) -> list[ModelResult]:
     """Prefill of `prompt` tokens and decoding after them, one sequence. Memory: bf16 model + packed experts."""
-    if peer not in PEERS:
-        raise ArgumentError(f"unknown peer {peer!r}: expected one of {', '.join(PEERS)}")
+    check_peer(peer)
     if prompt < 1:
         raise ArgumentError(f"prompt={prompt} tokens: expected at least 1")
     spec = resolve(format, group_size, zero_point)

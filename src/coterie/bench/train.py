@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
-from coterie.bench.layer import OURS, PEERS
+from coterie.bench.layer import OURS, check_tokens
 from coterie.bench.process import Remote
 from coterie.bench.steps import Steps, Weight
 from coterie.bench.timing import read_in_turns
@@ -46,13 +46,7 @@ def compare(
             )
 
 
-def check_peer(peer: str) -> None:
-    if peer not in PEERS:
-        raise ArgumentError(f"unknown peer {peer!r}: expected one of {', '.join(PEERS)}")
-
-
 def check_sizes(tokens: tuple[int, ...], rank: int) -> None:
-    if not tokens or min(tokens) < 1:
-        raise ArgumentError(f"numbers of tokens are {list(tokens)}: expected at least one, all at least 1")
+    check_tokens(tokens)
     if rank < 1:
         raise ArgumentError(f"rank={rank}: expected at least 1")

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from coterie.bench.layer import transformers_experts
+from coterie.bench.layer import check_peer, transformers_experts
 from coterie.bench.random_model import pack
 from coterie.bench.shapes import Shape
 from coterie.bench.steps import Steps, frozen_and_trained, with_lora
-from coterie.bench.train import TrainResult, check_peer, check_sizes, compare
+from coterie.bench.train import TrainResult, check_sizes, compare
 from coterie.formats import Format, resolve
 from coterie.hf.experts import NAME
 

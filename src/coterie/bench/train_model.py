@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from transformers import Qwen3MoeConfig
 
+from coterie.bench.layer import check_peer
 from coterie.bench.random_model import qwen3_30b, random_model
 from coterie.bench.steps import Steps, frozen_and_trained, with_lora
-from coterie.bench.train import TrainResult, check_peer, check_sizes, compare
+from coterie.bench.train import TrainResult, check_sizes, compare
 from coterie.formats import Format, resolve
 from coterie.hf.experts import NAME
 

@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from coterie.cli import bench_train
-from coterie.cli.bench_options import Experts, GroupSize, Peer, Rounds, Seconds, ZeroPoint, print_machine, read_counts
+from coterie.cli.bench_options import (
+    Experts,
+    GroupSize,
+    Peer,
+    Rounds,
+    Seconds,
+    ZeroPoint,
+    describe,
+    print_machine,
+    read_counts,
+)
 from coterie.cli.console import console, errors, significant, table
 
 app = typer.Typer(help="Measure speed beside Transformers' own experts.", no_args_is_help=True)
@@ -36,7 +46,7 @@ def layer(
         sizes = parse_shape(shape)
         counts = read_counts("--tokens", tokens)
     report = table(
-        f"E={sizes.E} H={sizes.H} I={sizes.I} K={sizes.K}: {experts}, peer Transformers {peer} bf16",
+        f"{describe(sizes)}: {experts}, peer Transformers {peer} bf16",
         "tokens",
         "ms",
         "peer ms",

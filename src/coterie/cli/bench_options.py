@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coterie.cli.console import console
 from coterie.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from coterie.bench.shapes import Shape
 
 Experts = Annotated[str, typer.Option(help="Format of the packed experts: bf16, int8 or int4.")]
 GroupSize = Annotated[int | None, typer.Option(help="Columns that share a scale. [default: int4 32, int8 a row]")]
@@ -23,6 +26,10 @@ def read_counts(option: str, text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ArgumentError(f"{option} is {text!r}: expected numbers of at least 1, like 1,16,256")
     return tuple(int(part) for part in parts)
+
+
+def describe(shape: Shape) -> str:
+    return f"E={shape.E} H={shape.H} I={shape.I} K={shape.K}"
 
 
 def print_machine(rounds: int) -> None:

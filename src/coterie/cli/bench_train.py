@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coterie.cli.bench_options import Experts, GroupSize, Peer, Rounds, Seconds, ZeroPoint, print_machine, read_counts
+from coterie.cli.bench_options import (
+    Experts,
+    GroupSize,
+    Peer,
+    Rounds,
+    Seconds,
+    ZeroPoint,
+    describe,
+    print_machine,
+    read_counts,
+)
 from coterie.cli.console import console, errors, significant, size, table
 
 if TYPE_CHECKING:
@@ -40,7 +50,7 @@ def layer(
         sizes = parse_shape(shape)
         counts = read_counts("--tokens", tokens)
         results = bench_train_layer(sizes, experts, group_size, zero_point, counts, rank, peer, seconds, rounds)
-        print_beside(f"E={sizes.E} H={sizes.H} I={sizes.I} K={sizes.K}: {experts}, LoRA of rank {rank}", peer, results)
+        print_beside(f"{describe(sizes)}: {experts}, LoRA of rank {rank}", peer, results)
     print_machine(rounds)
 
 
@@ -89,7 +99,7 @@ def lora(
         sizes = parse_shape(shape)
         counts = read_counts("--tokens", tokens)
         report = table(
-            f"E={sizes.E} H={sizes.H} I={sizes.I} K={sizes.K}: {experts}, time with LoRA of rank {rank} / without",
+            f"{describe(sizes)}: {experts}, time with LoRA of rank {rank} / without",
             "tokens",
             "ms without",
             "ExpertLora",

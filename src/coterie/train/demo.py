@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from coterie import cpu
 from coterie.hf.loading import from_pretrained
+from coterie.train.config import EXPERT_PARAMETERS
 from coterie.train.example import DATA
 
 STEPS = 320
@@ -67,7 +68,7 @@ def fine_tune(
             r=16,
             lora_alpha=32,
             target_modules=["q_proj", "v_proj"],
-            target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+            target_parameters=EXPERT_PARAMETERS,
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
