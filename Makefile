@@ -12,10 +12,11 @@ PIP   := $(PY) -m pip --disable-pip-version-check
 TOOLS := $(VENV)/.tools-installed
 BUILT := $(VENV)/.coterie-built
 SANITIZED := build/sanitize
+EMULATED := build/emulate
 NATIVE_TESTS ?= $(wildcard tests/native tests/test_experts.py tests/test_ops.py tests/test_cpu.py tests/test_formats.py tests/checkpoints)
 NATIVE := $(shell find native -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test bench develop lint sanitize clean
+.PHONY: help demo test bench develop lint sanitize emulate clean
 
 help:
 	@echo "make demo      build coterie in $(VENV) and show it at work (coterie quickstart)"
@@ -24,6 +25,7 @@ help:
 	@echo "make develop   build coterie in $(VENV), editable"
 	@echo "make lint      ruff and mypy"
 	@echo "make sanitize  the native tests under ASan and UBSan"
+	@echo "make emulate   the native tests on AVX-VNNI, AVX512 and AMX, emulated on any CPU that has AVX2"
 	@echo "make clean     remove $(VENV) and every build output"
 
 demo: $(BUILT)
@@ -46,6 +48,12 @@ sanitize: $(BUILT)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=1 \
 	PYTHONPATH="$(SANITIZED)/site:$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 	  $(PY) -S -m pytest --capture=sys $(NATIVE_TESTS)
+
+emulate: $(BUILT)
+	$(PIP) install -q --no-build-isolation --no-deps --upgrade --target $(EMULATED)/site \
+	  -C build-dir=$(EMULATED)/native -C cmake.define.COTERIE_EMULATE=ON .
+	PYTHONPATH="$(EMULATED)/site:$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  $(PY) -S -m pytest $(NATIVE_TESTS)
 
 lint: $(BUILT)
 	$(PY) -m ruff check

@@ -206,11 +206,13 @@ NB_MODULE(_native, m) {
   m.def("allocate", &allocate, "bytes"_a, "Zeroed huge-page memory as a uint8 tensor.");
   m.def("pack", &pack);
   m.def("unpack", &unpack);
-  m.def("available_isas", [] {
-    std::vector<std::string> names;
-    for (const Kernels* k : available_kernels()) names.push_back(k->name);
-    return names;
-  });
+  auto names = [](bool automatic) {
+    std::vector<std::string> found;
+    for (const Kernels* k : available_kernels(automatic)) found.push_back(k->name);
+    return found;
+  };
+  m.def("available_isas", [=] { return names(true); });
+  m.def("emulated_isas", [=] { return names(false); }, "Variants for tests: their instructions are emulated.");
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("isa_reason", [] { return kernels_reason(); });
   m.def("use_isa", &use_kernels, "name"_a, "Switch instruction set in this process (for tests and comparisons).");

@@ -1,7 +1,6 @@
-"""Every instruction set this CPU has, and AMX with its tiles emulated."""
+"""Every instruction set this CPU has, and those that are emulated: AMX's tiles always, more in a build of `make emulate`."""
 
 import coterie
+from coterie import _native
 
-ISAS = list(coterie.cpu.info().isas)
-if "avx512_bf16" in ISAS:  # the emulation of AMX's tiles leaves the rest to these
-    ISAS.append("amx_emulated")
+ISAS = [*coterie.cpu.info().isas, *_native.emulated_isas()]

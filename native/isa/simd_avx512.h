@@ -140,6 +140,16 @@ struct Avx512 {
     }
   }
 
+  // Has the compiler compute `v`, whatever comes of it.
+  template <class V>
+  static void keep(V& v) {
+#if defined(__AVX512F__)
+    asm volatile("" : "+v"(v));
+#else
+    asm volatile("" : "+m"(v));
+#endif
+  }
+
   static void dots(int64_t count, bool integer) {
     constexpr int kChains = 8;
     F f[kChains];
@@ -152,10 +162,10 @@ struct Avx512 {
       for (int c = 0; c < kChains; c++) {
         if (integer) {
           i[c] = add(i[c], _mm512_madd_epi16(unit, i[c]));
-          asm volatile("" : "+v"(i[c]));
+          keep(i[c]);
         } else {
           f[c] = fma(one, one, f[c]);
-          asm volatile("" : "+v"(f[c]));
+          keep(f[c]);
         }
       }
   }

@@ -1,5 +1,5 @@
 // AVX512 with BF16 and VNNI: one instruction multiplies a line of weights with a broadcast pair or quad.
-// Written as assembly: with the intrinsics gcc 12 keeps a tile's accumulators in memory, at half the speed.
+// Written as assembly where the instructions exist: with the intrinsics gcc 12 keeps a tile's accumulators in memory, at half the speed.
 #pragma once
 #include "isa/simd_avx512.h"
 
@@ -16,7 +16,11 @@ struct Avx512Bf16 : Avx512 {
   static Pair load_pair(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static Pair broadcast_pair(const uint8_t* x) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x)); }
   static F dot(F acc, Pair w, Pair x) {
+#if defined(__AVX512BF16__)
     asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+#else
+    acc = _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)x);
+#endif
     return acc;
   }
 
@@ -30,7 +34,11 @@ struct Avx512Bf16 : Avx512 {
   static Quad load_high_nibbles(const uint8_t* p) { return high_nibbles(p); }
   static Quad broadcast_quad(const uint8_t* x) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x)); }
   static I dot(I acc, Quad w, Quad x) {
+#if defined(__AVX512VNNI__)
     asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+#else
+    acc = _mm512_dpbusd_epi32(acc, w, x);
+#endif
     return acc;
   }
   // 16 codes as bytes in the order of kQuadOrder.
@@ -49,7 +57,7 @@ struct Avx512Bf16 : Avx512 {
 #pragma GCC unroll 16
       for (int c = 0; c < kChains; c++) {
         acc[c] = integer ? _mm512_dpbusd_epi32(acc[c], x, x) : (__m512i)_mm512_dpbf16_ps((__m512)acc[c], (__m512bh)x, (__m512bh)x);
-        asm volatile("" : "+v"(acc[c]));
+        keep(acc[c]);
       }
   }
 };

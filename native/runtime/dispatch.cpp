@@ -38,6 +38,12 @@ bool has_amx() {
 }
 #endif
 
+#if defined(COTERIE_EMULATE)
+constexpr bool kEmulated = true;  // AVX-VNNI and AVX512 in plain C++, on any CPU that has AVX2
+#else
+constexpr bool kEmulated = false;
+#endif
+
 struct Variant {
   const Kernels* kernels;
   bool available;
@@ -48,11 +54,11 @@ const std::vector<Variant>& variants() {
   static const std::vector<Variant> all = {
 #if defined(__x86_64__)
       {&kAmx, has_amx(), true},
-      {&kAvx512Bf16, has_avx512_bf16(), true},
-      {&kAvx512, has_avx512(), true},
-      {&kAvx2Vnni, has_avx2_vnni(), true},
+      {&kAvx512Bf16, kEmulated || has_avx512_bf16(), !kEmulated},
+      {&kAvx512, kEmulated || has_avx512(), !kEmulated},
+      {&kAvx2Vnni, kEmulated || has_avx2_vnni(), !kEmulated},
       {&kAvx2, has_avx2(), true},
-      {&kAmxEmulated, has_avx512_bf16(), false},
+      {&kAmxEmulated, kEmulated || has_avx512_bf16(), false},
 #endif
       {&kScalar, true, true},
   };
@@ -91,10 +97,10 @@ Choice& choice() {
 
 }  // namespace
 
-std::vector<const Kernels*> available_kernels() {
+std::vector<const Kernels*> available_kernels(bool automatic) {
   std::vector<const Kernels*> found;
   for (const Variant& v : variants())
-    if (v.available && v.automatic) found.push_back(v.kernels);
+    if (v.available && v.automatic == automatic) found.push_back(v.kernels);
   return found;
 }
 

@@ -7,8 +7,8 @@
 
 namespace coterie {
 
-// Best first.
-std::vector<const Kernels*> available_kernels();
+// Best first: those that are chosen without being asked for, or those whose instructions are emulated, for tests.
+std::vector<const Kernels*> available_kernels(bool automatic = true);
 
 // The kernels in use, and why. Throws std::runtime_error when COTERIE_ISA names one that is unknown or that the CPU lacks.
 const Kernels& kernels();
