@@ -15,6 +15,19 @@ from safetensors.torch import load_file
 from coterie.train.example import DATA
 
 
+# coterie sft, and at the very end of each process the threads of its process group: one that is still there when the
+# interpreter ends may abort the process.
+PROGRAM = """
+import atexit, pathlib
+def names():
+    return [task.read_text().strip() for task in pathlib.Path("/proc/self/task").glob("*/comm")]
+atexit.register(lambda: print("threads of gloo at exit:", sum("gloo" in name for name in names())))
+import torch
+from coterie.cli import main
+main()
+"""
+
+
 def losses(folder: Path) -> dict[int, float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
@@ -25,10 +38,11 @@ def test_two_processes_train_like_one(write, configure, train, tmp_path):
     pair = tmp_path / "pair"
     file = write(**common, output_dir=str(pair), test_datasets=[{"path": str(DATA / "heldout.jsonl")}], eval_steps=4)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "--no-python", sys.executable, "-c", "from coterie.cli import main; main()", "sft", str(file)]
+    command = [*launch, "--no-python", sys.executable, "-c", PROGRAM, "sft", str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("threads of gloo at exit: 0\n") == 2, done.stdout
     assert done.stdout.count("trained") == 1 and done.stderr.count("step 3/4") == 1
     files = {path.name for path in pair.iterdir()}
     assert {"adapter_model.safetensors", "metrics.jsonl", "loss.png", "trace.json", "checkpoint-2"} <= files

@@ -39,12 +39,14 @@ def sft(
 
     settings = read_config(config)
     from coterie.train import run
+    from coterie.train.processes import end_process_group
 
     if validate:
         rows, held = run.validate(settings, config.parent)
         console.print(f"{config} is fine: {rows} rows to train on, {held} to evaluate on", highlight=False)
         return
     report = run.train(settings, config.parent, errors)
+    end_process_group()
     if report is None:
         return
     summary = facts(str(config))
