@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from coterie.train.example import DATA
 
-
 # coterie sft, and at the very end of each process the threads of its process group: one that is still there when the
 # interpreter ends may abort the process.
 PROGRAM = """
