@@ -249,7 +249,8 @@ def test_adapters_that_do_not_fit(change: dict, message: str) -> None:
         experts(x, ids, weights, lora=ExpertLora(**(random_lora(sizes, 8, torch.float32) | change)))
 
 
-def test_torch_compile() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_torch_compile(backend: str) -> None:
     sizes = (4, 64, 128)
     experts, lora = Experts.pack(*dense(sizes), format="bf16"), random_lora(sizes, 8, torch.float32)
     x, ids, weights, grad = random_batch(sizes, 2, 7)
@@ -258,5 +259,5 @@ def test_torch_compile() -> None:
         return experts(x * 1.0, ids, w, lora=adapter) * 1.0
 
     eager = gradients(step, x, weights, lora, grad)
-    compiled = gradients(torch.compile(step, fullgraph=True, backend="aot_eager"), x, weights, lora, grad)
+    compiled = gradients(torch.compile(step, fullgraph=True, backend=backend), x, weights, lora, grad)
     assert all(torch.equal(eager[name], compiled[name]) for name in eager)

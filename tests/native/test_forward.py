@@ -32,7 +32,7 @@ def check(spec, isa, sizes, batch):
         return
     x, ids, weights = batch.tensors(sizes)
     found = packed(spec, sizes)(x, ids, weights)
-    truth = engine_truth(spec, isa, x, ids, weights, *dequantized(spec, sizes))
+    truth = engine_truth(packed(spec, sizes), isa, x, ids, weights)
     assert found.shape == x.shape and found.dtype == x.dtype
     assert_close(spec, found, truth, (sizes, batch))
 
@@ -70,6 +70,6 @@ def test_more_tokens_than_one_chunk(isa):
     spec, sizes = Format("int8"), (4, 16, 16)
     x, ids, weights = Batch(4099, 2).tensors(sizes)
     found = packed(spec, sizes)(x, ids, weights)
-    truth = engine_truth(spec, isa, x, ids, weights, *dequantized(spec, sizes))
+    truth = engine_truth(packed(spec, sizes), isa, x, ids, weights)
     assert_close(spec, found, truth)
     assert_close(spec, found[4090:], truth[4090:])
