@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import cpu, transformers_hook
+import coterie_hook
+
+from . import cpu
 from .activations import Activation
 from .experts import Experts
 from .lora import ExpertLora
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from .hf import CoterieConfig, from_pretrained
 
 cpu.read_environment()
-transformers_hook.install()
+coterie_hook.install()
 
 __version__ = "0.1.0"
 __all__ = ["Activation", "CoterieConfig", "ExpertLora", "Experts", "checkpointing", "cpu", "from_pretrained"]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import coterie
 from coterie import Experts
+from coterie.checkpoints.folder import PACKED_INDEX
 from coterie.checkpoints.packed import UNFINISHED
 from coterie.convert import convert_cpu
 from coterie.convert import rest as rest_of_checkpoint
@@ -72,7 +73,7 @@ def test_the_rest_is_copied(tmp_path, monkeypatch):
     assert len(shards) > 2
     experts = {"experts-00000.safetensors", "experts-00001.safetensors"}
     copied = {"tokenizer.json", "chat_template.jinja", "modeling_x.py", "LICENSE", "additional/templates/a.jinja"}
-    assert files == copied | shards | experts | {"config.json", "model.safetensors.index.json"}
+    assert files == copied | shards | experts | {"config.json", PACKED_INDEX}
     assert all((out / name).read_text() == (folder / name).read_text() for name in copied)
 
     before, after = all_tensors(folder), all_tensors(out)
@@ -81,7 +82,7 @@ def test_the_rest_is_copied(tmp_path, monkeypatch):
     assert after.keys() == kept
     assert all(before[name].dtype == after[name].dtype and torch.equal(before[name], after[name]) for name in kept)
 
-    index = json.loads((out / "model.safetensors.index.json").read_text())
+    index = json.loads((out / PACKED_INDEX).read_text())
     for shard in shards | experts:
         assert set(load_file(out / shard)) == {name for name, where in index["weight_map"].items() if where == shard}
     assert index["metadata"]["total_size"] == report.packed_bytes + report.rest_bytes
@@ -336,7 +337,7 @@ convert_cpu({str(folder)!r}, {str(tmp_path / "out")!r}, progress=kill)
     out = tmp_path / "out"
     left = set(os.listdir(out))
     assert {UNFINISHED, "experts-00000.safetensors"} <= left
-    assert not left & {"config.json", "model.safetensors.index.json", "experts-00001.safetensors"}
+    assert not left & {"config.json", PACKED_INDEX, "experts-00001.safetensors"}
     with pytest.raises(CheckpointError, match="unfinished conversion"):
         Experts.open(out)
     with pytest.raises(CoterieError):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 import tiny_models
 import torch
 import transformers
+
+import coterie
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -24,3 +27,16 @@ def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
         return made[family]
 
     return get
+
+
+@pytest.fixture
+def plain(checkpoint, tmp_path) -> Path:
+    """A plain qwen3_moe checkpoint to break."""
+    return shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "plain")
+
+
+@pytest.fixture
+def packed(checkpoint, tmp_path) -> Path:
+    """A packed qwen3_moe checkpoint (int8) to break."""
+    coterie.from_pretrained(checkpoint("qwen3_moe"), experts="int8").save_pretrained(tmp_path / "packed")
+    return tmp_path / "packed"

@@ -4,55 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 
 import pytest
 import tiny_models
 import torch
+from packed_models import assert_same_bytes, logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import coterie
 from coterie.convert import convert_cpu
 from coterie.errors import ArgumentError, CheckpointError, MissingTensorError, UnsupportedModelError
-from coterie.hf.modules import packed_modules
 from coterie.hf.quantizer import CoterieQuantizer
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "coterie.safetensors.index.json"
 UNFINISHED = "coterie-unfinished.json"
-
-
-def logits(model) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(tiny_models.prompt()).logits
-
-
-def packed_bytes(model) -> dict:
-    return {
-        (name, *where): part.clone()
-        for name, module in packed_modules(model)
-        for *where, part in module.experts.parts()
-    }
-
-
-def assert_same_bytes(one, other) -> None:
-    a, b = packed_bytes(one), packed_bytes(other)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-@pytest.fixture
-def plain(checkpoint, tmp_path):
-    """A plain qwen3_moe checkpoint to break."""
-    return shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "plain")
-
-
-@pytest.fixture
-def packed(checkpoint, tmp_path):
-    """A packed qwen3_moe checkpoint (int8) to break."""
-    coterie.from_pretrained(checkpoint("qwen3_moe"), experts="int8").save_pretrained(tmp_path / "packed")
-    return tmp_path / "packed"
 
 
 def edit_json(path, **changes) -> None:
@@ -69,7 +36,7 @@ def test_save_and_load_are_bit_equal(family, experts, options, checkpoint, tmp_p
     model.save_pretrained(tmp_path)
     expected = logits(model)
     names = set(os.listdir(tmp_path))
-    assert SINGLE not in names and INDEX in names and UNFINISHED not in names
+    assert INDEX in names and not names & {SINGLE, "model.safetensors.index.json", UNFINISHED}
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert (stored["quant_method"], stored["experts"]) == ("coterie", experts)
     for again in (
@@ -171,15 +138,13 @@ def test_converters_that_only_transformers_knows(checkpoint, tmp_path):
     assert_same_bytes(loaded, coterie.from_pretrained(checkpoint("qwen3_moe"), experts="int4"))
 
 
-def test_index_that_names_experts_too(packed):
-    """Experts' files named in the index are opened once, by coterie."""
-    expected = logits(coterie.from_pretrained(packed))
-    index = json.loads((packed / INDEX).read_text())
-    for file in packed.glob("experts-*.safetensors"):
-        index["weight_map"] |= dict.fromkeys(load_file(file), file.name)
-    (packed / INDEX).write_text(json.dumps(index))
-    model, report = AutoModelForCausalLM.from_pretrained(packed, output_loading_info=True)
-    assert torch.equal(logits(model), expected)
+def test_index_names_every_tensor(packed):
+    """The experts' too, and they are opened once, by coterie."""
+    weight_map = json.loads((packed / INDEX).read_text())["weight_map"]
+    files = {file.name: set(load_file(file)) for file in packed.glob("*.safetensors")}
+    assert weight_map == {name: file for file, names in files.items() for name in names}
+    assert {"experts-00000.safetensors", "experts-00001.safetensors"} < set(files)
+    _, report = AutoModelForCausalLM.from_pretrained(packed, output_loading_info=True)
     assert not any(report.values())
 
 
@@ -189,27 +154,6 @@ def test_nothing_reported_missing(checkpoint):
         checkpoint("qwen3_moe"), quantization_config=config, output_loading_info=True
     )
     assert not any(report.values())
-
-
-def test_save_over_an_older_checkpoint(plain, checkpoint):
-    """Saving over a plain checkpoint leaves no plain weights that would be loaded in place of the packed ones."""
-    model = coterie.from_pretrained(checkpoint("qwen3_moe"), experts="int4")
-    model.save_pretrained(plain)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(plain)), logits(model))
-    coterie.from_pretrained(plain, mmap=True).save_pretrained(plain)
-    assert torch.equal(logits(coterie.from_pretrained(plain)), logits(model))
-
-
-def test_hub_id_is_downloaded_whole(packed, monkeypatch):
-    """The index does not name the experts' files, so Transformers alone would not fetch them."""
-    asked = []
-    monkeypatch.setattr(
-        "coterie.hf.loading.snapshot_download", lambda name, **kw: asked.append((name, kw)) or str(packed)
-    )
-    config = AutoConfig.from_pretrained(packed)
-    model = coterie.from_pretrained("someone/some-model", config=config, revision="v1")
-    assert asked == [("someone/some-model", {"revision": "v1"})]
-    assert torch.equal(logits(model), logits(coterie.from_pretrained(packed)))
 
 
 @pytest.fixture
@@ -234,15 +178,24 @@ def test_hub_id_in_the_cache(hub, packed):
 def test_hub_id_whose_experts_were_not_downloaded(hub):
     (hub[1] / "experts-00001.safetensors").unlink()
     for load in (coterie.from_pretrained, AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(CheckpointError, match=r"experts-00001.safetensors is missing"):
+        with pytest.raises(OSError, match=r"experts-00001.safetensors"):
             load("someone/some-model", cache_dir=hub[0])
 
 
-def test_hub_options_reach_the_download(packed, monkeypatch):
-    asked = []
-    monkeypatch.setattr("coterie.hf.loading.snapshot_download", lambda name, **kw: asked.append(kw) or str(packed))
-    coterie.from_pretrained("someone/some-model", config=AutoConfig.from_pretrained(packed), local_files_only=True)
-    assert asked == [{"local_files_only": True}]
+def test_the_name_of_a_packed_model_is_what_it_was_loaded_by(hub, packed):
+    """Adapters record it as their base: the hub id, not where the cache is."""
+    model = coterie.from_pretrained("someone/some-model", cache_dir=hub[0])
+    assert model.config.name_or_path == model.name_or_path == "someone/some-model"
+
+
+def test_config_without_dtype(checkpoint, tmp_path):
+    """Transformers asks the first shard for the dtype then, which is one of experts: bytes."""
+    plain = shutil.copytree(checkpoint("qwen3_moe"), tmp_path / "plain")
+    config = json.loads((plain / "config.json").read_text())
+    config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
+    (plain / "config.json").write_text(json.dumps(config))
+    convert_cpu(plain, tmp_path / "converted", "int8")
+    assert coterie.from_pretrained(tmp_path / "converted").dtype == torch.bfloat16
 
 
 # --- what does not ---
@@ -253,9 +206,37 @@ def test_empty_folder(tmp_path):
         coterie.from_pretrained(tmp_path)
 
 
-def test_no_such_folder(tmp_path):
-    with pytest.raises(CheckpointError, match="is not a checkpoint folder"):
-        coterie.from_pretrained(tmp_path / "nothing")
+@pytest.mark.parametrize(
+    "name", ["{}/nothing", "./nothing", "~/nothing", "some/where/nothing", "nothing/", "models/qwen"], ids=str
+)
+def test_no_such_folder(name, tmp_path, monkeypatch):
+    """What looks like a path is not looked for on the hub; nor is a name in a folder that is here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "qwen3").mkdir(parents=True)
+    monkeypatch.setattr("coterie.hf.loading.AutoConfig", None)
+    hint = r".*did you mean models/qwen3\?" if "qwen" in name else ""
+    with pytest.raises(CheckpointError, match="is not a checkpoint folder: it does not exist" + hint):
+        coterie.from_pretrained(name.format(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "someone/some-model"])
+def test_hub_ids_are_asked_for(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"couldn't connect|Can't load|offline|cached"):
+        coterie.from_pretrained(name, cache_dir=tmp_path)
+
+
+def test_adapter_in_the_place_of_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/some-model"}))
+    with pytest.raises(CheckpointError, match=r"holds an adapter.*from_pretrained\('someone/some-model'\).*PeftModel"):
+        coterie.from_pretrained(tmp_path)
+
+
+def test_packed_without_its_index(packed):
+    (packed / INDEX).unlink()
+    with pytest.raises(CheckpointError, match=f"is packed but has no {INDEX}"):
+        coterie.from_pretrained(packed)
 
 
 def test_no_config(plain):
@@ -463,43 +444,3 @@ def test_unfinished(packed):
     (packed / UNFINISHED).write_text("{}")
     with pytest.raises(CheckpointError, match="was not finished"):
         AutoModelForCausalLM.from_pretrained(packed)
-
-
-def test_interrupted_save(checkpoint, tmp_path, monkeypatch):
-    """A save that fails after the experts' files were written leaves nothing that loads."""
-    model = coterie.from_pretrained(checkpoint("qwen3_moe"), experts="int8")
-    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", lambda *args, **kw: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        model.save_pretrained(tmp_path)
-    with pytest.raises((CheckpointError, OSError)):
-        coterie.from_pretrained(tmp_path)
-
-
-@pytest.mark.skipif(os.geteuid() == 0 and not os.path.isdir("/proc/1"), reason="needs a place that cannot be written")
-def test_save_where_nothing_can_be_written(checkpoint):
-    model = coterie.from_pretrained(checkpoint("qwen3_moe"), experts="int8")
-    with pytest.raises(CheckpointError, match="cannot write"):
-        model.save_pretrained("/proc/coterie")
-
-
-@pytest.mark.parametrize("limit", [1, 20_000, 300_000], ids=["the mark", "an experts' file", "the rest"])
-def test_a_disk_that_fills_up(limit, tmp_path):
-    """A limit on the size of one file stands in for a full disk; what was there is not taken for a whole one."""
-    tiny_models.make("qwen3_moe", vocab_size=4000).save_pretrained(tmp_path / "plain")
-    model = coterie.from_pretrained(tmp_path / "plain", experts="int4")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        with pytest.raises(CheckpointError, match=r"cannot write .*File too large"):
-            model.save_pretrained(tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    with pytest.raises((CheckpointError, OSError)):
-        coterie.from_pretrained(tmp_path / "out")
-
-
-def test_save_options(checkpoint, tmp_path):
-    model = coterie.from_pretrained(checkpoint("qwen3_moe"), experts="int8")
-    with pytest.raises(ArgumentError, match="push_to_hub"):
-        model.save_pretrained(tmp_path / "x", push_to_hub=True)
-    assert not (tmp_path / "x").exists()

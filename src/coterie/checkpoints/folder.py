@@ -14,6 +14,7 @@ from coterie.checkpoints.tensorfile import TensorFile, shown
 from coterie.errors import CheckpointError, MissingTensorError
 
 INDEX = "model.safetensors.index.json"
+PACKED_INDEX = "coterie.safetensors.index.json"  # of a packed checkpoint: not the name that plain Transformers opens
 SINGLE = "model.safetensors"
 
 
@@ -67,7 +68,7 @@ class Folder:
         file = self.file(shard)
         if name not in file.entries:
             raise MissingTensorError(
-                f"{self.path / INDEX} puts tensor {shown(name)} in {shard}, which does not hold it"
+                f"{self.path}: the index puts tensor {shown(name)} in {shard}, which does not hold it"
             )
         return file
 
@@ -109,8 +110,9 @@ class Folder:
     def _names(self) -> dict[str, str]:
         if (self.root / SINGLE).exists():
             return dict.fromkeys(self.file(SINGLE).entries, SINGLE)
-        if (self.root / INDEX).exists():
-            return self._indexed()
+        for index in (INDEX, PACKED_INDEX):
+            if (self.root / index).exists():
+                return self._indexed(index)
         shards = sorted(file.name for file in self.root.glob("*.safetensors"))
         if not shards:
             raise CheckpointError(f"{self.path} holds no checkpoint: {self._other_weights()}")
@@ -122,8 +124,8 @@ class Folder:
                 names[name] = shard
         return names
 
-    def _indexed(self) -> dict[str, str]:
-        index = self.root / INDEX
+    def _indexed(self, name: str) -> dict[str, str]:
+        index = self.root / name
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
             raise CheckpointError(
@@ -136,7 +138,7 @@ class Folder:
         missing = [shard for shard in shards if not (self.root / shard).is_file()]
         if missing:
             raise CheckpointError(
-                f"{self.path}: {len(missing)} of the {len(shards)} shards named in {INDEX} are missing: "
+                f"{self.path}: {len(missing)} of the {len(shards)} shards named in {name} are missing: "
                 f"{', '.join(shown(shard) for shard in missing[:4])}{', ...' if len(missing) > 4 else ''}"
             )
         return names

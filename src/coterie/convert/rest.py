@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from coterie.checkpoints.folder import INDEX, Folder
+import torch
+
+from coterie.checkpoints.folder import PACKED_INDEX, Folder
 from coterie.checkpoints.packed import VERSION, PackedLayer, layer_file
 from coterie.checkpoints.tensorfile import DTYPES
 from coterie.checkpoints.tensorwriter import TensorWriter, write_error, write_text
@@ -46,8 +48,15 @@ class Rest:
         self._copy_files(output)
         config = self._folder.config | {"quantization_config": quantization_config(spec)}
         write_text(output.file("config.json"), json.dumps(config, indent=2) + "\n")
-        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(output.file(INDEX), json.dumps(index, indent=2) + "\n")
+        metadata = {"total_size": total_size, "dtype": self._dtype()}
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(output.file(PACKED_INDEX), json.dumps(index, indent=2) + "\n")
+
+    def _dtype(self) -> str:
+        """The dtype of the first tensor of numbers, for a config.json that names none: Transformers asks the index."""
+        dtypes = (DTYPES[self._folder.file_of(name).entry(name).dtype][1] for name in self._names)
+        found = next((dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point), torch.float32)
+        return str(found).removeprefix("torch.")
 
     def _copy_tensors(self, output: OutputFolder) -> dict[str, str]:
         """Copies the tensors bit for bit into new shards; returns the shard of each."""

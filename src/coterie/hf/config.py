@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from transformers.quantizers.auto import register_quantization_config
+from transformers.quantizers import auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from coterie.checkpoints.packed import VERSION
@@ -13,27 +13,30 @@ from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import Format, resolve
 
 METHOD = "coterie"
-OPTIONS = ("experts", "group_size", "zero_point", "scale_search", "mmap")
+STORED = ("experts", "group_size", "zero_point")  # what packed experts are
+LOADING = ("mmap",)  # how packed experts are opened
+OPTIONS = (*STORED, "scale_search", *LOADING)
 
 
-@register_quantization_config(METHOD)
+@auto.register_quantization_config(METHOD)
 class CoterieConfig(QuantizationConfigMixin):
     """How the experts of a model are packed; the rest of the model keeps its dtype.
 
-    experts: "bf16", "int8" or "int4".
+    experts: "bf16", "int8" or "int4", which is the default.
     group_size: columns that share one scale, 0 for one scale per row. Default: 32 for int4, per row for int8.
     zero_point: int4 with zero points (asymmetric): more accurate, slightly larger.
     scale_search: choose scales that minimise the squared error, at pack time.
     mmap: read a packed checkpoint in place instead of copying it into huge pages; for models larger than memory.
 
+    Given for a packed checkpoint, what is said of its format must be what it is packed as.
     Raises ArgumentError for a format, group size or option that does not exist.
     """
 
     def __init__(
         self,
-        experts: str = "int4",
+        experts: str | None = None,
         group_size: int | None = None,
-        zero_point: bool = False,
+        zero_point: bool | None = None,
         scale_search: bool = True,
         mmap: bool = False,
         quant_method: str = METHOD,
@@ -52,7 +55,9 @@ class CoterieConfig(QuantizationConfigMixin):
                 f"config.json: packed format version {version!r}, this coterie reads {VERSION}; update coterie, "
                 "or convert the original checkpoint again"
             )
-        spec = resolve(experts, group_size, zero_point)
+        given = {"experts": experts, "group_size": group_size, "zero_point": zero_point}
+        self.asked = {name: value for name, value in given.items() if value is not None}
+        spec = resolve("int4" if experts is None else experts, group_size, bool(zero_point))
         self.quant_method = METHOD
         self.version = VERSION
         self.experts = spec.name
@@ -66,6 +71,23 @@ class CoterieConfig(QuantizationConfigMixin):
         """The format of the packed weights."""
         return resolve(self.experts, self.group_size, self.zero_point)
 
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What Transformers copies onto the config of a packed checkpoint when this one is given for it too."""
+        return {name: getattr(self, name) for name in ("asked", *LOADING)}
+
+    def check_asked(self) -> None:
+        """Raises ArgumentError where a packed checkpoint was asked for in another format than it is packed in."""
+        for name, value in self.asked.items():
+            if value != getattr(self, name):
+                raise ArgumentError(
+                    f"{name}={value!r}, but the checkpoint is already packed with {name}={getattr(self, name)!r}: "
+                    "leave it out, or start from the original checkpoint"
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """What is stored in config.json: what the packed experts are, not how they were made or are to be opened."""
-        return {name: value for name, value in super().to_dict().items() if name not in ("scale_search", "mmap")}
+        return {name: value for name, value in super().to_dict().items() if name in ("quant_method", "version", *STORED)}
+
+
+# Transformers asks those for their loading attributes that it lists here.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (CoterieConfig,)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from coterie.checkpoints.folder import Folder, read_json
+from coterie.checkpoints.folder import PACKED_INDEX, Folder, read_json
+from coterie.checkpoints.packed import UNFINISHED
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
-from coterie.hf.config import METHOD, CoterieConfig
+from coterie.hf.config import LOADING, METHOD, CoterieConfig
 
-HUB_OPTIONS = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "force_download")
+# What finds the files of a config finds those of its model too.
+HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+BOTH = (*HUB, "trust_remote_code", "code_revision")
+# The model's alone, though a config would take them.
+MODEL = ("dtype", "torch_dtype", "adapter_kwargs")
 
 
 def from_pretrained(
@@ -37,7 +43,8 @@ def from_pretrained(
     group_size, zero_point, scale_search: as in CoterieConfig; for plain checkpoints.
     mmap: use a packed checkpoint's experts where they lie on disk, instead of copying them into huge pages.
     auto_class: what loads the model, for other heads than causal LM.
-    Other arguments go to `auto_class.from_pretrained`.
+    Other arguments are those of `auto_class.from_pretrained`: settings of the config, `revision`, `subfolder`, `dtype`,
+    and so on. A `config` that is given is not changed.
 
     Raises ArgumentError for options that do not fit, CheckpointError for a folder that is not a whole checkpoint,
     UnsupportedModelError for a model without experts or with experts that no kernel computes.
@@ -46,48 +53,78 @@ def from_pretrained(
         raise ArgumentError(f"device={str(device)!r}: coterie computes on the CPU, use device='cpu'")
     if "quantization_config" in kwargs:
         raise ArgumentError("quantization_config is made by coterie.from_pretrained: give experts=... instead")
-    path = Path(path_or_id)
-    if path.is_dir():
-        check_folder(path)
-    elif path.exists() or path.is_absolute() or str(path_or_id).startswith("."):
-        raise CheckpointError(f"{path} is not a checkpoint folder; expected a folder or a Hugging Face id")
-    hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path_or_id, **hub)
+    asked = CoterieConfig(experts, group_size, zero_point, scale_search, mmap)
+    check_path(path_or_id, kwargs.get("subfolder") or "")
+    config, kwargs = split_config(path_or_id, kwargs)
     stored = getattr(config, "quantization_config", None)
     if stored is None:
-        asked = CoterieConfig(experts or "int4", group_size, bool(zero_point), scale_search)
-        if mmap:
-            raise ArgumentError(
-                "mmap=True needs a packed checkpoint, which this is not: `coterie convert cpu` it first"
-            )
         return auto_class.from_pretrained(path_or_id, config=config, quantization_config=asked, **kwargs)
-    stored = dict(stored)
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
     if stored.get("quant_method") != METHOD:
         raise UnsupportedModelError(
             f"{path_or_id} is quantised by {stored.get('quant_method')}; expected a bf16, fp16 or f32 checkpoint, "
             "or one that coterie packed"
         )
-    packed = CoterieConfig(**{**stored, "mmap": mmap})
-    for name, value in (("experts", experts), ("group_size", group_size), ("zero_point", zero_point)):
-        if value is not None and value != getattr(packed, name):
-            raise ArgumentError(
-                f"{name}={value!r}, but {path_or_id} is already packed with {name}={getattr(packed, name)!r}: "
-                "leave it out, or start from the original checkpoint"
-            )
-    config.quantization_config = {**packed.to_dict(), "mmap": mmap}
-    if not path.is_dir():
-        # The index names the rest of the model alone, so Transformers would not fetch the experts' files.
-        path_or_id = snapshot_download(str(path_or_id), **{k: v for k, v in hub.items() if k != "trust_remote_code"})
+    packed = CoterieConfig(**stored)
+    packed.asked = asked.asked
+    packed.check_asked()
+    config.quantization_config = packed.to_dict() | {name: getattr(asked, name) for name in LOADING}
     return auto_class.from_pretrained(path_or_id, config=config, **kwargs)
+
+
+def split_config(path_or_id: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The config of a checkpoint, changed by those of `kwargs` that are settings of it, and the other ones."""
+    kwargs = dict(kwargs)
+    config = kwargs.pop("config", None)
+    if isinstance(config, PretrainedConfig):
+        return copy.deepcopy(config), kwargs
+    kept = {name: kwargs[name] for name in (*BOTH, *MODEL) if name in kwargs}
+    given = {name: value for name, value in kwargs.items() if name not in MODEL}
+    config, unused = AutoConfig.from_pretrained(config or path_or_id, return_unused_kwargs=True, **given)
+    return config, unused | kept
+
+
+def check_path(path_or_id: str | os.PathLike, subfolder: str = "") -> None:
+    """Raises CheckpointError for a folder that holds no whole checkpoint, and for a path that is no folder.
+
+    A Hugging Face id passes: at most one slash, and no folder of that organisation's name here.
+    """
+    path, text = Path(path_or_id), os.fspath(path_or_id)
+    if path.is_dir():
+        check_folder(path / subfolder)
+        return
+    looks_local = not isinstance(path_or_id, str) or text.startswith(("/", ".", "~")) or text.count("/") > 1
+    if path.exists():
+        raise CheckpointError(f"{path} is a file, not a checkpoint folder; expected a folder or a Hugging Face id")
+    if looks_local or text.endswith("/") or (path.parent != Path() and path.parent.is_dir()):
+        there = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, there, n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise CheckpointError(
+            f"{path} is not a checkpoint folder: it does not exist; expected a folder or a Hugging Face id{hint}"
+        )
 
 
 def check_folder(path: Path) -> None:
     """Raises CheckpointError unless `path` holds a config.json and whole safetensors files; nothing is loaded."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a checkpoint folder: it does not exist")
     if not any(path.iterdir()):
         raise CheckpointError(f"{path} is empty: expected config.json and safetensors files")
+    if (path / UNFINISHED).exists():
+        raise CheckpointError(f"{path} was not finished ({UNFINISHED} is there): save or convert it again")
     if not (path / "config.json").is_file():
+        adapter = path / "adapter_config.json"
+        if adapter.is_file():
+            base = read_json(adapter).get("base_model_name_or_path") or "its base model"
+            raise CheckpointError(
+                f"{path} holds an adapter, not a model: load the model it was trained on, "
+                f"model = coterie.from_pretrained({str(base)!r}), then PeftModel.from_pretrained(model, {str(path)!r})"
+            )
         raise CheckpointError(f"{path} has no config.json: it is not a Hugging Face checkpoint folder")
-    read_json(path / "config.json")
+    stored = read_json(path / "config.json").get("quantization_config")
+    if isinstance(stored, dict) and stored.get("quant_method") == METHOD and not (path / PACKED_INDEX).is_file():
+        raise CheckpointError(f"{path} is packed but has no {PACKED_INDEX}: save or convert it again")
     folder = Folder(path)
     for shard in folder.shards:
         folder.file(shard)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -10,17 +9,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from coterie.checkpoints.folder import INDEX, SINGLE
-from coterie.checkpoints.packed import UNFINISHED
 from coterie.checkpoints.packed_write import write_layer
-from coterie.checkpoints.tensorfile import TensorFile
-from coterie.checkpoints.tensorwriter import sync_folder, write_error, write_text
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.hf.modules import number_layers, packed_modules
+from coterie.hf.packed import described
+from coterie.hf.saving import replaced_folder, write_index
 from coterie.hf.weight import PackedWeight
 
 PEFT_PREFIX = "base_model.model."
-SHARD = "model-00001-of-00001.safetensors"
 
 
 class PackedModel:
@@ -34,6 +30,16 @@ class PackedModel:
         """
         names = [name for name, p in self.named_parameters() if isinstance(p, PackedWeight)]
         return names + [PEFT_PREFIX + name for name in names]
+
+    def extra_repr(self) -> str:
+        """What print(model) says of the whole model."""
+        experts = [module.experts for _, module in packed_modules(self)]
+        if not experts:
+            return super().extra_repr()
+        nbytes = sum(e.nbytes for e in experts)
+        rest = self.get_memory_footprint() - nbytes
+        packed = f"experts packed as {described(experts[0].spec)}: {nbytes / 1e6:,.1f} MB"
+        return f"{packed}; the rest {str(self.dtype).removeprefix('torch.')}: {rest / 1e6:,.1f} MB"
 
     def half(self) -> PreTrainedModel:
         """Casts the rest of the model to float16; packed experts stay as they are, in any dtype."""
@@ -53,7 +59,8 @@ class PackedModel:
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
         """Writes a packed checkpoint, which loads again with bit-equal logits; arguments as Transformers has them.
 
-        With adapters on the model only those are saved, as ever. Interrupted, it leaves no folder that looks whole.
+        With adapters on the model only those are saved, as ever. A checkpoint that is there, the model's own maybe, is
+        replaced when the new one is whole: until then there must be room for both.
         Raises CheckpointError when the system refuses a write.
         """
         packed = dict(packed_modules(self))
@@ -66,33 +73,14 @@ class PackedModel:
             raise ArgumentError(f"variant={kwargs['variant']!r} is not supported for packed models: use another folder")
         folder = Path(save_directory)
         numbers = number_layers(list(packed))
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / UNFINISHED, "{}\n")
-            for stale in (folder / INDEX, folder / SINGLE, *folder.glob("experts-*.safetensors")):
-                stale.unlink(missing_ok=True)
+        with replaced_folder(folder, self.get_memory_footprint(return_buffers=False)) as new:
             for name, module in packed.items():
-                write_layer(folder, numbers[name], module.experts, source=Path(self.config.name_or_path).name)
-            super().save_pretrained(save_directory, **kwargs)
-            if (folder / SINGLE).exists():
-                os.replace(folder / SINGLE, folder / SHARD)
-                write_index(folder)
-            (folder / UNFINISHED).unlink()
-            sync_folder(folder)
-        except OSError as error:
-            raise write_error(folder, error) from error
-        except SafetensorError as error:
-            raise CheckpointError(f"cannot write {folder}: {error}") from error
-
-
-def write_index(folder: Path) -> None:
-    """Writes the index of a checkpoint's one shard, by which Transformers finds it; experts' files are not in it."""
-    entries = TensorFile(folder / SHARD).entries
-    index = {
-        "metadata": {"total_size": sum(entry.nbytes for entry in entries.values())},
-        "weight_map": dict.fromkeys(entries, SHARD),
-    }
-    write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+                write_layer(new, numbers[name], module.experts, source=Path(self.config.name_or_path).name)
+            try:
+                super().save_pretrained(new, **kwargs)
+            except SafetensorError as error:
+                raise CheckpointError(f"cannot write {folder}: {error}") from error
+            write_index(new)
 
 
 def become_packed(model: PreTrainedModel) -> None:

@@ -70,6 +70,7 @@ def attach(module: nn.Module, experts: Experts, layout: Layout) -> PackedModule:
         module._parameters[name] = nn.Parameter(weight, requires_grad=False)
         module._parameters[name]._is_hf_initialized = True
     module.__dict__[ATTRIBUTE] = packed
+    module.extra_repr = packed.extra_repr
     return packed
 
 
@@ -77,12 +78,13 @@ def unpack(module: nn.Module, dtype: torch.dtype) -> None:
     """Puts dequantised parameters back into a packed experts module, and back into its state dict."""
     remove_hooks(module)
     packed = module.__dict__.pop(ATTRIBUTE)
+    del module.extra_repr
     for name in packed.layout.parameters:
         module._parameters[name] = nn.Parameter(packed.dense(name, dtype), requires_grad=False)
 
 
 def hide_parameters(module: nn.Module) -> None:
-    """Keeps the parameters of an experts module out of state dicts: packed experts are saved and loaded apart."""
+    """Keeps the parameters of an experts module out of state dicts while Transformers loads what is not packed."""
     module.register_state_dict_post_hook(_drop_from_state_dict)
     module.register_load_state_dict_post_hook(_drop_from_missing)
 

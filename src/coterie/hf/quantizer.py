@@ -11,23 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
+from coterie.checkpoints.folder import PACKED_INDEX
 from coterie.checkpoints.packed import UNFINISHED, layer_file, read_layout
 from coterie.checkpoints.packed_read import open_layer
 from coterie.checkpoints.tensorfile import TensorFile
-from coterie.errors import ArgumentError, CheckpointError
+from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.experts import Experts
 from coterie.hf.config import METHOD, CoterieConfig
 from coterie.hf.experts import NAME
 from coterie.hf.layout import Layout
 from coterie.hf.model import become_packed
-from coterie.hf.modules import attach, hide_parameters, number_layers, packed_modules, read_layouts, unpack
+from coterie.hf.modules import (
+    attach,
+    hide_parameters,
+    number_layers,
+    packed_modules,
+    read_layouts,
+    remove_hooks,
+    unpack,
+)
 from coterie.hf.sources import Sources
+from coterie.hf.weight import PackedWeight
 
 PACKED_FILE = re.compile(r"experts-\d+\.safetensors")
 
@@ -44,13 +54,27 @@ class CoterieQuantizer(HfQuantizer):
         for device in devices:
             if device is not None and str(device) not in ("cpu", "auto"):
                 raise ArgumentError(f"device_map has {device}; coterie computes on the CPU: leave it out, or use 'cpu'")
+        if self.pre_quantized:
+            self.quantization_config.check_asked()
+        elif self.quantization_config.mmap:
+            raise ArgumentError("mmap=True needs a packed checkpoint, which this is not: `coterie convert cpu` it first")
 
     def update_device_map(self, device_map: Any) -> Any:
         return {"": "cpu"} if device_map == "auto" else device_map
 
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Sees the config before any file is looked for: a packed checkpoint's index has a name of its own, by which
+        Transformers without coterie does not find it."""
+        check_not_distributed(config)
+        if self.pre_quantized:
+            config.transformers_weights = PACKED_INDEX
+        return config
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs
     ) -> None:
+        if self.pre_quantized:
+            del model.config.transformers_weights
         self._model = model
         self._layouts = read_layouts(model)
         if not checkpoint_files:
@@ -89,7 +113,9 @@ class CoterieQuantizer(HfQuantizer):
         load = self._open if self.pre_quantized else self._pack
         description = "Opening experts" if self.pre_quantized else "Packing experts"
         for name, layout in logging.tqdm(self._layouts.items(), desc=description):
-            attach(model.get_submodule(name), load(name, layout, numbers[name]), layout)
+            module = model.get_submodule(name)
+            attach(module, load(name, layout, numbers[name]), layout)
+            remove_hooks(module)
         become_packed(model)
         del self._model, self._layouts
         if not self.pre_quantized:
@@ -150,10 +176,17 @@ class CoterieQuantizer(HfQuantizer):
         return experts
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        # Transformers gives config.dtype, which saving turns into a name.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         for name, _ in list(packed_modules(model)):
-            module = model.get_submodule(name)
-            unpack(module, dtype or model.dtype)
+            unpack(model.get_submodule(name), dtype)
+        model.set_experts_implementation(model.get_correct_experts_implementation(None))
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What Transformers is to save: all but the packed experts."""
+        state = {name: value for name, value in model.state_dict().items() if not isinstance(value, PackedWeight)}
+        return state, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -170,3 +203,15 @@ class CoterieQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def check_not_distributed(config: PretrainedConfig) -> None:
+    """Raises UnsupportedModelError for a model that Transformers is to shard by experts or by tensors."""
+    distributed = getattr(config, "distributed_config", None)
+    for option in ("ep_size", "enable_expert_parallel", "tp_size"):
+        value = getattr(distributed, option, None)
+        if value is not None and value > 1 or value is True:
+            raise UnsupportedModelError(
+                f"{option}={value}: packed experts are not sharded between processes, each keeps all of them: "
+                "leave distributed_config out, and share batches by DistributedDataParallel or FSDP2 instead"
+            )

@@ -56,6 +56,10 @@ class PackedWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ArgumentError(f"{self.parameter} is packed and cannot be pickled; save the model with save_pretrained()")
 
+    def storage(self) -> Any:
+        """Asked for by safetensors when it finds no memory behind a tensor."""
+        raise ArgumentError(f"{self.parameter} is packed and has no storage; save the model with save_pretrained()")
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
