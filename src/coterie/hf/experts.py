@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from coterie.errors import ArgumentError
+from coterie.errors import ArgumentError, UnsupportedModelError
 from coterie.experts import Experts
-from coterie.hf.layout import read_layout
+from coterie.hf.layout import Layout, read_layout
 from coterie.hf.modules import attach, packed_module, show_dense
 from coterie.hf.packed import PackedModule
 
@@ -33,12 +33,16 @@ def experts_forward(
 
     A module whose parameters are still its own is packed first (see `pack_module`). `lora` is what PEFT's adapters add.
     """
+    if self._is_expert_parallel:
+        raise UnsupportedModelError(
+            f"{type(self).__name__} is under expert parallelism; coterie computes all experts in each process: "
+            'leave ep_size and enable_expert_parallel out, or use experts_implementation="grouped_mm"'
+        )
     packed = packed_module(self)
     if packed is None:
         packed = pack_module(self)
-    if self._is_expert_parallel:
-        # Transformers marks the experts of other ranks by the number after the last; here that is -1.
-        top_k_index = top_k_index.masked_fill(top_k_index >= packed.layout.num_experts, -1)
+    elif self.training:
+        check_frozen(self, packed.layout)
     return packed.experts(hidden_states, top_k_index, top_k_weights, lora=lora)
 
 
@@ -53,12 +57,8 @@ def pack_module(module: nn.Module) -> PackedModule:
     """
     layout = read_layout(module)
     name = type(module).__name__
+    check_frozen(module, layout)
     parameters = {parameter: getattr(module, parameter) for parameter in layout.parameters}
-    if module.training and torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values()):
-        raise ArgumentError(
-            f"the weights of {name} are being trained (training mode, requires_grad); coterie computes frozen experts: "
-            'call model.requires_grad_(False), or model.eval(), or use experts_implementation="grouped_mm"'
-        )
     device = parameters["down_proj"].device
     if device.type != "cpu":
         raise ArgumentError(
@@ -87,7 +87,22 @@ def pack_module(module: nn.Module) -> PackedModule:
     if biases:
         experts.set_biases(**biases)
     show_dense(module)
-    return attach(module, experts, layout)
+    packed = attach(module, experts, layout)
+    for parameter, value in parameters.items():
+        # Still what was to be trained, packed in an evaluation: `check_frozen` says so when training begins.
+        module._parameters[parameter].requires_grad_(value.requires_grad)
+    return packed
+
+
+def check_frozen(module: nn.Module, layout: Layout) -> None:
+    """Raises ArgumentError while the weights of an experts module are to be trained: packed, they would not learn."""
+    training = module.training and torch.is_grad_enabled()
+    if training and any(module._parameters[parameter].requires_grad for parameter in layout.parameters):
+        raise ArgumentError(
+            f"the weights of {type(module).__name__} are being trained (training mode, requires_grad); coterie computes "
+            "frozen experts: call model.requires_grad_(False) before anything else is made trainable, or model.eval(), "
+            'or load the model with experts_implementation="grouped_mm"'
+        )
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
