@@ -174,7 +174,8 @@ def test_registers_after_a_first_import_that_failed(tmp_path):
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").touch()
     (tmp_path / "transformers" / "modeling_utils.py").write_text(
-        "import builtins\nif not hasattr(builtins, 'second'):\n    builtins.second = True\n    raise ImportError('once')\n"
+        "import builtins\n"
+        "if not hasattr(builtins, 'second'):\n    builtins.second = True\n    raise ImportError('once')\n"
     )
     done(
         f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"

@@ -1,4 +1,4 @@
-"""save_pretrained and state_dict: a packed model is saved whole or not at all, and never at the cost of an older one."""
+"""save_pretrained and state_dict: a packed model is saved whole or not at all, never at the cost of an older one."""
 
 from __future__ import annotations
 

@@ -61,6 +61,27 @@ def test_quantizer_hooks():
     assert positions == sorted(positions)
 
 
+def test_a_packed_index_is_found_by_the_name_that_the_quantizer_gives():
+    """The quantizer sees the config before files are looked for, and the name is not saved."""
+    source = inspect.getsource(auto.get_hf_quantizer)
+    assert "config = hf_quantizer.update_attn_implementation(config)" in source
+    source = inspect.getsource(PreTrainedModel.from_pretrained)
+    named = source.index('transformers_explicit_filename=getattr(config, "transformers_weights", None)')
+    assert source.index("config.distributed_config = distributed_config") < source.index("get_hf_quantizer(") < named
+    assert 'delattr(self, "transformers_weights")' in inspect.getsource(transformers.PretrainedConfig.save_pretrained)
+
+
+def test_options_of_opening_reach_a_packed_checkpoint():
+    source = inspect.getsource(auto.AutoHfQuantizer.merge_quantization_configs)
+    assert "isinstance(quantization_config, LOADING_ATTRIBUTES_CONFIG_TYPES)" in source
+    assert "quantization_config_from_args.get_loading_attributes()" in source
+
+
+def test_trainer_goes_on_from_checkpoints_by_these_methods():
+    assert parameters(transformers.Trainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]
+    assert parameters(transformers.Trainer._load_best_model) == ["self"]
+
+
 def test_loading_ignores_what_is_not_in_the_state_dict():
     source = inspect.getsource(core_model_loading.convert_and_load_state_dict_in_model)
     assert "missing_keys=set(meta_model_state_dict.keys())" in source
@@ -85,6 +106,7 @@ def test_saving():
     source = inspect.getsource(PreTrainedModel.save_pretrained)
     assert parameters(PreTrainedModel.save_pretrained)[:3] == ["self", "save_directory", "is_main_process"]
     assert "_hf_peft_config_loaded" in source
+    assert "state_dict, metadata = hf_quantizer.get_state_dict_and_metadata(self)" in source
     assert modeling_utils.SAFE_WEIGHTS_NAME == "model.safetensors"
     assert modeling_utils.SAFE_WEIGHTS_INDEX_NAME == "model.safetensors.index.json"
 

@@ -86,7 +86,9 @@ class CoterieConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What is stored in config.json: what the packed experts are, not how they were made or are to be opened."""
-        return {name: value for name, value in super().to_dict().items() if name in ("quant_method", "version", *STORED)}
+        return {
+            name: value for name, value in super().to_dict().items() if name in ("quant_method", "version", *STORED)
+        }
 
 
 # Transformers asks those for their loading attributes that it lists here.

@@ -57,7 +57,9 @@ class CoterieQuantizer(HfQuantizer):
         if self.pre_quantized:
             self.quantization_config.check_asked()
         elif self.quantization_config.mmap:
-            raise ArgumentError("mmap=True needs a packed checkpoint, which this is not: `coterie convert cpu` it first")
+            raise ArgumentError(
+                "mmap=True needs a packed checkpoint, which this is not: `coterie convert cpu` it first"
+            )
 
     def update_device_map(self, device_map: Any) -> Any:
         return {"": "cpu"} if device_map == "auto" else device_map
@@ -210,7 +212,7 @@ def check_not_distributed(config: PretrainedConfig) -> None:
     distributed = getattr(config, "distributed_config", None)
     for option in ("ep_size", "enable_expert_parallel", "tp_size"):
         value = getattr(distributed, option, None)
-        if value is not None and value > 1 or value is True:
+        if (value is not None and value > 1) or value is True:
             raise UnsupportedModelError(
                 f"{option}={value}: packed experts are not sharded between processes, each keeps all of them: "
                 "leave distributed_config out, and share batches by DistributedDataParallel or FSDP2 instead"
