@@ -1,11 +1,11 @@
 """Registers coterie with Transformers and PEFT once they are imported, whoever imports them and in whatever order.
 
-`coterie.pth` installs this whenever Python starts, so that a program that never imports coterie opens packed checkpoints
-too. It lies beside the package, not in it, and imports nothing: importing the package takes torch. Transformers' model
-code takes seconds to import, so nothing here does: the experts implementation and the quantizer are registered right
-after `transformers.modeling_utils` is imported, without which no model can be loaded, LoRA on packed experts right after
-PEFT's LoRA model, the check of saved adapters right after what loads them, and going on from packed checkpoints right
-after the Trainer.
+`coterie.pth` installs this whenever Python starts, so that a program that never imports coterie opens packed
+checkpoints too. It lies beside the package, not in it, and imports nothing: importing the package takes torch.
+Transformers' model code takes seconds to import, so nothing here does: the experts implementation and the quantizer are
+registered right after `transformers.modeling_utils` is imported, without which no model can be loaded, LoRA on packed
+experts right after PEFT's LoRA model, the check of saved adapters right after what loads them, and going on from packed
+checkpoints right after the Trainer.
 """
 
 import sys
