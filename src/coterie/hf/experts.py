@@ -100,8 +100,8 @@ def check_frozen(module: nn.Module, layout: Layout) -> None:
     if training and any(module._parameters[parameter].requires_grad for parameter in layout.parameters):
         raise ArgumentError(
             f"the weights of {type(module).__name__} are being trained (training mode, requires_grad); coterie "
-            "computes frozen experts: call model.requires_grad_(False) before anything else is made trainable, or model.eval(), "
-            'or load the model with experts_implementation="grouped_mm"'
+            "computes frozen experts: call model.requires_grad_(False) before anything else is made trainable, or "
+            'model.eval(), or load the model with experts_implementation="grouped_mm"'
         )
 
 
