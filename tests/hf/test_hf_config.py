@@ -125,7 +125,7 @@ def test_expert_and_tensor_parallelism_are_refused(option, pre_quantized):
 
 def test_expert_parallelism_is_refused_before_anything_is_loaded(plain, monkeypatch):
     distributed = pytest.importorskip("transformers.distributed")
-    config = distributed.DistributedConfig()
+    config = distributed.DistributedConfig(tp_size=1, fsdp_size=1, pp_size=1)
     config.ep_size, config.enable_expert_parallel = 2, True
     monkeypatch.setattr("coterie.hf.quantizer.read_layouts", lambda model: 1 / 0)
     with pytest.raises(UnsupportedModelError, match="packed experts are not sharded"):
