@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <string>
 #include <tuple>
 
@@ -50,19 +51,24 @@ nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>> allocate(int64_t bytes) {
   return nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>>(memory, {static_cast<size_t>(bytes)}, owner);
 }
 
-bool pack(const LayoutTuple& t, uintptr_t source, int dtype, int64_t stride, bool search, uintptr_t weight, uintptr_t scale, uintptr_t zero) {
+// ||W - packed(W)|| / ||W||; below zero where a NaN or Inf cannot be held.
+double pack(const LayoutTuple& t, uintptr_t source, int dtype, int64_t stride, bool search, uintptr_t weight, uintptr_t scale, uintptr_t zero) {
   nb::gil_scoped_release released;
   const Layout layout = layout_of(t);
   const Kernels& k = kernels();
   std::atomic<bool> finite{true};
+  std::vector<PackError> errors(layout.panels());
   parallel(layout.panels(), [&](int64_t panel, int) {
     static thread_local std::vector<float> scratch;
     scratch.resize(layout.padded_cols() * kPanelRows);
     if (!k.pack_panel(layout, panel, at<void>(source), static_cast<DType>(dtype), stride, search, at<uint8_t>(weight), at<uint8_t>(scale),
-                      at<uint8_t>(zero), scratch.data()))
+                      at<uint8_t>(zero), scratch.data(), errors[panel]))
       finite = false;
   });
-  return finite;
+  if (!finite) return -1.0;
+  PackError sum;
+  for (const PackError& e : errors) sum = {sum.difference + e.difference, sum.total + e.total};
+  return sum.difference == 0.0 ? 0.0 : std::sqrt(sum.difference / sum.total);
 }
 
 void unpack(const LayoutTuple& t, uintptr_t weight, uintptr_t scale, uintptr_t zero, uintptr_t to) {

@@ -86,6 +86,11 @@ struct Backward {
 
 enum class LoraGradient { gate_a, gate_b, up_a, up_b, down_a, down_b };
 
+// Squared distance between weights and what they were packed into, and the weights' sum of squares (0 where nothing is lost).
+struct PackError {
+  double difference = 0, total = 0;
+};
+
 struct Kernels {
   const char* name;
   // Bytes of one staged element on the bf16 path and on the integer path.
@@ -103,7 +108,7 @@ struct Kernels {
 
   // Panel `panel` of a matrix from rows of `source` (row stride in elements); false if a NaN or Inf cannot be packed.
   bool (*pack_panel)(const Layout&, int64_t panel, const void* source, DType dtype, int64_t stride, bool search, uint8_t* weight, uint8_t* scale,
-                     uint8_t* zero, float* scratch);
+                     uint8_t* zero, float* scratch, PackError& error);
 
   // low[token.output] = scaling * A x, or with `transposed` scaling * B^T x, into columns from `column` on of staged rows.
   void (*low_rank)(const LoraFactor&, int64_t expert, int64_t in, int64_t out, bool transposed, const Staged& x, const Tokens&, const Staged& low,

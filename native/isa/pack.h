@@ -59,21 +59,60 @@ inline float round_between(float x, float low, float high) {
   return r < low ? low : r > high ? high : r;
 }
 
-// For one candidate (inverse scale, zero point) per lane: the projection of w on its codes, <w,q>^2 / <q,q>, which the best candidate maximises
+// As many lanes as an instruction takes, so that sums over columns stay in registers.
+#ifdef __AVX512F__
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
+
+inline Vector load(const float* from) {
+  Vector v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline void store(float* to, Vector v) { memcpy(to, &v, sizeof v); }
+
+constexpr int kTogether = 3;  // candidates tried in one pass: their sums over columns fit in the registers
+
+// For each candidate (inverse scale, zero point) per lane: the projection of w on its codes, <w,q>^2 / <q,q>, which the best candidate maximises
 // (least squares error = <w,w> minus it), and the scale <w,q> / <q,q> that attains it.
-inline void project(const float* values, int64_t count, const Lanes& inverse, const Lanes& zero, float levels, Lanes& gain, Lanes& scale) {
-  Lanes wq = {}, qq = {};
-  for (int64_t k = 0; k < count; k++)
-    for (int lane = 0; lane < kLanes; lane++) {
-      const float w = values[k * kLanes + lane];
-      const float q = round_between(w * inverse[lane] + zero[lane], 0.0f, levels) - zero[lane];
-      wq[lane] += w * q;
-      qq[lane] += q * q;
+inline void project(const float* values, int64_t count, const Lanes* inverse, const Lanes* zero, float levels, Lanes* gain, Lanes* scale) {
+  for (int lane = 0; lane < kLanes; lane += kWidth) {
+    Vector inv[kTogether], offset[kTogether], wq[kTogether] = {}, qq[kTogether] = {};
+    for (int c = 0; c < kTogether; c++) inv[c] = load(&inverse[c][lane]), offset[c] = load(&zero[c][lane]);
+    const Vector low = Vector{} + kRound, high = low + levels;  // codes are rounded, and bounded, with kRound on top of them: exact
+    for (int64_t k = 0; k < count; k++) {
+      const Vector w = load(values + k * kLanes + lane);
+#pragma GCC unroll 3
+      for (int c = 0; c < kTogether; c++) {
+        const Vector rounded = w * inv[c] + offset[c] + kRound, raised = low > rounded ? low : rounded;
+        const Vector q = (high < raised ? high : raised) - (low + offset[c]);
+        wq[c] += w * q;
+        qq[c] += q * q;
+      }
     }
-  for (int lane = 0; lane < kLanes; lane++) {
-    scale[lane] = qq[lane] > 0.0f ? wq[lane] / qq[lane] : 0.0f;
-    gain[lane] = scale[lane] * wq[lane];
+    for (int c = 0; c < kTogether; c++) {
+      const Vector fitted = qq[c] > 0.0f ? wq[c] / qq[c] : Vector{};
+      store(&scale[c][lane], fitted);
+      store(&gain[c][lane], fitted * wq[c]);
+    }
   }
+}
+
+// Keeps the scale and zero point of the first of the candidates that gains more than `best`.
+inline void keep_best(const Lanes* gain, const Lanes* fitted, const Lanes* offset, Lanes& best, Lanes& scale, Lanes& zero) {
+  for (int c = 0; c < kTogether; c++)
+    for (int lane = 0; lane < kLanes; lane++) {
+      const bool better = gain[c][lane] > best[lane];
+      scale[lane] = better ? fitted[c][lane] : scale[lane];
+      zero[lane] = better ? offset[c][lane] : zero[lane];
+      best[lane] = better ? gain[c][lane] : best[lane];
+    }
 }
 
 // Symmetric 4-bit: the extreme value goes to code -8, or near it if that lowers the squared error. The scale may be negative.
@@ -91,15 +130,15 @@ inline void scale_symmetric(const float* values, int64_t count, bool search, Lan
     best[lane] = -1.0f;
   }
   if (!search) return;
-  constexpr float kCodes[] = {7.0f, 7.3f, 7.6f, 7.9f, 8.2f, 8.6f, 9.0f, 9.5f, 10.0f};
-  for (float code : kCodes) {
-    Lanes inverse, gain, fitted;
-    for (int lane = 0; lane < kLanes; lane++) inverse[lane] = extreme[lane] != 0.0f ? -code / extreme[lane] : 0.0f;
-    project(values, count, inverse, zero, 15.0f, gain, fitted);
-    for (int lane = 0; lane < kLanes; lane++) {
-      scale[lane] = gain[lane] > best[lane] ? fitted[lane] : scale[lane];
-      best[lane] = gain[lane] > best[lane] ? gain[lane] : best[lane];
-    }
+  constexpr float kCodes[][kTogether] = {{7.0f, 7.3f, 7.6f}, {7.9f, 8.2f, 8.6f}, {9.0f, 9.5f, 10.0f}};
+  Lanes inverse[kTogether], offset[kTogether], gain[kTogether], fitted[kTogether];
+  for (int c = 0; c < kTogether; c++)
+    for (int lane = 0; lane < kLanes; lane++) offset[c][lane] = 8.0f;
+  for (const auto& codes : kCodes) {
+    for (int c = 0; c < kTogether; c++)
+      for (int lane = 0; lane < kLanes; lane++) inverse[c][lane] = extreme[lane] != 0.0f ? -codes[c] / extreme[lane] : 0.0f;
+    project(values, count, inverse, offset, 15.0f, gain, fitted);
+    keep_best(gain, fitted, offset, best, scale, zero);
   }
 }
 
@@ -118,23 +157,18 @@ inline void scale_zero_point(const float* values, int64_t count, bool search, La
     best[lane] = -1.0f;
   }
   if (!search) return;
-  constexpr float kShrink[] = {1.0f, 0.94f, 0.88f, 0.82f, 0.76f}, kShift[] = {0.0f, 0.5f, 1.0f};
-  for (float shrink : kShrink)
-    for (float shift : kShift) {
-      Lanes inverse, offset, gain, fitted;
+  constexpr float kShrink[] = {1.0f, 0.94f, 0.88f, 0.82f, 0.76f}, kShift[kTogether] = {0.0f, 0.5f, 1.0f};
+  Lanes inverse[kTogether], offset[kTogether], gain[kTogether], fitted[kTogether];
+  for (float shrink : kShrink) {
+    for (int c = 0; c < kTogether; c++)
       for (int lane = 0; lane < kLanes; lane++) {
-        const float range = high[lane] - low[lane], start = low[lane] + range * (1.0f - shrink) * shift;
-        inverse[lane] = range > 0.0f ? 15.0f / (range * shrink) : 0.0f;
-        offset[lane] = round_between(-start * inverse[lane], 0.0f, 15.0f);
+        const float range = high[lane] - low[lane], start = low[lane] + range * (1.0f - shrink) * kShift[c];
+        inverse[c][lane] = range > 0.0f ? 15.0f / (range * shrink) : 0.0f;
+        offset[c][lane] = round_between(-start * inverse[c][lane], 0.0f, 15.0f);
       }
-      project(values, count, inverse, offset, 15.0f, gain, fitted);
-      for (int lane = 0; lane < kLanes; lane++) {
-        const bool better = gain[lane] > best[lane];
-        scale[lane] = better ? fitted[lane] : scale[lane];
-        zero[lane] = better ? offset[lane] : zero[lane];
-        best[lane] = better ? gain[lane] : best[lane];
-      }
-    }
+    project(values, count, inverse, offset, 15.0f, gain, fitted);
+    keep_best(gain, fitted, offset, best, scale, zero);
+  }
 }
 
 inline void scale_int8(const float* values, int64_t count, Lanes& scale, Lanes& zero) {
@@ -175,6 +209,8 @@ inline bool all_finite(const float* values, int64_t count) {
 inline float stored_scale(const Layout& layout, float scale) { return layout.group ? bf16_to_float(float_to_bf16(scale)) : scale; }
 
 inline void squared_error(const Layout& layout, const float* values, int64_t count, const Lanes& scale, const Lanes& zero, Lanes& sum) {
+  const bool bytes = layout.format == Format::int8;
+  const float low = bytes ? 1.0f : 0.0f, high = bytes ? 255.0f : 15.0f;
   Lanes s, inverse;
   for (int lane = 0; lane < kLanes; lane++) {
     s[lane] = stored_scale(layout, scale[lane]);
@@ -184,9 +220,16 @@ inline void squared_error(const Layout& layout, const float* values, int64_t cou
   for (int64_t k = 0; k < count; k++)
     for (int lane = 0; lane < kLanes; lane++) {
       const float w = values[k * kLanes + lane];
-      const float off = w - s[lane] * (round_between(w * inverse[lane] + zero[lane], 0.0f, 15.0f) - zero[lane]);
+      const float off = w - s[lane] * (round_between(w * inverse[lane] + zero[lane], low, high) - zero[lane]);
       sum[lane] += off * off;
     }
+}
+
+inline void add_squares(const float* values, int64_t count, double& sum) {
+  Lanes squares = {};
+  for (int64_t k = 0; k < count; k++)
+    for (int lane = 0; lane < kLanes; lane++) squares[lane] += values[k * kLanes + lane] * values[k * kLanes + lane];
+  for (float square : squares) sum += square;
 }
 
 inline void scale_int4(const Layout& layout, const float* values, int64_t count, bool search, Lanes& scale, Lanes& zero) {
@@ -206,8 +249,9 @@ inline void scale_int4(const Layout& layout, const float* values, int64_t count,
 }
 
 // Returns false, having written nothing, if a quantised format is asked to hold a NaN or Inf. `scratch`: 16 floats per padded column.
+// `error` is added to.
 inline bool pack_panel(const Layout& layout, int64_t panel, const void* source, DType dtype, int64_t stride, bool search, uint8_t* weight,
-                       uint8_t* scale, uint8_t* zero, float* scratch) {
+                       uint8_t* scale, uint8_t* zero, float* scratch, PackError& error) {
   const int64_t cols = layout.padded_cols();
   load_lanes(layout, panel, source, dtype, stride, scratch);
   uint32_t* words = reinterpret_cast<uint32_t*>(weight + panel * layout.weight_panel_bytes());
@@ -215,9 +259,14 @@ inline bool pack_panel(const Layout& layout, int64_t panel, const void* source, 
     for (int64_t k = 0; k < cols; k += 2, words += kLanes)
       for (int lane = 0; lane < kLanes; lane++)
         words[lane] = float_to_bf16(scratch[k * kLanes + lane]) | static_cast<uint32_t>(float_to_bf16(scratch[(k + 1) * kLanes + lane])) << 16;
+    if (dtype == DType::bf16) return true;
+    add_squares(scratch, cols, error.total);
+    for (int64_t i = 0; i < cols * kLanes; i++) scratch[i] -= bf16_to_float(float_to_bf16(scratch[i]));
+    add_squares(scratch, cols, error.difference);
     return true;
   }
   if (!all_finite(scratch, cols)) return false;
+  add_squares(scratch, cols, error.total);
   const int64_t group = layout.group ? layout.group : cols;
   uint8_t* scales = scale + panel * layout.scale_panel_bytes();
   uint8_t* zeros = zero + panel * layout.zero_panel_bytes();
@@ -238,6 +287,9 @@ inline bool pack_panel(const Layout& layout, int64_t panel, const void* source, 
       inverse[lane] = s[lane] != 0.0f ? 1.0f / s[lane] : 0.0f;
       if (layout.zero_point) zeros[g * kLanes + lane] = static_cast<uint8_t>(z[lane]);
     }
+    Lanes off;
+    squared_error(layout, values, group, s, z, off);
+    for (float square : off) error.difference += square;
     if (layout.format == Format::int8) {
       for (int64_t k = 0; k < group; k += 4, words += kLanes) quad_words(values + k * kLanes, inverse, z, 1.0f, 255.0f, words);
     } else {

@@ -160,8 +160,11 @@ class Experts:
                 experts._parts[name, e, part] = data.view(-1)
         return experts
 
-    def pack_projection(self, name: str, expert: int, weight: Tensor, *, scale_search: bool = True) -> None:
-        """Quantise one matrix: ``weight`` [I,H] (gate, up) or [H,I] (down), CPU, float, columns adjacent in memory."""
+    def pack_projection(self, name: str, expert: int, weight: Tensor, *, scale_search: bool = True) -> float:
+        """Quantise one matrix: ``weight`` [I,H] (gate, up) or [H,I] (down), CPU, float, columns adjacent in memory.
+
+        Returns the relative error of what was packed, ``||W - packed(W)|| / ||W||``.
+        """
         if name not in self.projections or not 0 <= expert < self.num_experts:
             raise ArgumentError(
                 f"no {name!r} of expert {expert}: expected {self.projections}, experts 0..{self.num_experts - 1}"
@@ -172,13 +175,14 @@ class Experts:
             raise ArgumentError(
                 f"{label}: expected columns adjacent in memory, found strides {weight.stride()}; call .contiguous()"
             )
-        finite = _native.pack(
+        error = _native.pack(
             self.spec.layout(*self.shape(name)),
             weight.data_ptr(), ops.DTYPES[weight.dtype], weight.stride(0), scale_search,
             *(self._address(name, expert, part) for part in PARTS),
         )  # fmt: skip
-        if not finite:
+        if error < 0:
             raise ArgumentError(f"{label}: NaN or Inf in the weights cannot be held in {self.format}")
+        return float(error)
 
     def set_biases(self, gate: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None) -> None:
         """Biases of the projections: gate and up [E,I], down [E,H]; None for none."""

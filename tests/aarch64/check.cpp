@@ -29,7 +29,8 @@ struct Packed {
     for (float& value : dense) value = 0.3f * next_random();
     std::vector<float> scratch(l.padded_cols() * kPanelRows);
     for (int64_t panel = 0; panel < l.panels(); panel++)
-      kernels().pack_panel(l, panel, dense.data(), DType::f32, l.cols, true, weight.data(), scale.data(), zero.data(), scratch.data());
+      PackError lost;
+      kernels().pack_panel(l, panel, dense.data(), DType::f32, l.cols, true, weight.data(), scale.data(), zero.data(), scratch.data(), lost);
     unpack_panels(l, matrix(), 0, l.panels(), dense.data());
   }
 
