@@ -1,6 +1,8 @@
 """Any file that is not exactly what its header promises is refused, and the error says where."""
 
+import gc
 import json
+import os
 
 import pytest
 import torch
@@ -120,3 +122,39 @@ def test_missing_tensor_and_one_torch_lacks(tmp_path):
         file.tensor("b")
     with pytest.raises(CheckpointError, match="F4 cannot be read by torch"):
         file.tensor("a")
+
+
+def descriptors():
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("way", ["mapped", "read", "read after mapping"])
+def test_a_file_replaced_after_its_header_was_read(tmp_path, way):
+    """Header and data are of one file, whatever has its name by then."""
+    path, values = tmp_path / "x.safetensors", torch.arange(64, dtype=torch.uint8)
+    save_file({"a": values, "b": values + 1}, path)
+    file = TensorFile(path)
+    save_file({"a": values + 100, "b": values + 100}, tmp_path / "y.safetensors")
+    os.replace(tmp_path / "y.safetensors", path)
+    if way != "read":
+        assert torch.equal(file.tensor("b"), values + 1)
+    if way != "mapped":
+        found = torch.zeros(64, dtype=torch.uint8)
+        file.read_into("b", found.numpy().data)
+        assert torch.equal(found, values + 1)
+
+
+def test_one_descriptor_a_file(tmp_path):
+    save_file({"a": torch.arange(4)}, tmp_path / "x.safetensors")
+    before = descriptors()
+    files = [TensorFile(tmp_path / "x.safetensors") for _ in range(50)]
+    assert descriptors() <= before + 50
+    views = [file.tensor("a") for file in files]
+    assert descriptors() <= before + 50
+    del files, views
+    assert descriptors() == before
+    (tmp_path / "x.safetensors").write_bytes(b"broken")
+    with pytest.raises(CheckpointError):
+        TensorFile(tmp_path / "x.safetensors")
+    assert descriptors() == before

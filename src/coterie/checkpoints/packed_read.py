@@ -67,20 +67,6 @@ def _read(file: TensorFile, layout: PackedLayer) -> Experts:
         activation=layout.activation,
         has_gate=layout.has_gate,
     )
-    try:
-        with open(file.path, "rb", buffering=0) as raw:
-            for projection, expert, part, view in experts.parts():
-                name = layout.part_name(projection, expert, part)
-                _read_into(raw.fileno(), view.numpy().data, file.data_start + file.entry(name).start, file, name)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file.path}: {error.strerror or error}") from error
+    for projection, expert, part, view in experts.parts():
+        file.read_into(layout.part_name(projection, expert, part), view.numpy().data)
     return experts
-
-
-def _read_into(descriptor: int, view: memoryview, offset: int, file: TensorFile, name: str) -> None:
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
-        if count == 0:
-            raise CheckpointError(f"{file.path} was cut short while tensor {name} was read")
-        done += count

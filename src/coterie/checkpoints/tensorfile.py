@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import os
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,7 +72,8 @@ class TensorFile:
     """The tensors of one safetensors file.
 
     `entries` maps names to `Entry` in file order, `metadata` is the header's string map, `data_start` the file offset
-    of the data section. Views handed out stay valid as long as they live, the file's handle is closed at once.
+    of the data section. Views handed out stay valid as long as they live. The file is opened once: header, reads and map
+    are of the same file even where another takes its name. At most one descriptor is held for it.
 
     Raises CheckpointError, naming the file and the tensor, when the file is not exactly what its header promises.
     """
@@ -79,8 +81,10 @@ class TensorFile:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as file:
-                self.size = os.fstat(file.fileno()).st_size
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._close = weakref.finalize(self, os.close, self._descriptor)
+            self.size = os.fstat(self._descriptor).st_size
+            with open(self._descriptor, "rb", closefd=False) as file:
                 self.data_start, header = _read_header(self.path, file, self.size)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror or error}") from error
@@ -92,10 +96,11 @@ class TensorFile:
         # Private and never written: the pages are those of the page cache, shared between processes.
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
         try:
-            with open(self.path, "rb") as file:
-                return mmap.mmap(file.fileno(), self.size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            mapped = mmap.mmap(self._descriptor, self.size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot map {self.path}: {error}") from error
+        self._close()  # the map holds a descriptor of its own
+        return mapped
 
     def entry(self, name: str) -> Entry:
         """The entry of `name`; raises MissingTensorError."""
@@ -121,6 +126,21 @@ class TensorFile:
         if (self.data_start + entry.start) % dtype.itemsize:
             raw = raw.clone()
         return raw.view(dtype).view(entry.shape)
+
+    def read_into(self, name: str, view: memoryview) -> None:
+        """Reads the bytes of a tensor into `view`, which is of its size, without mapping the file."""
+        start, done = self.data_start + self.entry(name).start, 0
+        if not self._close.alive:
+            view[:] = memoryview(self._map)[start : start + len(view)]
+            return
+        try:
+            while done < len(view):
+                count = os.preadv(self._descriptor, [view[done:]], start + done)
+                if count == 0:
+                    raise CheckpointError(f"{self.path} was cut short while tensor {shown(name)} was read")
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def release(self, name: str, index: int = 0, count: int = 1) -> None:
         """Lets go of the memory of a tensor's pages, of the `index`th of `count` equal pieces of it.
