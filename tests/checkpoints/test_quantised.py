@@ -1,0 +1,59 @@
+"""A checkpoint that another method quantised is named as such, and never read as if it were plain."""
+
+import json
+
+import pytest
+import torch
+from made_checkpoints import CONFIG, random_experts, separate, two_layers, write_checkpoint
+
+from coterie import Experts
+from coterie.convert import convert_cpu
+from coterie.errors import CheckpointError
+
+METHODS = ["gptq", "awq", "fp8", "mxfp4", "compressed-tensors", "bitsandbytes", "auto-round"]
+
+
+def refused(folder, message):
+    with pytest.raises(CheckpointError, match=message):
+        Experts.open(folder)
+    with pytest.raises(CheckpointError, match=message):
+        convert_cpu(folder, folder.parent / "out")
+    assert not (folder.parent / "out").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("nested", [False, True], ids=["top", "text_config"])
+def test_the_config_names_it(tmp_path, method, nested):
+    """Experts whose tensors look plain are refused all the same."""
+    folder, _ = two_layers(tmp_path / "in")
+    config = CONFIG | {"quantization_config": {"quant_method": method, "bits": 4}}
+    (folder / "config.json").write_text(json.dumps({"text_config": config} if nested else config))
+    refused(folder, f"in is quantised by {method}: this version reads bf16, fp16 and f32 only; use the original")
+
+
+def test_packed_but_no_layers(tmp_path):
+    folder, _ = two_layers(tmp_path / "in")
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": {"quant_method": "coterie"}}))
+    refused(folder, "says that coterie packed it, but holds no packed layers")
+
+
+def test_modelopt(tmp_path):
+    folder, _ = two_layers(tmp_path / "in")
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    refused(folder, "quantised by ModelOpt 'NVFP4'")
+
+
+STEM = "model.layers.0.mlp.experts"
+TENSORS = {
+    "GPTQ": {f"{STEM}.0.up_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)},
+    "FP8": {f"{STEM}.0.up_proj.weight_scale_inv": torch.zeros(1, 1)},
+    "MXFP4": {f"{STEM}.gate_up_proj_blocks": torch.zeros(2, 2, dtype=torch.uint8)},
+    "compressed-tensors": {f"{STEM}.0.up_proj.weight_packed": torch.zeros(4, 4, dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("method", TENSORS)
+@pytest.mark.parametrize("plain", [False, True], ids=["alone", "beside plain experts"])
+def test_the_tensors_name_it(tmp_path, method, plain):
+    tensors = TENSORS[method] | (separate(STEM, random_experts(0)) if plain else {})
+    refused(write_checkpoint(tmp_path / "in", tensors), f"quantised by .*{method}.*{next(iter(TENSORS[method]))}")
