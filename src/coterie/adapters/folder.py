@@ -11,6 +11,7 @@ from pathlib import Path
 from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
 
+from coterie.checkpoints.tensorwriter import sync_folder, sync_tree, temporary_beside
 from coterie.errors import ArgumentError, CheckpointError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -54,14 +55,15 @@ def finished(output: Path) -> Iterator[Path]:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ArgumentError(f"{output} is not empty; give a new folder")
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = temporary_beside(output, ".partial")
     try:
         partial.mkdir(parents=True)
         yield partial
         if output.exists():
             output.rmdir()
+        sync_tree(partial)
         os.replace(partial, output)
+        sync_folder(output.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {output}: {error}") from error
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from coterie.adapters.empty import ADAPTER, PREFIX, lora_key, wrapped_experts
 from coterie.checkpoints import LayerReader, open_reader
 from coterie.checkpoints.folder import INDEX
-from coterie.checkpoints.tensorwriter import TensorWriter, write_error
+from coterie.checkpoints.tensorwriter import TensorWriter, copy_file, write_error
 from coterie.convert.rest import CHUNK, other_files
 from coterie.errors import CheckpointError
 from coterie.hf.layout import is_experts, read_layout
@@ -157,6 +156,6 @@ def raw(tensor: Tensor) -> Tensor:
 def copy(source: Path, target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
     except OSError as error:
-        raise write_error(target, error) from error
+        raise write_error(target.parent, error) from error
+    copy_file(source, target)

@@ -6,8 +6,12 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from torch import Tensor
 
@@ -59,11 +63,11 @@ class TensorWriter:
         self._head = len(text).to_bytes(8, "little") + text
         self._stops = {name: len(self._head) + stop for name, stop in self._stops.items()}
         self.nbytes = len(self._head) + position
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_beside(self.path)
 
     def __enter__(self) -> TensorWriter:
         try:
-            self._file = os.open(self._temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666)
+            self._file = os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise write_error(self.path, error) from error
         try:
@@ -106,8 +110,7 @@ class TensorWriter:
                 os.fsync(self._file)
             finally:
                 os.close(self._file)
-            os.replace(self._temporary, self.path)
-            sync_folder(self.path.parent)
+            _take_name(self._temporary, self.path)
         except OSError as error:
             self._temporary.unlink(missing_ok=True)
             raise write_error(self.path, error) from error
@@ -119,17 +122,43 @@ class TensorWriter:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small text file atomically and durably. Raises CheckpointError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with written_whole(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file's bytes atomically and durably. Raises CheckpointError."""
+    with written_whole(target) as file, open(source, "rb") as original:
+        shutil.copyfileobj(original, file, CHUNK)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes the name `path` when the block ends, and vanishes when it raises."""
+    temporary = temporary_beside(path)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        try:
+            with open(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(descriptor)
+            _take_name(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise write_error(path, error) from error
+
+
+def temporary_beside(path: Path, suffix: str = ".tmp") -> Path:
+    """A name for what is to become `path`, in the same folder; no other run has or will have it."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
+
+
+def _take_name(temporary: Path, path: Path) -> None:
+    """Renames what was synced, durably."""
+    os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:
@@ -139,3 +168,15 @@ def sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def sync_tree(path: Path) -> None:
+    """Makes everything in a folder durable: its files' bytes and their names."""
+    for parent, _, files in os.walk(path):
+        for name in files:
+            descriptor = os.open(Path(parent, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(Path(parent))

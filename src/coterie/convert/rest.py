@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from coterie.checkpoints.folder import PACKED_INDEX, Folder
 from coterie.checkpoints.packed import VERSION, PackedLayer, layer_file
 from coterie.checkpoints.tensorfile import DTYPES
-from coterie.checkpoints.tensorwriter import TensorWriter, write_error, write_text
+from coterie.checkpoints.tensorwriter import TensorWriter, copy_file, write_text
 from coterie.convert.output import OutputFolder
 from coterie.formats import Format
 
@@ -77,11 +76,7 @@ class Rest:
 
     def _copy_files(self, output: OutputFolder) -> None:
         for name in self._files:
-            target = output.file(name)
-            try:
-                shutil.copyfile(self._folder.root / name, target)
-            except OSError as error:
-                raise write_error(target, error) from error
+            copy_file(self._folder.root / name, output.file(name))
 
 
 def _shards(folder: Folder, names: list[str]) -> Iterator[list[str]]:
