@@ -43,17 +43,22 @@ def cpu(
     """
     from coterie.convert import convert_cpu
 
-    with ConversionProgress() as progress:
-        report = convert_cpu(
-            input_path,
-            output,
-            quant_method,
-            group_size,
-            zero_point,
-            threads,
-            parse_layers(layers) if layers else None,
-            progress,
-        )
+    try:
+        with ConversionProgress() as progress:
+            report = convert_cpu(
+                input_path,
+                output,
+                quant_method,
+                group_size,
+                zero_point,
+                threads,
+                parse_layers(layers) if layers else None,
+                progress,
+            )
+    except KeyboardInterrupt:
+        text = f"coterie: stopped; nothing is kept: what was written to {output} has been removed"
+        errors.print(text, markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
     ratio = report.source_bytes / report.packed_bytes
     summary = table(f"{report.output}: experts in {report.quant_method}", "", "input", "output", "ratio")
     summary.add_row("experts", size(report.source_bytes), size(report.packed_bytes), significant(ratio))
@@ -106,4 +111,5 @@ class ConversionProgress:
         if expert == experts and not errors.is_terminal:
             speed = bytes_done / (time.perf_counter() - self._start)
             done_of = f"{size(bytes_done)} of {size(total)}"
-            errors.print(f"layer {layer}/{layers}: {done_of}, {size(speed)}/s", highlight=False)
+            left = f"{(total - bytes_done) / speed:.0f} s left"
+            errors.print(f"layer {layer}/{layers}: {done_of}, {size(speed)}/s, {left}", highlight=False)

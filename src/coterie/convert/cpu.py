@@ -14,7 +14,7 @@ from coterie.checkpoints import LayerReader, LayerWriter, Reader, open_reader, p
 from coterie.checkpoints.hf import spans
 from coterie.checkpoints.packed import PackedLayer, layer_file
 from coterie.convert.output import OutputFolder
-from coterie.convert.report import ConversionReport, ProjectionError, relative_error
+from coterie.convert.report import ConversionReport, ProjectionError
 from coterie.convert.rest import Rest
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.experts import Experts
@@ -135,10 +135,9 @@ def _pack_expert(
 ) -> None:
     for projection, weight in reader.expert(expert).items():
         try:
-            one.pack_projection(projection, 0, weight)
+            error = one.pack_projection(projection, 0, weight)
         except ArgumentError as problem:
             raise CheckpointError(f"layer {layer}, expert {expert}, {projection}: {problem}") from problem
-        error = relative_error(weight, one.dequantize_projection(projection, 0))
         errors.setdefault(projection, ProjectionError()).add(layer, expert, error)
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 
 @dataclass(slots=True)
 class ProjectionError:
@@ -41,15 +38,3 @@ class ConversionReport:
     rest_bytes: int
     seconds: float
     errors: dict[str, ProjectionError]
-
-
-def relative_error(source: Tensor, packed: Tensor, rows: int = 128) -> float:
-    """||source - packed|| / ||source|| of two equal-shaped matrices, in row blocks; 0 where both are all zero."""
-    difference = total = 0.0
-    for a, b in zip(source.split(rows), packed.split(rows), strict=True):
-        a = a.float()
-        difference += float(torch.linalg.vector_norm(a - b)) ** 2
-        total += float(torch.linalg.vector_norm(a)) ** 2
-    if total == 0.0:
-        return 0.0 if difference == 0.0 else float("inf")
-    return (difference / total) ** 0.5
