@@ -28,8 +28,8 @@ struct Packed {
       : weight(l.panels() * l.weight_panel_bytes()), scale(l.panels() * l.scale_panel_bytes()), zero(l.panels() * l.zero_panel_bytes()), dense(l.rows * l.cols) {
     for (float& value : dense) value = 0.3f * next_random();
     std::vector<float> scratch(l.padded_cols() * kPanelRows);
+    PackError lost;
     for (int64_t panel = 0; panel < l.panels(); panel++)
-      PackError lost;
       kernels().pack_panel(l, panel, dense.data(), DType::f32, l.cols, true, weight.data(), scale.data(), zero.data(), scratch.data(), lost);
     unpack_panels(l, matrix(), 0, l.panels(), dense.data());
   }

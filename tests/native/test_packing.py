@@ -122,3 +122,14 @@ def test_dense_weights_are_left_alone():
     before = [w.clone() for w in dense(SIZES)]
     Experts.pack(*dense(SIZES), format="int8")
     assert all(torch.equal(a, b) for a, b in zip(before, dense(SIZES), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("spec", FORMATS, ids=name_of)
+def test_packing_says_how_far_off_it_is(isa, spec, dtype):
+    weight = weight_of(spec).to(dtype)
+    experts = Experts.empty(1, weight.shape[1], weight.shape[0], **options(spec), has_gate=False)
+    error = experts.pack_projection("up", 0, weight)
+    exact = weight.double()
+    expected = (exact - experts.dequantize_projection("up", 0)).norm() / exact.norm()
+    assert error == pytest.approx(float(expected), rel=1e-4, abs=1e-7)

@@ -72,8 +72,8 @@ class TensorFile:
     """The tensors of one safetensors file.
 
     `entries` maps names to `Entry` in file order, `metadata` is the header's string map, `data_start` the file offset
-    of the data section. Views handed out stay valid as long as they live. The file is opened once: header, reads and map
-    are of the same file even where another takes its name. At most one descriptor is held for it.
+    of the data section. Views handed out stay valid as long as they live. The file is opened once: header, reads and
+    map are of the same file even where another takes its name. At most one descriptor is held for it.
 
     Raises CheckpointError, naming the file and the tensor, when the file is not exactly what its header promises.
     """
