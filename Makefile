@@ -67,6 +67,8 @@ $(PY):
 	  || { echo "coterie needs Python 3.10 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(os.path.join(s.get_path("include"), "Python.h")))' \
 	  || { echo "Python's C headers are missing: install your system's python3-dev (or python3-devel) package" >&2; exit 1; }
+	@command -v $(firstword $(CXX)) >/dev/null \
+	  || { echo "There is no C++ compiler '$(firstword $(CXX))': install your system's g++ (or gcc-c++) package, or name one: make CXX=clang++" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) 2>/dev/null \
 	  || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip -q --python $(PY) install pip; }
 

@@ -91,12 +91,26 @@ def test_plan_prints_a_row_for_each_format(coterie):
 
 def test_plan_says_what_is_missing(coterie):
     ran = coterie("plan", tiny.PATH, "--bandwidth", "50GB", "--ram", "500MB", "--experts", "int4")
-    assert "507 MB short" in ran.out
+    assert "532 MB short" in ran.out
 
 
-def test_plan_places_the_rest_on_a_gpu_that_holds_it(coterie):
-    assert "a look ahead" in coterie("plan", tiny.PATH, "--bandwidth", "50GB", "--vram", "1GB").out
-    assert "planned for the CPU alone" in coterie("plan", tiny.PATH, "--bandwidth", "50GB", "--vram", "1MB").out
+def test_plan_reads_a_number_as_gigabytes_and_keeps_a_margin(coterie):
+    assert "RAM: 64 GB planned for, as given; 60.8 GB after" in coterie("plan", tiny.PATH, "--ram", "64").out
+
+
+def test_plan_says_first_whether_the_model_opens(coterie, tmp_path):
+    assert coterie("plan", tiny.PATH).out.startswith("Opened by this version")
+    config = json.loads((tiny.PATH / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ran = coterie("plan", tmp_path)
+    assert ran.out.startswith("Not opened by this version: its weights are mxfp4")
+    assert "mxfp4, as it is" in ran.out
+    assert "deprecated" not in ran.out + ran.err
+
+
+def test_plan_train_adds_what_fine_tuning_takes(coterie):
+    ran = coterie("plan", tiny.PATH, "--train", "--lora-r", "4", "--sequence-len", "64", "--experts", "int4")
+    assert "LoRA of rank 4 on attention and experts, 1 x 64 tokens" in ran.out and "AdamW" in ran.out
 
 
 def test_convert_reports_sizes_and_errors(coterie, tmp_path):
@@ -116,11 +130,11 @@ def test_doctor_says_what_was_chosen_and_measured(coterie):
 
 def test_doctor_advises():
     info = cpu.CpuInfo("a CPU", "avx2", "forced", ("avx512", "avx2", "scalar"), 8, 4, 2, "never")
-    advice = "\n".join(advise(info, {"transformers": ">=5"}))
+    advice = "\n".join(advise(info, ["transformers>=5"]))
     for word in ("madvise", "COTERIE_ISA", "4 of 8 cores", "NUMA", "transformers>=5"):
         assert word in advice
     best = cpu.CpuInfo("a CPU", "avx512", "best", ("avx512", "avx2", "scalar"), 8, 8, 1, "madvise")
-    assert advise(best, {}) == []
+    assert advise(best, []) == []
 
 
 def test_bench_layer_prints_a_row_for_each_number_of_tokens(coterie):
@@ -169,7 +183,7 @@ def test_numbers_are_written_for_people():
 def test_sizes_are_read():
     assert machine.parse_bytes("64GB") == 64 * 10**9
     assert machine.parse_bytes("1.5 GiB") == 3 * 2**29
-    assert machine.parse_bytes("512") == 512
+    assert machine.parse_bytes("512") == 512 * 10**9
     for wrong in ("", "GB", "-1GB", "1XB"):
         with pytest.raises(ArgumentError, match="64GB"):
             machine.parse_bytes(wrong)

@@ -1,6 +1,9 @@
-"""Checkpoints that some other method quantised: named and refused, never read as if their numbers were plain."""
+"""Checkpoints that some other method quantised: told apart, described, and never read as if their numbers were plain."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 from coterie.checkpoints.folder import Folder, read_json
 from coterie.checkpoints.tensorfile import shown
@@ -17,6 +20,52 @@ MARKS = {
     "_proj_scales": "MXFP4",
     ".weight.absmax": "bitsandbytes",
 }
+# Formats that a quantization_config names without giving their bits: scales included, a weight.
+BITS = {
+    "mxfp4": 4 + 8 / 32,
+    "mxfp8": 8 + 8 / 32,
+    "nvfp4": 4 + 8 / 16,
+    "fp4": 4 + 8 / 32,  # DeepSeek-V4's expert_dtype
+    "fp8": 8.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """`method` as config.json spells it, `name` of the format for people, `bits` of an expert's weight if known."""
+
+    method: str
+    name: str
+    bits: float | None
+
+
+def read_quantised(config: dict) -> Quantised | None:
+    """How the weights of a model with this config.json are quantised; None where it does not say that they are."""
+    text = config.get("text_config")
+    nested = text if isinstance(text, dict) else {}
+    keys = ("quantization_config", "compression_config")
+    found = next((part[key] for part in (config, nested) for key in keys if part.get(key)), None)
+    if found is None:
+        return None
+    if not isinstance(found, dict):
+        return Quantised("an unnamed method", "unnamed", None)
+    method = str(found.get("quant_method") or "an unnamed method")
+    expert_dtype = config.get("expert_dtype") or nested.get("expert_dtype")
+    if isinstance(expert_dtype, str):
+        return Quantised(method, expert_dtype, BITS.get(expert_dtype))
+    if method == "compressed-tensors":
+        return _compressed_tensors(method, found)
+    if method == "modelopt":
+        algorithm = str(found.get("quant_algo", "unnamed")).lower()
+        return Quantised(method, algorithm, BITS.get(algorithm))
+    if method == "fp8":
+        block = found.get("weight_block_size")
+        sides = block if isinstance(block, list) and all(_positive(side) for side in block) else []
+        scales = 32 / (sides[0] * sides[1]) if len(sides) == 2 else 0.0
+        return Quantised(method, "fp8", 8 + scales)
+    if method in BITS:
+        return Quantised(method, method, BITS[method])
+    return Quantised(method, *_integers(found.get("bits"), found.get("group_size"), zeros=found.get("sym") is not True))
 
 
 def refuse_quantised(folder: Folder) -> None:
@@ -35,11 +84,8 @@ def refuse_quantised(folder: Folder) -> None:
 
 def _method(folder: Folder) -> str | None:
     """By config.json, by ModelOpt's file, or by the names of tensors."""
-    for config in (folder.config, folder.text_config):
-        for key in ("quantization_config", "compression_config"):
-            if (found := config.get(key)) is not None:
-                method = found.get("quant_method") if isinstance(found, dict) else None
-                return shown(method).strip("'") if method else "an unnamed method (quantization_config)"
+    if (quantised := read_quantised(folder.config)) is not None:
+        return shown(quantised.method).strip("'")
     modelopt = folder.root / "hf_quant_config.json"
     if folder.path.is_dir() and modelopt.exists():
         algorithm = read_json(modelopt).get("quantization")
@@ -50,3 +96,26 @@ def _method(folder: Folder) -> str | None:
             if name.endswith(mark):
                 return f"{method} (it has {shown(name)})"
     return None
+
+
+def _compressed_tensors(method: str, found: dict) -> Quantised:
+    name = str(found.get("format", "unnamed"))
+    known = next((bits for part, bits in BITS.items() if name.startswith(f"{part}-")), None)
+    groups = found.get("config_groups")
+    weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
+    if known is not None or len(weights) != 1 or not isinstance(weights[0], dict):
+        return Quantised(method, name, known)
+    _, bits = _integers(weights[0].get("num_bits"), weights[0].get("group_size"), zeros=not weights[0].get("symmetric"))
+    return Quantised(method, name, bits)
+
+
+def _integers(bits: Any, group_size: Any, zeros: bool) -> tuple[str, float | None]:
+    """Name and bits of integers with a 16-bit scale, and where `zeros` a zero point, a group (or a row)."""
+    if not _positive(bits):
+        return "unnamed", None
+    scales = (16 + (bits if zeros else 0)) / group_size if _positive(group_size) else 0.0
+    return f"int{bits}", bits + scales
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int) and value > 0

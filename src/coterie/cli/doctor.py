@@ -17,7 +17,7 @@ THP = "/sys/kernel/mm/transparent_hugepage/enabled"
 def doctor() -> None:
     """Show the CPU and the kernels chosen for it, memory, measured speeds, versions, and what to change."""
     with errors.status("importing torch and transformers"):
-        from coterie import cpu, machine
+        from coterie import cpu, machine, versions
     info = cpu.info()
 
     report = facts("CPU")
@@ -27,7 +27,8 @@ def doctor() -> None:
     report.add_row("cores, threads used", f"{info.cores}, {info.threads}")
     report.add_row("NUMA nodes", str(info.numa_nodes))
     report.add_row("huge pages", info.huge_pages)
-    report.add_row("memory", size(machine.memory_bytes()))
+    memory = machine.memory()
+    report.add_row("memory", f"{size(memory.total)}, {size(memory.available)} available")
     console.print(report)
 
     with errors.status("measuring memory and arithmetic"):
@@ -39,7 +40,8 @@ def doctor() -> None:
     console.print(report)
 
     report = facts("\nVersions")
-    for name, version in machine.versions().items():
+    found = versions.installed()
+    for name, version in found.items():
         report.add_row(name, version)
     console.print(report)
 
@@ -51,13 +53,13 @@ def doctor() -> None:
     console.print(report)
 
     console.print("\n[bold]What to change[/]")
-    advice = advise(info, machine.untested())
+    advice = advise(info, versions.problems(found))
     for line in advice or ["nothing: this machine is used as well as it can be"]:
         console.print(f"- {line}", markup=False, highlight=False)
 
 
-def advise(info: CpuInfo, untested: dict[str, str]) -> list[str]:
-    """One line for each thing that makes coterie slower or less certain here than it need be."""
+def advise(info: CpuInfo, problems: list[str]) -> list[str]:
+    """One line for each thing that makes coterie slower or less certain here than it need be, `problems` last."""
     lines = []
     if info.huge_pages == "never":
         lines.append(f"huge pages are off, which about halves memory speed: echo madvise | sudo tee {THP}")
@@ -72,5 +74,4 @@ def advise(info: CpuInfo, untested: dict[str, str]) -> list[str]:
         lines.append("this CPU has no AVX512: prefill will be several times slower than on one that has")
     if info.numa_nodes > 1:
         lines.append(f"{info.numa_nodes} NUMA nodes: memory of the other node is slower; try numactl --interleave=all")
-    lines += [f"{name} is outside the tested range, {name}{tested}" for name, tested in untested.items()]
-    return lines
+    return lines + problems

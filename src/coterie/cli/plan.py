@@ -1,73 +1,167 @@
-"""coterie plan: will a model fit here, and how fast can it be."""
+"""coterie plan: will a model fit here, how fast can it be, and what does fine-tuning or converting it take."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coterie.cli.console import console, count, significant, size, table
-from coterie.errors import CheckpointError
+from coterie.cli.console import console, count, errors, significant, size, table
+
+if TYPE_CHECKING:
+    from coterie.formats import Format
+    from coterie.plan import Anatomy, Source
 
 
 def plan(
-    model: Annotated[Path, typer.Argument(help="A model's folder, or its config.json alone; weights are not needed.")],
+    model: Annotated[
+        str, typer.Argument(help="A model's folder, its config.json alone, or a hub id; weights are not needed.")
+    ],
     experts: Annotated[str | None, typer.Option(help="Only this format of experts: bf16, int8 or int4.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of one sequence, for the size of its KV cache.")] = 4096,
-    ram: Annotated[str | None, typer.Option(help="RAM to plan for, like 64GB. Default: this machine's.")] = None,
-    vram: Annotated[str | None, typer.Option(help="GPU memory to plan for, like 24GB. Default: none.")] = None,
-    bandwidth: Annotated[
-        str | None, typer.Option(help="RAM read per second, like 50GB. Default: measured here.")
+    ram: Annotated[
+        str | None, typer.Option(help="RAM to plan for, like 64GB or 64 (gigabytes). [default: what is available here]")
     ] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option(help="RAM read per second, like 50GB. [default: measured here]")
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option(help="Disk read or written per second, for converting. [default: 500MB]")
+    ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Plan fine-tuning too: LoRA on attention and experts.")
+    ] = False,
+    lora_r: Annotated[int, typer.Option(help="With --train: the rank of LoRA.")] = 16,
+    sequence_len: Annotated[int, typer.Option(help="With --train: tokens of a sequence.")] = 1024,
+    micro_batch_size: Annotated[int, typer.Option(help="With --train: sequences of a forward pass.")] = 1,
 ) -> None:
-    """Say whether a model fits in memory, and how fast it can decode at most.
+    """Say whether this version opens a model, whether it fits in memory, and how fast it can be at most.
 
     Builds the model without weights from its config, so it works before a download.
     """
+    from transformers import logging
+
     from coterie import machine
     from coterie import plan as planning
 
-    formats = planning.choices(experts)
-    ram_bytes = machine.parse_bytes(ram) if ram else machine.memory_bytes()
-    vram_bytes = machine.parse_bytes(vram) if vram else 0
-    given = machine.parse_bytes(bandwidth) if bandwidth else None
-    anatomy = planning.inspect(model, context)
-    speed = given or machine.read_bandwidth()
+    logging.set_verbosity_error()
+    given = {name: machine.parse_bytes(text) for name, text in (("bandwidth", bandwidth), ("disk", disk)) if text}
+    memory = machine.memory()
+    available = machine.parse_bytes(ram) if ram else memory.available
+    source = planning.open_source(model)
+    formats = source.formats(experts)
+    with errors.status("building the model without weights"):
+        anatomy = planning.inspect(source.config, context)
+    print_verdict(source, anatomy)
 
-    shapes = sorted({(layer.layout.num_experts, layer.per_token) for layer in anatomy.experts})
-    kinds = ", ".join(f"{k} of {e}" for e, k in shapes)
-    console.print(
-        f"[bold]{anatomy.model_type}[/]: {count(anatomy.parameters)} parameters, "
-        f"{count(anatomy.active_parameters)} read per token; "
-        f"{len(anatomy.experts)} layers with experts, {kinds} used per token"
-    )
-    try:
-        stored = planning.stored_nbytes(model)
-        if stored:
-            console.print("on disk: " + ", ".join(f"{size(n)} of {dtype}" for dtype, n in sorted(stored.items())))
-    except CheckpointError as error:
-        console.print(f"[yellow]the checkpoint is not complete:[/] {error}")
-
-    console.print(f"rest of the model (attention, router, embeddings) in bf16: {size(anatomy.rest_nbytes)}")
-    console.print(f"KV cache of one sequence of {context} tokens: {size(anatomy.cache_nbytes)}")
-    estimates = [planning.estimate(anatomy, spec, ram_bytes, vram_bytes, speed) for spec in formats]
-    fits_in = f"in {size(ram_bytes)} RAM"
-    report = table("", "format", "experts", "RAM needed", "VRAM needed", fits_in, "tokens/s ≤")
-    for e in estimates:
-        fits = "[green]fits[/]" if e.fits else f"[red]{size(e.ram_short)} short[/]"
-        vram_text = size(e.vram) if e.vram else "-"
-        report.add_row(e.format, size(e.experts), size(e.ram), vram_text, fits, significant(e.tokens_per_second))
-    console.print(report)
-    source = "as given" if given else "measured here"
-    console.print(
-        f"RAM includes {size(planning.RESERVE)} for Python and buffers. Tokens/s: decoding one sequence, if every byte "
-        f"that a token needs is read from RAM once, at {size(speed)}/s ({source}).",
-        style="dim",
-    )
-    if estimates[0].vram:
-        console.print("[yellow]a look ahead:[/] this version computes everything on the CPU, GPUs come later")
-    elif vram_bytes:
-        console.print(
-            f"[yellow]the rest and the KV cache do not fit {size(vram_bytes)} of VRAM:[/] planned for the CPU alone"
+    with errors.status("measuring memory and arithmetic"):
+        rates = planning.Rates(
+            given.get("bandwidth") or machine.read_bandwidth(), machine.dot_rate("bf16"), machine.dot_rate("int8")
         )
+        packing = {spec.name: machine.packing_rate(spec.name) for spec in formats}
+    usable = planning.usable(available)
+    what = "planned for, as given" if ram else f"available, of {size(memory.total)} here"
+    console.print(f"RAM: {size(available)} {what}; {size(usable)} after a margin of 5%.", highlight=False)
+    report = table("", "experts in", "experts", "RAM needed", "", "decode ≤", "prefill ≤")
+    impossible = []
+    for spec in formats:
+        e = planning.estimate(anatomy, spec, usable, rates)
+        speeds = significant(e.decode), significant(e.prefill)
+        report.add_row(e.format, size(e.experts), size(e.ram), fits(e.ram_short), *speeds)
+        if e.problem:
+            impossible.append(f"Not as {e.format}: {e.problem}.")
+    if source.quantised and source.quantised.bits:
+        nbytes = int(anatomy.expert_parameters * source.quantised.bits / 8)
+        report.add_row(f"{source.quantised.name}, as it is", size(nbytes), "-", "not opened", "-", "-")
+    console.print(report)
+    for line in impossible:
+        console.print(line, style="red", highlight=False)
+    console.print(
+        f"RAM needed: experts, the rest in bf16 ({size(anatomy.rest_nbytes)}), the KV cache of {context} tokens "
+        f"({size(anatomy.cache_nbytes)}), and {size(planning.RESERVE)} for Python and buffers. Tokens a "
+        f"second are bounds: decode reads what a token needs once, at {size(rates.bandwidth)}/s; prefill computes the "
+        f"weights' products alone, at {significant(rates.bf16 / 1e9)} GFLOP/s in bf16, "
+        f"{significant(rates.int8 / 1e9)} GOP/s in int8.",
+        style="dim",
+        highlight=False,
+    )
+    if source.packed is None:
+        print_conversion(source, anatomy, formats, packing, given.get("disk") or planning.DISK)
+    if train:
+        print_training(source, anatomy, formats, usable, lora_r, micro_batch_size, sequence_len)
+
+
+def print_verdict(source: Source, anatomy: Anatomy) -> None:
+    """Whether this version opens the model, and what it is."""
+    if source.problem:
+        console.print(f"[yellow]Not opened by this version:[/] {source.problem}.", highlight=False)
+    elif source.packed:
+        console.print(
+            f"[green]Opened as it is:[/] packed by coterie, experts in {source.packed.name}.", highlight=False
+        )
+    else:
+        console.print("[green]Opened by this version:[/] its experts are packed while it loads.", highlight=False)
+    kinds = ", ".join(f"{k} of {e}" for e, k in sorted({(x.layout.num_experts, x.per_token) for x in anatomy.experts}))
+    console.print(
+        f"[bold]{anatomy.model_type}[/]: {count(anatomy.parameters)} parameters, {count(anatomy.active_parameters)} "
+        f"read per token; {len(anatomy.experts)} layers with experts, {kinds} used per token.",
+        highlight=False,
+    )
+    if source.stored:
+        kept = ", ".join(f"{size(n)} of {dtype}" for dtype, n in sorted(source.stored.items()))
+        console.print(f"On disk: {kept}.", highlight=False)
+
+
+def print_conversion(
+    source: Source, anatomy: Anatomy, formats: list[Format], packing: dict[str, float], disk: float
+) -> None:
+    """What converting takes of disk and, roughly, of time."""
+    from coterie import plan as planning
+
+    console.print("\n[bold]coterie convert cpu[/]" + (", of a copy in bf16" if source.problem else ""))
+    report = table("", "experts in", "reads", "writes", "about")
+    for spec in formats:
+        c = planning.conversion(anatomy, spec, packing[spec.name], disk)
+        report.add_row(spec.name, size(c.read), size(c.written), duration(c.seconds))
+    console.print(report)
+    console.print(
+        f"An estimate: packing as fast as measured here, reading and writing {size(disk)}/s (--disk).",
+        style="dim",
+        highlight=False,
+    )
+
+
+def print_training(
+    source: Source, anatomy: Anatomy, formats: list[Format], ram: int, rank: int, batch: int, tokens: int
+) -> None:
+    """What fine-tuning takes of memory."""
+    from coterie import plan as planning
+
+    with errors.status("running the model without storage"):
+        train = planning.train_inspect(source.config, anatomy, rank, batch, tokens)
+    title = f"LoRA of rank {rank} on attention and experts, {batch} x {tokens} tokens"
+    console.print(f"\n[bold]coterie sft[/]: {title}", highlight=False)
+    report = table("", "experts in", "weights", "RAM needed", "", "with checkpointing")
+    for spec in formats:
+        t = planning.train_estimate(anatomy, train, spec, ram)
+        report.add_row(t.format, size(t.weights), size(t.ram), fits(t.ram_short), size(t.ram_checkpointed))
+    console.print(report)
+    console.print(
+        f"RAM needed: weights, LoRA {size(train.lora)}, its gradients as much, AdamW twice that, activations "
+        f"{size(train.activations)} ({size(train.checkpointed)} with gradient_checkpointing), workspace "
+        f"{size(train.workspace)}, {size(planning.RESERVE)} for Python and libraries.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def fits(short: int) -> str:
+    return f"[red]{size(short)} short[/]" if short else "[green]fits[/]"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{significant(round(seconds / length, 1))} {unit}"
+    return f"{max(1, round(seconds))} s"

@@ -1,0 +1,38 @@
+"""What experts and models take in memory, from layouts and from models on the meta device."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from coterie.formats import Format
+from coterie.hf.layout import Layout
+
+
+def expert_matrices(layout: Layout) -> list[tuple[int, int]]:
+    """(rows, columns) of an expert's matrices."""
+    up = layout.intermediate_size, layout.hidden_size
+    return [up, up, up[::-1]] if layout.has_gate else [up, up[::-1]]
+
+
+def expert_parameters(layout: Layout) -> int:
+    """Parameters of one expert, biases included."""
+    return sum(rows * cols + (rows if layout.has_bias else 0) for rows, cols in expert_matrices(layout))
+
+
+def expert_nbytes(layout: Layout, spec: Format) -> int:
+    """Packed bytes of one expert, biases (float32) included."""
+    packed = sum(sum(spec.matrix_nbytes(*sizes).values()) for sizes in expert_matrices(layout))
+    return packed + (4 * sum(rows for rows, _ in expert_matrices(layout)) if layout.has_bias else 0)
+
+
+def rest_of(model: nn.Module, experts: list[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of `model` that are not those of its experts modules."""
+    inside = {parameter for module in experts for parameter in module.parameters()}
+    return [parameter for parameter in model.parameters() if parameter not in inside]
+
+
+def loaded_nbytes(model: nn.Module, layouts: dict[str, Layout], spec: Format, mmap: bool = False) -> int:
+    """Bytes of RAM that `model` takes with its experts packed as `spec`; mapped ones are the page cache's."""
+    rest = sum(parameter.nbytes for parameter in rest_of(model, [model.get_submodule(name) for name in layouts]))
+    packed = sum(layout.num_experts * expert_nbytes(layout, spec) for layout in layouts.values())
+    return rest + (0 if mmap else packed)

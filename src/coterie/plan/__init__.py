@@ -1,0 +1,31 @@
+"""Will this model fit, how fast can it be, what does fine-tuning it take: worked out without a weight being read.
+
+The model is built by Transformers on the meta device and run there once, so what is counted is what would be loaded:
+no table of models, and no formula for any kind of attention.
+"""
+
+from coterie.plan.anatomy import Anatomy, ExpertLayer, inspect
+from coterie.plan.conversion import DISK, Conversion, conversion
+from coterie.plan.estimate import RESERVE, Estimate, Rates, estimate, usable
+from coterie.plan.source import Source, open_source
+from coterie.plan.training import TrainAnatomy, Training, train_estimate, train_inspect
+
+__all__ = [
+    "DISK",
+    "RESERVE",
+    "Anatomy",
+    "Conversion",
+    "Estimate",
+    "ExpertLayer",
+    "Rates",
+    "Source",
+    "TrainAnatomy",
+    "Training",
+    "conversion",
+    "estimate",
+    "inspect",
+    "open_source",
+    "train_estimate",
+    "train_inspect",
+    "usable",
+]

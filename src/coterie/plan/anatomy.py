@@ -1,0 +1,104 @@
+"""What a model is made of, as far as it takes memory and time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from coterie.errors import ArgumentError
+from coterie.formats import Format
+from coterie.hf import skeleton
+from coterie.hf.layout import Layout
+from coterie.hf.modules import read_layouts
+from coterie.hf.sizes import expert_nbytes, expert_parameters, rest_of
+
+TRACED_CONTEXT = 8192  # a longer cache is extrapolated from its growth here
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayer:
+    """The experts of one layer, and how many of them a token uses."""
+
+    name: str
+    layout: Layout
+    per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """What of a model takes memory; bytes are those of the bf16 model unless a format is named."""
+
+    model_type: str
+    experts: tuple[ExpertLayer, ...]
+    rest_parameters: int  # everything but the experts
+    rest_nbytes: int
+    active_rest_parameters: int  # those of the rest that one token reads: no table of embeddings, no vision tower
+    head_parameters: int  # of the head, which a prompt needs for its last token alone
+    context: int
+    cache_nbytes: int  # KV cache of one sequence of `context` tokens
+
+    @property
+    def expert_parameters(self) -> int:
+        return sum(layer.layout.num_experts * expert_parameters(layer.layout) for layer in self.experts)
+
+    @property
+    def active_expert_parameters(self) -> int:
+        """Parameters of experts that one token uses."""
+        return sum(layer.per_token * expert_parameters(layer.layout) for layer in self.experts)
+
+    @property
+    def parameters(self) -> int:
+        return self.expert_parameters + self.rest_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token reads."""
+        return self.active_expert_parameters + self.active_rest_parameters
+
+    @property
+    def rest_read_nbytes(self) -> int:
+        """Bytes of everything but the experts that one token reads."""
+        return 2 * self.active_rest_parameters
+
+    def experts_nbytes(self, spec: Format) -> int:
+        return sum(layer.layout.num_experts * expert_nbytes(layer.layout, spec) for layer in self.experts)
+
+    def experts_read_nbytes(self, spec: Format) -> int:
+        """Bytes of experts that one token reads."""
+        return sum(layer.per_token * expert_nbytes(layer.layout, spec) for layer in self.experts)
+
+
+def inspect(config: Any, context: int = 4096) -> Anatomy:
+    """The anatomy of the model of a Transformers config, for sequences of `context` tokens.
+
+    Raises UnsupportedModelError for a model that coterie cannot run.
+    """
+    if context < 1:
+        raise ArgumentError(f"context is {context} tokens, expected at least 1")
+    model = skeleton.build(config)
+    layouts = read_layouts(model)
+    cache, per_token = skeleton.trace(model, min(context, TRACED_CONTEXT))
+    if context > TRACED_CONTEXT:
+        step = TRACED_CONTEXT // 128
+        growth = (cache - skeleton.trace(model, TRACED_CONTEXT - step)[0]) / step
+        cache += int(growth * (context - TRACED_CONTEXT))
+
+    modules = {name: model.get_submodule(name) for name in layouts}
+    rest = rest_of(model, list(modules.values()))
+    language = sum(p.numel() for p in rest_of(model.get_decoder(), list(modules.values())))
+    head = model.get_output_embeddings()
+    head_parameters = head.weight.numel() if head is not None else 0
+    return Anatomy(
+        model_type=config.model_type,
+        experts=tuple(
+            ExpertLayer(name, layout, per_token[modules[name]])
+            for name, layout in layouts.items()
+            if modules[name] in per_token
+        ),
+        rest_parameters=sum(p.numel() for p in rest),
+        rest_nbytes=sum(p.nbytes for p in rest),
+        active_rest_parameters=language - model.get_input_embeddings().weight.numel() + head_parameters,
+        head_parameters=head_parameters,
+        context=context,
+        cache_nbytes=cache,
+    )

@@ -1,0 +1,26 @@
+"""What `coterie convert cpu` would write, and about how long it would take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coterie.formats import Format
+from coterie.plan.anatomy import Anatomy
+
+DISK = 500e6  # bytes per second that are read or written, where nothing better is known
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """Bytes read and written, and an estimate of the seconds: reading, packing and writing, one after the other."""
+
+    read: int
+    written: int
+    seconds: float
+
+
+def conversion(anatomy: Anatomy, spec: Format, packing: float, disk: float = DISK) -> Conversion:
+    """A bf16 checkpoint packed as `spec`; `packing` bytes of bf16 experts a second, `disk` bytes read or written."""
+    experts = 2 * anatomy.expert_parameters
+    read, written = experts + anatomy.rest_nbytes, anatomy.experts_nbytes(spec) + anatomy.rest_nbytes
+    return Conversion(read, written, (read + written) / disk + experts / packing)

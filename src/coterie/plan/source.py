@@ -1,0 +1,132 @@
+"""What is to be planned: a folder, a config file or a hub id; whether this version opens it, and what to do if not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from coterie.checkpoints.folder import Folder, read_json
+from coterie.checkpoints.packed import UNFINISHED
+from coterie.checkpoints.quantised import Quantised, read_quantised
+from coterie.errors import ArgumentError, CheckpointError
+from coterie.formats import FORMATS, Format, resolve
+from coterie.hf.config import METHOD, CoterieConfig
+from coterie.hf.skeleton import make_config
+
+PLAIN = {"BF16", "F16", "F32"}
+OPENS = "this version opens bf16, fp16, f32 and its own packed folders"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model to plan for.
+
+    problem: why this version does not open it and what to do, None where it opens it.
+    packed: the format of its experts where coterie packed them. quantised: what somebody else made of its weights.
+    stored: {dtype: bytes} of its safetensors files, {} where there are none.
+    """
+
+    config: Any
+    problem: str | None = None
+    packed: Format | None = None
+    quantised: Quantised | None = None
+    stored: dict[str, int] = field(default_factory=dict)
+
+    def formats(self, name: str | None = None) -> list[Format]:
+        """The formats to compare: the one that it is packed in, or all that it can be packed into, or the one named."""
+        if self.packed is None:
+            return [resolve(n) for n in ([name] if name else FORMATS)]
+        if name not in (None, self.packed.name):
+            raise ArgumentError(
+                f"it is packed as {self.packed.name}, and packed experts do not become {name}: plan the original"
+            )
+        return [self.packed]
+
+
+def open_source(model: str) -> Source:
+    """What is at `model`: a model folder, a config.json, or a model on the Hugging Face hub.
+
+    Raises CheckpointError for a config that cannot be had or read, UnsupportedModelError for an unknown model.
+    """
+    path, where = Path(model), str(model)
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path} is GGUF: {OPENS}; plan the original by its folder, config.json or hub id")
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.is_file():
+            raise CheckpointError(f"{path} has no config.json: {_instead_of_a_model(path)}")
+    elif path.exists():
+        file = path
+    else:
+        file = _download(where)
+    values = read_json(file)
+    config = make_config(values, str(file))
+    quantised, packed = read_quantised(values), None
+    if quantised and quantised.method == METHOD:
+        quantised, packed = None, CoterieConfig(**values["quantization_config"]).spec
+    stored, problem = {}, _quantised_problem(quantised)
+    if path.is_dir():
+        try:
+            stored = stored_nbytes(path)
+            problem = problem or _folder_problem(path, stored, packed)
+        except CheckpointError as error:
+            problem = problem or f"the checkpoint is not whole: {error}"
+    return Source(config, problem, packed, quantised, stored)
+
+
+def stored_nbytes(folder: Path) -> dict[str, int]:
+    """{dtype: bytes} of the checkpoint in `folder`, from its safetensors headers; {} where it has none."""
+    if not any(folder.glob("*.safetensors")):
+        return {}
+    checkpoint, total = Folder(folder), Counter[str]()
+    for shard in checkpoint.shards:
+        for entry in checkpoint.file(shard).entries.values():
+            total[entry.dtype] += entry.nbytes
+    return dict(total)
+
+
+def _download(model: str) -> Path:
+    """config.json of a hub id. A path that does not exist is told from one by its form."""
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith((".json", "/")):
+        raise CheckpointError(f"{model} does not exist: expected a model folder, a config.json or a hub id")
+    try:
+        return Path(hf_hub_download(model, "config.json"))
+    except (OSError, ValueError, HfHubHTTPError) as error:  # no such model, no access, no network, no such file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{model} is no folder here, and its config.json could not be had from the hub: {reason}"
+        ) from error
+
+
+def _instead_of_a_model(folder: Path) -> str:
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path") or "its base model"
+        return f"it is an adapter, plan {base}"
+    if next(folder.glob("*.gguf"), None):
+        return f"it holds GGUF files; {OPENS}"
+    return "expected a model folder"
+
+
+def _quantised_problem(quantised: Quantised | None) -> str | None:
+    if quantised is None:
+        return None
+    name = quantised.name if quantised.name == quantised.method else f"{quantised.name} ({quantised.method})"
+    return f"its weights are {name}: {OPENS}; use the original, or a copy written in bf16"
+
+
+def _folder_problem(folder: Path, stored: dict[str, int], packed: Format | None) -> str | None:
+    if (folder / UNFINISHED).exists():
+        return f"a conversion that was not finished ({UNFINISHED} is there): convert it again"
+    if not stored:
+        others = sorted(f.name for p in ("*.bin", "*.pt", "*.pth", "*.gguf") for f in folder.glob(p))
+        return f"no safetensors files, only {others[0]}: save it as safetensors first" if others else None
+    odd = sorted(dtype for dtype in stored if dtype[0] == "F" and dtype not in PLAIN)
+    if packed is None and odd:
+        return f"it holds {', '.join(odd)} tensors: {OPENS}; use the original, or a copy written in bf16"
+    return None
