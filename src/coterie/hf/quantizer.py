@@ -36,8 +36,10 @@ from coterie.hf.modules import (
     remove_hooks,
     unpack,
 )
+from coterie.hf.sizes import loaded_nbytes
 from coterie.hf.sources import Sources
 from coterie.hf.weight import PackedWeight
+from coterie.machine import require_memory
 
 PACKED_FILE = re.compile(r"experts-\d+\.safetensors")
 
@@ -96,6 +98,9 @@ class CoterieQuantizer(HfQuantizer):
                     f"{other} is not a safetensors file: load it with transformers and save_pretrained() it"
                 )
             self._files = [TensorFile(file) for file in files]
+        options = self.quantization_config
+        needed = loaded_nbytes(model, self._layouts, options.spec, options.mmap)
+        require_memory(needed, f"{type(model).__name__} with experts in {options.experts}")
         for name in self._layouts:
             module = model.get_submodule(name)
             hide_parameters(module)
