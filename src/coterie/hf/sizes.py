@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from coterie.formats import Format
 from coterie.hf.layout import Layout
@@ -31,8 +32,11 @@ def rest_of(model: nn.Module, experts: list[nn.Module]) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter not in inside]
 
 
-def loaded_nbytes(model: nn.Module, layouts: dict[str, Layout], spec: Format, mmap: bool = False) -> int:
+def loaded_nbytes(model: PreTrainedModel, layouts: dict[str, Layout], spec: Format, mmap: bool = False) -> int:
     """Bytes of RAM that `model` takes with its experts packed as `spec`; mapped ones are the page cache's."""
     rest = sum(parameter.nbytes for parameter in rest_of(model, [model.get_submodule(name) for name in layouts]))
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not table.weight and model.config.get_text_config().tie_word_embeddings:
+        rest -= head.weight.nbytes  # tied once the weights are there
     packed = sum(layout.num_experts * expert_nbytes(layout, spec) for layout in layouts.values())
     return rest + (0 if mmap else packed)
