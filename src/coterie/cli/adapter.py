@@ -21,7 +21,10 @@ Model = Annotated[
 
 @app.command()
 def export(adapter: Adapter, output: Output, model: Model = None) -> None:
-    """Write each expert's LoRA as 2-D tensors (...experts.5.gate_proj.lora_A.weight), as servers read them."""
+    """Write each expert's LoRA as 2-D tensors (...experts.5.gate_proj.lora_A.weight), for servers without 3-D ones.
+
+    vLLM and SGLang were reported to drop or transpose LoRA of 3-D experts; none has been tried with what is written.
+    """
     need_peft()
     from coterie.adapters.export import export_adapter
 
