@@ -1,4 +1,4 @@
-"""Every instruction set this CPU has, and those that are emulated: AMX's tiles always, more in a build of `make emulate`."""
+"""Every instruction set this CPU has, and those that are emulated: AMX's tiles always, more under `make emulate`."""
 
 import coterie
 from coterie import _native

@@ -1,4 +1,4 @@
-"""Checkpoints that some other method quantised: told apart, described, and never read as if their numbers were plain."""
+"""Checkpoints that another method quantised: told apart, described, and never read as if their numbers were plain."""
 
 from __future__ import annotations
 
