@@ -44,8 +44,15 @@ def dense(sizes: tuple[int, int, int], has_gate: bool = True) -> tuple[Tensor | 
 
 
 @functools.cache
-def packed(spec: Format, sizes: tuple[int, int, int]) -> Experts:
+def _packed(spec: Format, sizes: tuple[int, int, int]) -> Experts:
     return Experts.pack(*dense(sizes), **options(spec))
+
+
+def packed(spec: Format, sizes: tuple[int, int, int]) -> Experts:
+    """Packed once, and given out as if never trained."""
+    experts = _packed(spec, sizes)
+    experts.activations = "auto"
+    return experts
 
 
 @functools.cache

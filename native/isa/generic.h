@@ -274,8 +274,8 @@ struct Engine {
           float* up = layer.has_gate ? product + columns : product;
           if (gate_bias) add(product, gate_bias + column, columns);
           if (up_bias) add(up, up_bias + column, columns);
-          if (training) {
-            const int64_t at = tokens.output[first + m] * layout.rows + column, there = columns < layout.rows - column ? columns : layout.rows - column;
+          if (training && training->up) {
+            const int64_t at = training->row[tokens.output[first + m]] * layout.rows + column, there = columns < layout.rows - column ? columns : layout.rows - column;
             if (layer.has_gate) store_bf16(product, there, training->gate + at);
             store_bf16(up, there, training->up + at);
           }

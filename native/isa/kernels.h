@@ -58,11 +58,13 @@ struct Lora {
   bool shared_a;  // gate and up have one A; its gradient goes to the gate's
 };
 
-// What training adds to the forward: low = scaling * A x per slot, staged; and pre-activations kept as bf16 [slots][intermediate].
+// What LoRA and training add to the forward: low = scaling * A x per slot, staged; and pre-activations kept as bf16 [*][intermediate], that of a slot
+// in row `row[slot]`; null where nothing is kept.
 struct GateUpTraining {
   const Lora* lora;
   Staged low_gate, low_up;
   uint16_t *gate, *up;
+  const int64_t* row;
 };
 
 struct DownTraining {
@@ -70,10 +72,11 @@ struct DownTraining {
   Staged low;
 };
 
-// Buffers of a backward pass, all by slot.
+// Buffers of a backward pass, all by slot but for what the forward kept.
 struct Backward {
   const Lora* lora;
-  const uint16_t *gate, *up;  // what the forward kept
+  const uint16_t *gate, *up;  // pre-activations, that of a slot in row `row[slot]`
+  const int64_t* row;
   Staged grad_out, x;         // by token
   Staged d_low_down;          // scaling * B^T grad_out
   Staged low_gate, low_up, low_down;

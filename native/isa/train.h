@@ -107,7 +107,7 @@ struct Trainer {
   // From `d`, the gradient of one token's hidden activations before its routing weight, to those of gate and up.
   static void hidden_row(const Experts& layer, const Backward& b, const Tokens& tokens, int64_t i, int64_t block, int64_t column, int64_t columns,
                          float* d) {
-    const int64_t slot = tokens.output[i], at = slot * layer.intermediate + column;
+    const int64_t slot = tokens.output[i], at = b.row[slot] * layer.intermediate + column;
     alignas(64) float gate[kBlockRows] = {}, up[kBlockRows] = {}, hidden[kBlockRows], d_gate[kBlockRows], d_up[kBlockRows];
     for (int64_t c = 0; c < columns; c++) up[c] = bf16_to_float(b.up[at + c]);
     if (layer.has_gate)

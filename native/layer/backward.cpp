@@ -77,6 +77,7 @@ void backward(const Experts& layer, const Kernels& kernels, const BackwardBatch&
   b.lora = &lora;
   b.gate = training.gate;
   b.up = training.up;
+  b.row = routing.position.data();
   b.slots = slots;
   b.x = w.input.floats(kernels, batch.tokens, hidden_cols);
   b.grad_out = w.grad_out.floats(kernels, batch.tokens, hidden_cols);

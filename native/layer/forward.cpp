@@ -9,7 +9,7 @@
 namespace coterie {
 namespace {
 
-constexpr int64_t kChunkTokens = 4096;  // longer batches run in chunks, so that the workspace stays bounded; training keeps everything anyway
+constexpr int64_t kChunkTokens = 4096;  // longer batches run in chunks, so that the workspace stays bounded
 
 // low[slot] = scaling * A x for every expert with tokens.
 Staged low_rank(StagedBuffer& buffer, const LoraFactor& factor, int64_t in, int64_t out, const Kernels& kernels, const Routing& routing,
@@ -24,7 +24,7 @@ Staged low_rank(StagedBuffer& buffer, const LoraFactor& factor, int64_t in, int6
 
 void forward_chunk(Workspace& w, const Experts& layer, const Kernels& kernels, const Batch& batch, const Training* training) {
   const int threads = thread_count();
-  const bool integer = !training && layer.in.format != Format::bf16;
+  const bool integer = batch.integer;
   Routing& routing = w.routing;
   routing.group(batch.ids, batch.weights, batch.tokens, batch.top_k, layer.count);
   const int64_t slots = routing.slots(), active = static_cast<int64_t>(routing.experts.size());
@@ -56,7 +56,8 @@ void forward_chunk(Workspace& w, const Experts& layer, const Kernels& kernels, c
   if (training) {
     const Lora& lora = training->lora;
     gate_up = {&lora, low_rank(w.low_gate, lora.gate, layer.hidden, layer.intermediate, kernels, routing, input, false),
-               low_rank(w.low_up, lora.up, layer.hidden, layer.intermediate, kernels, routing, input, false), training->gate, training->up};
+               low_rank(w.low_up, lora.up, layer.hidden, layer.intermediate, kernels, routing, input, false), training->gate, training->up,
+               routing.position.data()};
   }
   if (active) {
     const int64_t step = layer.has_gate ? kBlockPanels / 2 : kBlockPanels, steps = (layer.in.panels() + step - 1) / step;
@@ -101,15 +102,22 @@ void forward(const Experts& layer, const Kernels& kernels, const Batch& batch, c
   Workspace& w = workspace();
   std::lock_guard<std::mutex> lock(w.turn);
   const int64_t x_size = batch.x_dtype == DType::f32 ? 4 : 2, out_size = batch.out_dtype == DType::f32 ? 4 : 2;
-  const int64_t step = training ? batch.tokens : kChunkTokens;
-  for (int64_t begin = 0; begin < batch.tokens; begin += step) {
+  for (int64_t begin = 0; begin < batch.tokens; begin += kChunkTokens) {
     Batch chunk = batch;
-    chunk.tokens = std::min(step, batch.tokens - begin);
+    chunk.tokens = std::min(kChunkTokens, batch.tokens - begin);
     chunk.x = static_cast<const uint8_t*>(batch.x) + begin * batch.x_stride * x_size;
     chunk.ids = batch.ids + begin * batch.top_k;
     chunk.weights = batch.weights + begin * batch.top_k;
     chunk.out = static_cast<uint8_t*>(batch.out) + begin * layer.hidden * out_size;
-    forward_chunk(w, layer, kernels, chunk, training);
+    if (!training) {
+      forward_chunk(w, layer, kernels, chunk, nullptr);
+      continue;
+    }
+    Training part = *training;
+    const int64_t kept = begin * batch.top_k * layer.intermediate;
+    if (part.gate) part.gate += kept;
+    if (part.up) part.up += kept;
+    forward_chunk(w, layer, kernels, chunk, &part);
   }
 }
 

@@ -14,7 +14,7 @@ struct Routing {
   std::vector<int32_t> token;    // token of each slot
   std::vector<int32_t> slot;     // 0, 1, 2 ...: its row of the hidden activations
   std::vector<float> weight;     // its routing weight
-  std::vector<int64_t> position; // its place in ids
+  std::vector<int64_t> position; // its place in ids, token * top_k + k
 
   void group(const int64_t* ids, const float* weights, int64_t tokens, int64_t top_k, int64_t expert_count);
   int64_t slots() const { return static_cast<int64_t>(token.size()); }

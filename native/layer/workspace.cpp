@@ -62,11 +62,23 @@ void Workspace::release() {
   for (Buffer* b : {&hidden_rows, &result, &scratch, &weight_parts}) b->release();
 }
 
+int64_t Workspace::bytes() {
+  int64_t sum = 0;
+  for (StagedBuffer* b : {&input, &hidden, &low_gate, &low_up, &low_down, &grad_out, &grads, &d_low_down}) sum += b->bytes();
+  for (Buffer* b : {&hidden_rows, &result, &scratch, &weight_parts}) sum += b->bytes();
+  return sum;
+}
+
 Workspace& workspace() { return *shared; }
 
 void release_workspace() {
   std::lock_guard<std::mutex> lock(shared->turn);
   shared->release();
+}
+
+int64_t workspace_bytes() {
+  std::lock_guard<std::mutex> lock(shared->turn);
+  return shared->bytes();
 }
 
 void stage_rows(const Kernels& kernels, const Layout& weights, const void* source, DType dtype, int64_t stride, int64_t cols, int64_t rows,

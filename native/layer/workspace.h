@@ -13,6 +13,7 @@ class Buffer {
   ~Buffer() { release(); }
   uint8_t* at_least(int64_t bytes);
   void release();
+  int64_t bytes() const { return size_; }
 
  private:
   uint8_t* memory_ = nullptr;
@@ -25,6 +26,7 @@ class StagedBuffer {
   Staged integers(const Kernels& kernels, int64_t rows, const Layout& weights);
   Staged floats(const Kernels& kernels, int64_t rows, int64_t cols);  // cols: padded
   void release();
+  int64_t bytes() const { return data_.bytes() + scale_.bytes() + offset_.bytes(); }
 
  private:
   Buffer data_, scale_, offset_;
@@ -38,12 +40,14 @@ struct Workspace {
   Buffer hidden_rows, result, scratch, weight_parts;
 
   void release();
+  int64_t bytes();
 };
 
 Workspace& workspace();
 
-// Gives the memory back.
+// Gives the memory back; how much there is.
 void release_workspace();
+int64_t workspace_bytes();
 
 // Rows of `source` [rows, cols] staged, all threads taking part.
 void stage_rows(const Kernels& kernels, const Layout& weights, const void* source, DType dtype, int64_t stride, int64_t cols, int64_t rows,

@@ -4,6 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <fstream>
 #include <sstream>
 #include <string>
@@ -34,25 +35,42 @@ std::vector<int> read_list(const std::string& path) {
   return parse_list(line);
 }
 
-// Nodes that have CPUs this process may use, and those CPUs.
-const std::vector<std::vector<int>>& nodes() {
-  static const std::vector<std::vector<int>> found = [] {
-    cpu_set_t allowed;
-    CPU_ZERO(&allowed);
-    sched_getaffinity(0, sizeof allowed, &allowed);
-    std::vector<std::vector<int>> nodes;
-    for (int node : read_list("/sys/devices/system/node/online")) {
-      std::vector<int> cpus;
-      for (int cpu : read_list("/sys/devices/system/node/node" + std::to_string(node) + "/cpulist"))
-        if (cpu < CPU_SETSIZE && CPU_ISSET(cpu, &allowed)) cpus.push_back(cpu);
-      if (!cpus.empty()) nodes.push_back(cpus);
-    }
-    return nodes;
+// Nodes that have CPUs this process may use.
+const std::vector<Node>& nodes() {
+  static const std::vector<Node> found = [] {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    sched_getaffinity(0, sizeof set, &set);
+    std::vector<int> allowed;
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++)
+      if (CPU_ISSET(cpu, &set)) allowed.push_back(cpu);
+    return read_nodes("/sys/devices/system/node", allowed);
   }();
   return found;
 }
 
 }  // namespace
+
+std::vector<Node> read_nodes(const std::string& folder, const std::vector<int>& allowed) {
+  std::vector<Node> nodes;
+  for (int number : read_list(folder + "/online")) {
+    Node node{number, {}};
+    for (int cpu : read_list(folder + "/node" + std::to_string(number) + "/cpulist"))
+      if (std::find(allowed.begin(), allowed.end(), cpu) != allowed.end()) node.cpus.push_back(cpu);
+    if (!node.cpus.empty()) nodes.push_back(node);
+  }
+  return nodes;
+}
+
+std::vector<unsigned long> node_mask(const std::vector<Node>& nodes) {
+  constexpr int kBits = 8 * sizeof(unsigned long);
+  std::vector<unsigned long> mask;
+  for (const Node& node : nodes) {
+    if (mask.size() <= static_cast<size_t>(node.number / kBits)) mask.resize(node.number / kBits + 1);
+    mask[node.number / kBits] |= 1ul << node.number % kBits;
+  }
+  return mask;
+}
 
 int numa_nodes() { return nodes().empty() ? 1 : static_cast<int>(nodes().size()); }
 
@@ -60,15 +78,16 @@ void pin_to_node(pthread_t thread, int worker) {
   if (numa_nodes() == 1) return;
   cpu_set_t set;
   CPU_ZERO(&set);
-  for (int cpu : nodes()[worker % nodes().size()]) CPU_SET(cpu, &set);
+  for (int cpu : nodes()[worker % nodes().size()].cpus) CPU_SET(cpu, &set);
   pthread_setaffinity_np(thread, sizeof set, &set);
 }
 
 void interleave(void* memory, int64_t bytes) {
   if (numa_nodes() == 1) return;
   constexpr int kInterleave = 3;  // MPOL_INTERLEAVE
-  unsigned long mask = (1ul << numa_nodes()) - 1;
-  syscall(SYS_mbind, memory, bytes, kInterleave, &mask, sizeof mask * 8, 0);
+  static const std::vector<unsigned long> mask = node_mask(nodes());
+  const unsigned long bits = mask.size() * sizeof mask[0] * 8 + 1;  // the kernel reads one less
+  syscall(SYS_mbind, memory, bytes, kInterleave, mask.data(), bits, 0);
 }
 
 }  // namespace coterie

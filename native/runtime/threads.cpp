@@ -8,6 +8,7 @@
 #include <chrono>
 #include <climits>
 #include <cmath>
+#include <exception>
 #include <fstream>
 #include <linux/futex.h>
 #include <memory>
@@ -16,6 +17,7 @@
 #include <sys/syscall.h>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "runtime/numa.h"
@@ -57,6 +59,7 @@ class Pool {
  public:
   // Where the system gives fewer threads than wanted, those there are do the work.
   explicit Pool(int threads) : wanted_(threads) {
+    workers_.reserve(threads - 1);
     for (int t = 1; t < threads; t++) {
       try {
         std::thread worker([this, t] { serve(t); });
@@ -78,6 +81,7 @@ class Pool {
     if (sleepers_.load() > 0) futex(generation_, FUTEX_WAKE, INT_MAX);
     take(0);
     for (uint32_t left; (left = busy_.load(std::memory_order_acquire)) != 0;) wait_while(busy_, left, waiting_);
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
   void stop() {
@@ -89,7 +93,13 @@ class Pool {
 
  private:
   void take(int thread) {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) (*work_)(i, thread);
+    try {
+      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) (*work_)(i, thread);
+    } catch (...) {
+      next_.store(items_, std::memory_order_relaxed);
+      std::lock_guard<std::mutex> lock(error_turn_);
+      if (!error_) error_ = std::current_exception();
+    }
   }
 
   void serve(int thread) {
@@ -107,6 +117,8 @@ class Pool {
   const Work* work_ = nullptr;
   int64_t items_ = 0;
   std::atomic<bool> stopping_{false};
+  std::mutex error_turn_;
+  std::exception_ptr error_;  // the first of this run
   alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
   alignas(64) std::atomic<uint32_t> busy_{0};

@@ -12,7 +12,8 @@ int thread_count();
 void set_thread_count(int count);  // applies from the next parallel call on
 
 // Calls work(item, thread) for every item in [0, items), threads taking items in order as they become free. Calls from several threads take turns;
-// a call from inside `work` is not allowed. After fork the child starts a fresh pool.
+// a call from inside `work` is not allowed. After fork the child starts a fresh pool. What `work` throws, on any thread, is thrown here once every thread
+// has left it; items that nobody had taken are left out.
 void parallel(int64_t items, const std::function<void(int64_t item, int thread)>& work);
 
 }  // namespace coterie

@@ -9,15 +9,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import _native, ops
+from . import _native, memory, ops
 from .activations import Activation
+from .border import BYTES, DTYPES, F32, FLOATS, address, is_plain
 from .cpu import current_isa
 from .errors import ArgumentError
 from .formats import PANEL_ROWS, Format, resolve, round_up
+from .layer import PARTS, PROJECTIONS, Layer, check_activations
 from .lora import ExpertLora
-
-PROJECTIONS = ("gate", "up", "down")
-PARTS = ("weight", "scale", "zero")
 
 
 class Experts:
@@ -32,6 +31,9 @@ class Experts:
         spec: the weight format.
         activation: the function between the matrices.
         has_gate: False for a plain MLP, ``down(act(up x))``.
+        activations: what int8 and int4 experts compute with. ``int8`` is fast, ``bf16`` exact; ``auto`` is int8 until
+            the experts are adapted or trained through, from then on bf16 with and without the adapter. May be set;
+            setting ``auto`` starts anew.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Experts:
         spec: Format,
         activation: Activation = Activation(),  # noqa: B008
         has_gate: bool = True,
+        activations: str = "auto",
     ) -> None:
         sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
         for name, value in sizes.items():
@@ -54,8 +57,9 @@ class Experts:
             spec.check_columns(name, self.shape(name)[1])
         self._parts: dict[tuple[str, int, str], Tensor] = {}
         self._biases: dict[str, Tensor] = {}
-        self._layer: _native.Layer | None = None
-        self._handle = ops.register(self)
+        self._layer = Layer(spec, num_experts, hidden_size, intermediate_size, activation, has_gate)
+        self._handle = self._layer.new_handle()
+        self.activations = activations
 
     # --- making ---
 
@@ -71,6 +75,7 @@ class Experts:
         zero_point: bool = False,
         scale_search: bool = True,
         activation: Activation = Activation(),  # noqa: B008
+        activations: str = "auto",
         gate_bias: Tensor | None = None,
         up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
@@ -84,6 +89,7 @@ class Experts:
             group_size: columns that share a scale (32, 64, 128; 0 = per row); None: 32 for int4, per row for int8.
             zero_point: int4 with a zero point per scale.
             scale_search: choose int4 scales for the least squared error rather than from the extreme value alone.
+            activations: see the attribute.
 
         Raises:
             ArgumentError: a wrong shape, dtype or device, requires_grad, or a NaN or Inf that the format cannot hold.
@@ -93,7 +99,7 @@ class Experts:
         count, intermediate, hidden = up.shape
         experts = cls.empty(
             count, hidden, intermediate, format=format, group_size=group_size, zero_point=zero_point,
-            activation=activation, has_gate=gate is not None,
+            activation=activation, has_gate=gate is not None, activations=activations,
         )  # fmt: skip
         given = {name: dense for name, dense in (("gate", gate), ("up", up), ("down", down)) if dense is not None}
         for name, dense in given.items():
@@ -116,10 +122,14 @@ class Experts:
         zero_point: bool = False,
         activation: Activation = Activation(),  # noqa: B008
         has_gate: bool = True,
+        activations: str = "auto",
     ) -> Experts:
-        """Zeroed memory for the weights, to be filled by :meth:`pack_projection`."""
+        """Zeroed memory for the weights, to be filled by :meth:`pack_projection`.
+
+        Raises DeviceError, before anything is allocated, where there is not enough memory.
+        """
         spec = resolve(format, group_size, zero_point)
-        experts = cls(num_experts, hidden_size, intermediate_size, spec, activation, has_gate)
+        experts = cls(num_experts, hidden_size, intermediate_size, spec, activation, has_gate, activations)
         experts._allocate()
         return experts
 
@@ -148,7 +158,7 @@ class Experts:
             experts._allocate()
         for name, e, part, size in experts._part_sizes():
             data = get(name, e, part)
-            plain = data.dtype == torch.uint8 and data.is_contiguous() and data.device.type == "cpu"
+            plain = data.dtype == torch.uint8 and data.is_contiguous() and is_plain(data)
             if not plain or data.numel() != size:
                 raise ArgumentError(
                     f"{name} {part} of expert {e}: expected {size} contiguous uint8 bytes on the CPU, "
@@ -157,7 +167,7 @@ class Experts:
             if copy:
                 experts._parts[name, e, part].copy_(data.view(-1))
             else:
-                experts._parts[name, e, part] = data.view(-1)
+                experts._set_part(name, e, part, data.view(-1))
         return experts
 
     def pack_projection(self, name: str, expert: int, weight: Tensor, *, scale_search: bool = True) -> float:
@@ -177,7 +187,8 @@ class Experts:
             )
         error = _native.pack(
             self.spec.layout(*self.shape(name)),
-            weight.data_ptr(), ops.DTYPES[weight.dtype], weight.stride(0), scale_search,
+            address(label, weight, FLOATS, self.shape(name), rows_apart=True), DTYPES[weight.dtype], weight.stride(0),
+            scale_search,
             *(self._address(name, expert, part) for part in PARTS),
         )  # fmt: skip
         if error < 0:
@@ -189,22 +200,43 @@ class Experts:
         for name, bias in (("gate", gate), ("up", up), ("down", down)):
             if bias is None:
                 self._biases.pop(name, None)
+                self._layer.set_biases(name, None)
                 continue
             if name not in self.projections:
                 raise ArgumentError("gate_bias: these experts have no gate")
             rows = self.shape(name)[0]
             if tuple(bias.shape) != (self.num_experts, rows):
                 raise ArgumentError(f"{name}_bias: expected shape {[self.num_experts, rows]}, found {list(bias.shape)}")
-            padded = torch.zeros(self.num_experts, round_up(rows, PANEL_ROWS))
-            padded[:, :rows] = bias.detach().float()
+            if not bias.is_floating_point() or not is_plain(bias):
+                raise ArgumentError(f"{name}_bias: expected a plain float tensor on the CPU, found {_kind(bias)}")
+            padded = torch.zeros(self.num_experts, round_up(rows, PANEL_ROWS), dtype=torch.float32, device="cpu")
+            padded[:, :rows] = bias.detach()
             self._biases[name] = padded
-        self._layer = None
+            self._layer.set_biases(name, padded)
 
     # --- what it is ---
 
     @property
     def format(self) -> str:
         return self.spec.name
+
+    @property
+    def activations(self) -> str:
+        return self._layer.activations
+
+    @activations.setter
+    def activations(self, value: str) -> None:
+        check_activations(value, self.spec)
+        self._layer.activations = value
+        if value == "auto":
+            self._layer.adapted = False
+
+    def adapt(self) -> None:
+        """Say that the experts are part of a model that has an adapter or is being trained: see ``activations``.
+
+        Raises ArgumentError where ``activations`` is ``int8``.
+        """
+        self._layer.adapt()
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -232,9 +264,9 @@ class Experts:
     def dequantize_projection(self, name: str, expert: int) -> Tensor:
         """Float32 [rows, cols]: the values one packed matrix stands for."""
         rows, cols = self.shape(name)
-        out = torch.empty(rows, cols)
+        out = torch.empty(rows, cols, dtype=torch.float32, device="cpu")
         parts = (self._address(name, expert, part) for part in PARTS)
-        _native.unpack(self.spec.layout(rows, cols), *parts, out.data_ptr())
+        _native.unpack(self.spec.layout(rows, cols), *parts, address(name, out, F32, (rows, cols)))
         return out
 
     def dequantize(self) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -262,21 +294,6 @@ class Experts:
         """
         return ops.forward(self, x, ids, weights, lora)
 
-    @property
-    def native(self) -> _native.Layer:
-        """The engine's handle on these weights."""
-        if self._layer is None:
-            experts = range(self.num_experts)
-            addresses = torch.tensor(
-                [[[self._address(name, e, part) for part in PARTS] for e in experts] for name in PROJECTIONS]
-            )
-            biases = (self._biases[name].data_ptr() if name in self._biases else 0 for name in PROJECTIONS)
-            self._layer = _native.Layer(
-                self.spec.layout(*self.shape("up")), self.spec.layout(*self.shape("down")),
-                self.activation.native(), addresses, self.has_gate, *biases
-            )
-        return self._layer
-
     # --- copies ---
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Experts:
@@ -298,14 +315,16 @@ class Experts:
         write_layer(path, layer, self)
 
     @classmethod
-    def open(cls, path: str | Path, layer: int = 0, mmap: bool = False) -> Experts:
+    def open(cls, path: str | Path, layer: int = 0, mmap: bool = False, activations: str = "auto") -> Experts:
         """Experts of one layer of a checkpoint in any format that can be read.
 
-        ``mmap`` leaves packed weights in the file.
+        ``mmap`` leaves packed weights in the file; ``activations``: see the attribute.
         """
         from .checkpoints import open_experts
 
-        return open_experts(path, layer, mmap=mmap)
+        experts = open_experts(path, layer, mmap=mmap)
+        experts.activations = activations
+        return experts
 
     # --- memory ---
 
@@ -317,22 +336,31 @@ class Experts:
                     yield name, e, part, size
 
     def _allocate(self) -> None:
-        memory, begin = _native.allocate(self.nbytes), 0
+        pages, begin = memory.allocate(self.nbytes, f"packed {self.format} experts"), 0
         for name, e, part, size in self._part_sizes():
-            self._parts[name, e, part] = memory[begin : begin + size]
+            self._set_part(name, e, part, pages[begin : begin + size])
             begin += size
+
+    def _set_part(self, name: str, expert: int, part: str, data: Tensor) -> None:
+        self._layer.set_weight(name, expert, part, data)
+        self._parts[name, expert, part] = data
 
     def _address(self, name: str, expert: int, part: str) -> int:
         data = self._parts.get((name, expert, part))
-        return 0 if data is None else data.data_ptr()
+        return 0 if data is None else address(f"{name} {part} of expert {expert}", data, BYTES, data.shape)
 
 
 def _check_dense(label: str, weight: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(weight.shape) != tuple(shape):
         raise ArgumentError(f"{label}: expected shape {list(shape)}, found {list(weight.shape)}")
-    if weight.dtype not in ops.DTYPES:
+    if weight.dtype not in DTYPES:
         raise ArgumentError(f"{label}: expected bfloat16, float16 or float32, found {weight.dtype}")
-    if weight.device.type != "cpu":
-        raise ArgumentError(f"{label}: expected a CPU tensor, found {weight.device}")
+    if not is_plain(weight):
+        raise ArgumentError(f"{label}: expected a CPU tensor, found {_kind(weight)}")
     if weight.requires_grad:
         raise ArgumentError(f"{label}: packed weights are frozen, but this tensor requires grad; pass weight.detach()")
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a tensor is that is not the plain one expected: its device, or else its class and dtype."""
+    return str(tensor.device) if tensor.device.type != "cpu" else f"{type(tensor).__name__} of {tensor.dtype}"

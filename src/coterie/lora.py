@@ -39,6 +39,10 @@ class ExpertLora:
         """(A, B) by projection."""
         return {"gate": (self.gate_a, self.gate_b), "up": (self.up_a, self.up_b), "down": (self.down_a, self.down_b)}
 
+    def factors(self) -> tuple[Tensor | None, ...]:
+        """A and B of gate, up and down, one after the other."""
+        return self.gate_a, self.gate_b, self.up_a, self.up_b, self.down_a, self.down_b
+
     def scalings(self) -> list[float]:
         """Factors of gate, up and down."""
         given = self.scaling

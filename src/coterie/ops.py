@@ -1,65 +1,54 @@
 """The forward of a layer of experts as torch sees it: checks, and a custom operator for torch.compile and autograd."""
 
-import itertools
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .border import BF16, COMPUTED, DTYPES, F32, FLOATS, I64, address, is_plain, runs_now
 from .errors import ArgumentError
+from .layer import Layer, find
 from .lora import ExpertLora
 
 if TYPE_CHECKING:
     from .experts import Experts
 
-DTYPES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}  # in the order of the native enum
-
-_numbers = itertools.count()
-_registered: weakref.WeakValueDictionary[int, 'Experts'] = weakref.WeakValueDictionary()
-
-
-def register(experts: 'Experts') -> Tensor:
-    """A handle by which the operators find the experts.
-
-    Operators take tensors and numbers only, and torch.compile specialises a graph on a number of a module: with a
-    tensor, all layers of a model share one graph.
-    """
-    number = next(_numbers)
-    _registered[number] = experts
-    with torch.inference_mode(False):  # autograd saves the handle
-        return torch.tensor(number, device="cpu")
-
-
-def _experts(handle: Tensor) -> 'Experts':
-    return _registered[int(handle)]
+Factors = Sequence[Tensor | None]  # A and B of gate, up and down
 
 
 def forward(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None = None) -> Tensor:
-    """See Experts.__call__. Without gradients and LoRA the format's fast path, else bf16 activations."""
+    """See Experts.__call__. What needs no gradients keeps nothing, and is computed at once where nothing looks on."""
     check(experts, x, ids, weights)
-    if lora is not None:
+    lora = lora or ExpertLora()
+    factors = lora.factors()
+    if any(factor is not None for factor in factors):
         lora.check(experts)
-    if lora is None and not (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)):
-        if torch.compiler.is_compiling():
-            return experts_forward(x, ids, weights, experts._handle)
-        return _compute(experts, x, ids, weights)
-    return _train(experts, x, ids, weights, lora or ExpertLora())
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *factors)):
+        return _train(experts, x, ids, weights, lora)
+    factors, shared = _prepared(lora)
+    if runs_now() and all(t is None or is_plain(t) for t in (x, ids, weights, *factors)):
+        return _compute(experts._layer, x, ids, weights, factors, lora.scalings(), shared)
+    return experts_forward(x, ids, weights, experts._handle, *factors, lora.scalings(), shared)
 
 
 def _train(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora) -> Tensor:
     given = x.float() if x.dtype == torch.float16 else x
-    flat = [_parameter(t) for pair in lora.pairs().values() for t in pair]
-    shared = lora.gate_a is not None and lora.gate_a is lora.up_a
-    if shared:
-        flat[2] = None
+    factors, shared = _prepared(lora)
     out, _, _ = experts_train(
         given.contiguous(), ids.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous(), experts._handle,
-        *flat, lora.scalings(), shared, experts.intermediate_size, experts.has_gate,
+        *factors, lora.scalings(), shared, experts.intermediate_size, experts.has_gate,
     )  # fmt: skip
     return out.to(x.dtype)
+
+
+def _prepared(lora: ExpertLora) -> tuple[list[Tensor | None], bool]:
+    """The factors as the engine takes them, and whether gate and up share one A, which is then the gate's alone."""
+    shared = lora.gate_a is not None and lora.gate_a is lora.up_a
+    factors = [_parameter(factor) for factor in lora.factors()]
+    if shared:
+        factors[2] = None
+    return factors, shared
 
 
 def _parameter(tensor: Tensor | None) -> Tensor | None:
@@ -90,17 +79,31 @@ def check(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor) -> None:
     if not weights.is_floating_point():
         raise ArgumentError(f"weights: expected a float dtype, found {weights.dtype}")
     for name, tensor in (("x", x), ("ids", ids), ("weights", weights)):
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu and tensor.device.type != "cpu":
             raise ArgumentError(f"{name}: expected a CPU tensor, found {tensor.device}")
 
 
 @torch.library.custom_op("coterie::experts_forward", mutates_args=())
-def experts_forward(x: Tensor, ids: Tensor, weights: Tensor, handle: Tensor) -> Tensor:
-    return _compute(_experts(handle), x, ids, weights)
+def experts_forward(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    handle: Tensor,
+    gate_a: Tensor | None,
+    gate_b: Tensor | None,
+    up_a: Tensor | None,
+    up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
+    scalings: Sequence[float],
+    shared_a: bool,
+) -> Tensor:
+    """The output [T,H], without what a backward pass would need."""
+    return _compute(find(handle), x, ids, weights, (gate_a, gate_b, up_a, up_b, down_a, down_b), scalings, shared_a)
 
 
 @experts_forward.register_fake
-def _(x: Tensor, ids: Tensor, weights: Tensor, handle: Tensor) -> Tensor:
+def _(x, ids, weights, handle, *rest):  # type: ignore[no-untyped-def]
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -121,15 +124,13 @@ def experts_train(
     intermediate_size: int,
     has_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output [T,H] and the pre-activations of gate and up, bf16 [T*K,I] in the engine's order of slots."""
-    out, gate, up = _training_outputs(x, ids, intermediate_size, has_gate)
-    factors = _factors((gate_a, gate_b, up_a, up_b, down_a, down_b), scalings, shared_a)
-    with _argument_errors():
-        _experts(handle).native.forward_training(
-            x.shape[0], ids.shape[1], x.data_ptr(), DTYPES[x.dtype], x.stride(0), ids.data_ptr(), weights.data_ptr(),
-            out.data_ptr(), DTYPES[out.dtype], gate.data_ptr(), up.data_ptr(), factors,
-        )  # fmt: skip
-    return out, gate, up
+    """The output [T,H] and the pre-activations of gate and up, bf16 [T*K,I]; a row of an id of -1 is left as it was."""
+    layer = find(handle)
+    layer.adapt()
+    out, *kept = _training_outputs(x, ids, intermediate_size, has_gate)
+    factors = _factors(layer, (gate_a, gate_b, up_a, up_b, down_a, down_b), scalings, shared_a)
+    _run(layer, x, ids, weights, out, False, factors, *_kept(layer, ids, *kept))
+    return out, *kept  # type: ignore[return-value]
 
 
 EXPERTS_OP = torch.ops.coterie.experts_train.default
@@ -160,14 +161,21 @@ def experts_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, and of A and B of gate, up, down; empty where there is none or none is wanted."""
+    layer = find(handle)
     parameters = (gate_a, gate_b, up_a, up_b, down_a, down_b)
     grad_x, grad_weights, *grads = _gradients(x, weights, parameters, wanted)
-    _experts(handle).native.backward(
-        x.shape[0], ids.shape[1], x.data_ptr(), DTYPES[x.dtype], grad_out.data_ptr(), DTYPES[grad_out.dtype],
-        ids.data_ptr(), weights.data_ptr(), gate.data_ptr(), up.data_ptr(),
-        grad_x.data_ptr(), DTYPES[grad_x.dtype], grad_weights.data_ptr(),
-        _factors(parameters, scalings, shared_a, grads),
-    )  # fmt: skip
+    rows, slots = (x.shape[0], layer.hidden_size), tuple(ids.shape)
+    try:
+        layer.backward(
+            *slots, address("x", x, COMPUTED, rows), DTYPES[x.dtype],
+            address("grad_out", grad_out, COMPUTED, rows), DTYPES[grad_out.dtype],
+            address("ids", ids, I64, slots), address("weights", weights, F32, slots), *_kept(layer, ids, gate, up),
+            address("grad_x", grad_x, COMPUTED, rows), DTYPES[grad_x.dtype],
+            address("grad_weights", grad_weights, F32, slots),
+            _factors(layer, parameters, scalings, shared_a, grads),
+        )  # fmt: skip
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
     return grad_x, grad_weights, *grads  # type: ignore[return-value]
 
 
@@ -217,44 +225,84 @@ def _gradients(
     return torch.empty_like(x), torch.empty_like(weights), *grads
 
 
+def _kept(layer: Layer, ids: Tensor, gate: Tensor, up: Tensor) -> tuple[int, int]:
+    """Addresses of the pre-activations of gate and up."""
+    slots = ids.shape[0] * ids.shape[1]
+    gate_slots = slots if layer.has_gate else 0
+    return (
+        address("pre-activations of gate", gate, BF16, (gate_slots, layer.intermediate_size)),
+        address("pre-activations of up", up, BF16, (slots, layer.intermediate_size)),
+    )
+
+
 def _factors(
-    parameters: Sequence[Tensor | None],
+    layer: Layer,
+    parameters: Factors,
     scalings: Sequence[float],
     shared_a: bool,
     grads: Sequence[Tensor] | None = None,
 ) -> tuple[Any, ...]:
     """Addresses of LoRA and of its gradients, as the engine takes them."""
     factors = []
-    for i in range(3):
+    for i, name in enumerate(("gate", "up", "down")):
         a, b = parameters[2 * i], parameters[2 * i + 1]
         if i == 1 and shared_a:
             a = parameters[0]
         if a is None or b is None:
             factors.append((0, 0, 0, 0, 0, 0.0, 0, 0))
             continue
-        to = [grads[2 * i + j].data_ptr() if grads is not None and grads[2 * i + j].numel() else 0 for j in range(2)]
-        factors.append((a.data_ptr(), b.data_ptr(), DTYPES[a.dtype], DTYPES[b.dtype], a.shape[1], scalings[i], *to))
+        rank, sizes = a.shape[1], (layer.intermediate_size, layer.hidden_size)
+        rows, cols = sizes[::-1] if name == "down" else sizes
+        shapes = ((layer.num_experts, rank, cols), (layer.num_experts, rows, rank))
+        at = [address(f"{name} LoRA", t, COMPUTED, shape) for t, shape in zip((a, b), shapes, strict=True)]
+        to = [0, 0]
+        for j, factor in enumerate((a, b)):
+            if grads is not None and grads[2 * i + j].numel():
+                to[j] = address(f"gradient of {name} LoRA", grads[2 * i + j], (factor.dtype,), shapes[j])
+        factors.append((*at, DTYPES[a.dtype], DTYPES[b.dtype], rank, scalings[i], *to))
     return (*factors, shared_a)
 
 
-@contextmanager
-def _argument_errors() -> Iterator[None]:
-    """The engine's ValueError as ours."""
-    try:
-        yield
-    except ValueError as error:
-        raise ArgumentError(str(error)) from None
-
-
-def _compute(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def _compute(
+    layer: Layer,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    parameters: Factors,
+    scalings: Sequence[float],
+    shared_a: bool,
+) -> Tensor:
+    factors = None
+    if any(p is not None for p in parameters):
+        layer.adapt()
+        factors = _factors(layer, parameters, scalings, shared_a)
     if x.stride(1) != 1:
         x = x.contiguous()
     ids = ids.to(torch.int64).contiguous()
     weights = weights.to(torch.float32).contiguous()
-    out = torch.empty(x.shape, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
-    with _argument_errors():
-        experts.native.forward(
-            x.shape[0], ids.shape[1], x.data_ptr(), DTYPES[x.dtype], x.stride(0), ids.data_ptr(), weights.data_ptr(),
-            out.data_ptr(), DTYPES[out.dtype],
+    half = x.dtype == torch.float16
+    out = torch.empty(x.shape, dtype=torch.float32 if half else x.dtype, device="cpu")
+    _run(layer, x, ids, weights, out, factors is None and layer.uses_int8(), factors)
+    return out.half() if half else out
+
+
+def _run(
+    layer: Layer,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    integer: bool,
+    factors: tuple[Any, ...] | None,
+    gate: int = 0,
+    up: int = 0,
+) -> None:
+    rows, slots = (x.shape[0], layer.hidden_size), tuple(ids.shape)
+    try:
+        layer.forward(
+            *slots, address("x", x, FLOATS, rows, rows_apart=True), DTYPES[x.dtype], x.stride(0),
+            address("ids", ids, I64, slots), address("weights", weights, F32, slots),
+            address("out", out, COMPUTED, rows), DTYPES[out.dtype], integer, factors, gate, up,
         )  # fmt: skip
-    return out.to(x.dtype)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None

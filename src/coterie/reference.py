@@ -82,14 +82,14 @@ def quantise(w: Tensor, bits: int, group_size: int = 0, zero_point: bool = False
     group = group_size or k
     g = w.float().view(n, k // group, group)
     if bits == 8:
-        scale, zero, low, high = g.abs().amax(-1, keepdim=True) / 127, torch.full((n, k // group, 1), 128.0), 1, 255
+        scale, zero, low, high = g.abs().amax(-1, keepdim=True) / 127, g.new_full((n, k // group, 1), 128.0), 1, 255
     elif zero_point:
         least, most = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
         scale, low, high = (most - least) / 15, 0, 15
         zero = torch.where(scale > 0, (-least / scale.clamp(min=1e-38)).round().clamp(0, 15), torch.full_like(scale, 8))
     else:
         extreme = g.gather(-1, g.abs().argmax(-1, keepdim=True))
-        scale, zero, low, high = extreme / -8, torch.full((n, k // group, 1), 8.0), 0, 15
+        scale, zero, low, high = extreme / -8, g.new_full((n, k // group, 1), 8.0), 0, 15
     if group_size:
         scale = scale.bfloat16().float()
     inverse = torch.where(scale != 0, 1 / scale, torch.zeros_like(scale))

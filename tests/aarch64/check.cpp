@@ -54,7 +54,7 @@ double relative_error(Format format, int64_t tokens) {
   std::vector<float> x(tokens * kHidden), y(tokens * kHidden), weights(tokens, 1.0f);
   const std::vector<int64_t> ids(tokens, 0);
   for (float& value : x) value = next_random();
-  forward(layer, kernels(), Batch{tokens, 1, x.data(), DType::f32, kHidden, ids.data(), weights.data(), y.data(), DType::f32});
+  forward(layer, kernels(), Batch{tokens, 1, x.data(), DType::f32, kHidden, ids.data(), weights.data(), y.data(), DType::f32, format != Format::bf16});
 
   double error = 0, norm = 0;
   for (int64_t t = 0; t < tokens; t++) {

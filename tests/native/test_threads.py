@@ -13,7 +13,7 @@ import pytest
 import torch
 from engine_cases import FORMATS, Batch, name_of, packed
 
-from coterie import cpu
+from coterie import _native, cpu
 
 SIZES = (4, 128, 256)
 
@@ -208,4 +208,39 @@ def test_exit_of_a_forked_child_that_never_computed():
         if not child:
             sys.exit(0)
         assert os.waitpid(child, 0)[1] == 0
+    """)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize(("no_memory", "error"), [(True, MemoryError), (False, RuntimeError)])
+def test_what_a_worker_throws_reaches_the_caller(count, no_memory, error, threads):
+    """Thrown by the caller's own thread (0) or by another one, again and again; the pool computes on."""
+    spec, inputs = FORMATS[6], Batch(40, 2).tensors(SIZES)
+    expected = packed(spec, SIZES)(*inputs)
+    cpu.set_threads(count)
+    for thread in range(count):
+        for _ in range(3):
+            with pytest.raises(error, match=None if no_memory else "thrown by a worker"):
+                _native.throw_in_worker(thread, no_memory)
+            assert torch.equal(packed(spec, SIZES)(*inputs), expected)
+
+
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer dies where memory is refused")
+def test_memory_that_is_refused_during_a_layer():
+    """An error of the call that wanted it; the next one, which needs less, computes."""
+    run("""
+        import resource
+        many = torch.randn(4096, 96), torch.randint(0, 4, (4096, 4)), torch.rand(4096, 4)
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (3 << 20), resource.RLIM_INFINITY))
+        for _ in range(2):
+            try:
+                experts(*many)
+            except (MemoryError, RuntimeError):
+                pass
+            else:
+                raise AssertionError("there was memory")
+            assert torch.equal(experts(x, ids, weights), expected)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert experts(*many).isfinite().all()
     """)

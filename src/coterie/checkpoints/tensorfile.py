@@ -113,7 +113,7 @@ class TensorFile:
         """The raw bytes of a tensor: uint8 [nbytes], a view of the mapped file."""
         entry = self.entry(name)
         if entry.nbytes == 0:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         return torch.frombuffer(self._map, dtype=torch.uint8, count=entry.nbytes, offset=self.data_start + entry.start)
 
     def tensor(self, name: str) -> Tensor:

@@ -45,7 +45,7 @@ class PackedModule:
         if name.endswith("_bias"):
             biases = self.experts.biases()
             return self.layout.join_bias(name, {p: biases[p] for p in self.layout.projections_of(name)}).to(dtype)
-        dense = torch.empty(self.layout.shape(name), dtype=dtype)
+        dense = torch.empty(self.layout.shape(name), dtype=dtype, device="cpu")
         for expert in range(self.layout.num_experts):
             dense[expert] = self.dense_expert(name, expert, dtype)
         return dense

@@ -1,0 +1,136 @@
+// The class coterie._native.Layer: the packed experts of one layer, which it keeps alive, and what is computed with them.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+
+#include <array>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bind.h"
+#include "layer/backward.h"
+#include "layer/workspace.h"
+#include "runtime/dispatch.h"
+
+namespace nb = nanobind;
+
+namespace coterie {
+namespace {
+
+// a, b, types of a and b, rank, scaling, gradients of a and b
+using FactorTuple = std::tuple<uintptr_t, uintptr_t, int, int, int64_t, float, uintptr_t, uintptr_t>;
+
+LoraFactor factor_of(const FactorTuple& t) {
+  return {at<void>(std::get<0>(t)), at<void>(std::get<1>(t)), static_cast<DType>(std::get<2>(t)), static_cast<DType>(std::get<3>(t)),
+          std::get<4>(t),           std::get<5>(t),           at<void>(std::get<6>(t)),           at<void>(std::get<7>(t))};
+}
+
+using LoraTuple = std::tuple<FactorTuple, FactorTuple, FactorTuple, bool>;  // gate, up, down, shared A
+
+Lora lora_of(const LoraTuple& t) { return {factor_of(std::get<0>(t)), factor_of(std::get<1>(t)), factor_of(std::get<2>(t)), std::get<3>(t)}; }
+
+// Projections are numbered gate, up, down; parts weight, scale, zero.
+class Layer {
+ public:
+  Layer(int64_t number, const LayoutTuple& in, const LayoutTuple& out, std::tuple<int, float, float, float> activation, int64_t count, bool has_gate)
+      : number_(number), missing_(count * (has_gate ? 3 : 2)), parts_(9 * count) {
+    layer_.in = layout_of(in);
+    layer_.out = layout_of(out);
+    layer_.count = count;
+    layer_.hidden = layer_.in.cols;
+    layer_.intermediate = layer_.in.rows;
+    layer_.has_gate = has_gate;
+    layer_.activation = {static_cast<ActivationKind>(std::get<0>(activation)), std::get<1>(activation), std::get<2>(activation),
+                         std::get<3>(activation)};
+    for (auto* matrices : {&layer_.gate, &layer_.up, &layer_.down}) matrices->assign(count, Matrix{});
+  }
+
+  // Packed bytes at an address, which `owner` keeps there.
+  void set_part(int projection, int64_t expert, int part, uintptr_t address, nb::object owner) {
+    if (projection < (layer_.has_gate ? 0 : 1) || projection > 2 || expert < 0 || expert >= layer_.count || part < 0 || part > 2)
+      throw nb::index_error("no such part");
+    Matrix& matrix = (projection == 0 ? layer_.gate : projection == 1 ? layer_.up : layer_.down)[expert];
+    if (part == 0) missing_ += (matrix.weight ? 1 : 0) - (address ? 1 : 0);
+    (part == 0 ? matrix.weight : part == 1 ? matrix.scale : matrix.zero) = at<uint8_t>(address);
+    parts_[(projection * layer_.count + expert) * 3 + part] = std::move(owner);
+  }
+
+  // Float32 [experts][rows, padded to panels] at an address, which `owner` keeps there; 0 and None for no bias. Waits for what is being computed.
+  void set_bias(int projection, uintptr_t address, nb::object owner) {
+    if (projection < 0 || projection > 2) throw nb::index_error("no such projection");
+    {
+      nb::gil_scoped_release released;
+      std::lock_guard<std::mutex> lock(workspace().turn);
+      (projection == 0 ? layer_.gate_bias : projection == 1 ? layer_.up_bias : layer_.down_bias) = at<float>(address);
+    }
+    biases_[projection] = std::move(owner);
+  }
+
+  void forward(int64_t tokens, int64_t top_k, uintptr_t x, int x_dtype, int64_t x_stride, uintptr_t ids, uintptr_t weights, uintptr_t out,
+               int out_dtype, bool integer, const std::optional<LoraTuple>& lora, uintptr_t gate, uintptr_t up) const {
+    const Batch batch{tokens,          top_k,          at<void>(x), static_cast<DType>(x_dtype),    x_stride,
+                      at<int64_t>(ids), at<float>(weights), at<void>(out), static_cast<DType>(out_dtype), integer};
+    check_complete();
+    check_ids(batch.ids, tokens, top_k);
+    std::optional<Training> training;
+    if (lora) training = Training{lora_of(*lora), at<uint16_t>(gate), at<uint16_t>(up)};
+    nb::gil_scoped_release released;
+    coterie::forward(layer_, kernels(), batch, training ? &*training : nullptr);
+  }
+
+  void backward(int64_t tokens, int64_t top_k, uintptr_t x, int x_dtype, uintptr_t grad_out, int grad_out_dtype, uintptr_t ids, uintptr_t weights,
+                uintptr_t gate, uintptr_t up, uintptr_t grad_x, int grad_x_dtype, uintptr_t grad_weights, const LoraTuple& lora) const {
+    const BackwardBatch batch{tokens,          top_k,           at<void>(x),      at<void>(grad_out),
+                              static_cast<DType>(x_dtype),      static_cast<DType>(grad_out_dtype),
+                              at<int64_t>(ids), at<float>(weights), at<void>(grad_x), static_cast<DType>(grad_x_dtype), at<float>(grad_weights)};
+    check_complete();
+    check_ids(batch.ids, tokens, top_k);
+    const Training training{lora_of(lora), at<uint16_t>(gate), at<uint16_t>(up)};
+    nb::gil_scoped_release released;
+    coterie::backward(layer_, kernels(), batch, training);
+  }
+
+  // A tensor [1] over the layer's number: whatever shares its storage keeps the layer alive.
+  static nb::ndarray<nb::pytorch, int64_t, nb::ndim<1>> handle(nb::handle_t<Layer> self) {
+    return nb::ndarray<nb::pytorch, int64_t, nb::ndim<1>>(&nb::cast<Layer&>(self).number_, {1}, self);
+  }
+
+ private:
+  void check_complete() const {
+    if (missing_) throw nb::value_error("these experts do not have all their weights yet");
+  }
+
+  void check_ids(const int64_t* ids, int64_t tokens, int64_t top_k) const {
+    for (int64_t i = 0; i < tokens * top_k; i++)
+      if (ids[i] < -1 || ids[i] >= layer_.count)
+        throw nb::value_error(("expert id " + std::to_string(ids[i]) + " of token " + std::to_string(i / top_k) +
+                               " is out of range: expected -1 or 0.." + std::to_string(layer_.count - 1))
+                                  .c_str());
+  }
+
+  int64_t number_;
+  int64_t missing_;  // weights that are not set
+  Experts layer_{};
+  std::vector<nb::object> parts_;
+  std::array<nb::object, 3> biases_;
+};
+
+}  // namespace
+
+void bind_layer(nb::module_& m) {
+  nb::class_<Layer>(m, "Layer")
+      .def(nb::init<int64_t, const LayoutTuple&, const LayoutTuple&, std::tuple<int, float, float, float>, int64_t, bool>())
+      .def("set_part", &Layer::set_part)
+      .def("set_bias", &Layer::set_bias, nb::arg(), nb::arg(), nb::arg().none())
+      .def("handle", &Layer::handle)
+      .def("forward", &Layer::forward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+           nb::arg().none(), nb::arg(), nb::arg())
+      .def("backward", &Layer::backward);
+}
+
+}  // namespace coterie

@@ -1,0 +1,107 @@
+"""The engine's side of a layer of experts: what the operators find by its handle, and which arithmetic it uses."""
+
+from __future__ import annotations
+
+import secrets
+import weakref
+
+import torch
+from torch import Tensor
+
+from . import _native
+from .activations import Activation
+from .border import BYTES, F32, address
+from .errors import ArgumentError
+from .formats import PANEL_ROWS, Format, round_up
+
+PROJECTIONS = ("gate", "up", "down")  # in the order of the engine's numbers
+PARTS = ("weight", "scale", "zero")
+ACTIVATIONS = ("auto", "bf16", "int8")
+
+_layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
+
+
+class Layer(_native.Layer):
+    """Packed experts as the kernels see them; keeps alive what they read.
+
+    Attributes:
+        activations: what int8 and int4 experts compute with: "int8", "bf16", or "auto": int8 until they are adapted.
+        adapted: whether the experts have an adapter or have been trained through.
+    """
+
+    def __init__(
+        self,
+        spec: Format,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: Activation,
+        has_gate: bool,
+    ) -> None:
+        number = secrets.randbits(63)
+        up, down = spec.layout(intermediate_size, hidden_size), spec.layout(hidden_size, intermediate_size)
+        super().__init__(number, up, down, activation.native(), num_experts, has_gate)
+        self.spec, self.num_experts = spec, num_experts
+        self.hidden_size, self.intermediate_size, self.has_gate = hidden_size, intermediate_size, has_gate
+        self.activations, self.adapted = "auto", False
+        _layers[number] = self
+
+    def new_handle(self) -> Tensor:
+        """A tensor by which the operators find this layer; it keeps the layer alive.
+
+        Operators take tensors and numbers only, and torch.compile specialises a graph on a number of a module: with a
+        tensor, all layers of a model share one graph. Its value is a random number, so that a graph that was saved in
+        one process finds no layer in another. The layer must not hold it: the two would never be freed.
+        """
+        with torch.inference_mode(False):  # autograd saves it
+            return self.handle()
+
+    def set_weight(self, projection: str, expert: int, part: str, data: Tensor) -> None:
+        """Packed bytes of one part of a matrix, used where they lie."""
+        rows, cols = self.intermediate_size, self.hidden_size
+        size = self.spec.matrix_nbytes(*((cols, rows) if projection == "down" else (rows, cols)))[part]
+        at = address(f"{projection} {part} of expert {expert}", data, BYTES, (size,))
+        self.set_part(PROJECTIONS.index(projection), expert, PARTS.index(part), at, data)
+
+    def set_biases(self, projection: str, bias: Tensor | None) -> None:
+        """Biases of one projection, float32 [E, rows padded to panels], used where they lie; None for none."""
+        rows = round_up(self.hidden_size if projection == "down" else self.intermediate_size, PANEL_ROWS)
+        at = 0 if bias is None else address(f"{projection} bias", bias, F32, (self.num_experts, rows))
+        self.set_bias(PROJECTIONS.index(projection), at, bias)
+
+    def uses_int8(self) -> bool:
+        """Whether a forward without adapter and gradients rounds activations to int8."""
+        if self.spec.name == "bf16" or self.activations == "bf16":
+            return False
+        return self.activations == "int8" or not self.adapted
+
+    def adapt(self) -> None:
+        """From now on "auto" means bf16: a model in training must compute the same with its adapter and without.
+
+        Raises ArgumentError where the activations are to be int8.
+        """
+        if self.activations == "int8":
+            raise ArgumentError(
+                'int8 activations are for inference: experts that are adapted or trained need activations="auto" or '
+                '"bf16"'
+            )
+        self.adapted = True
+
+
+def find(handle: Tensor) -> Layer:
+    """The layer that a handle stands for. Raises ArgumentError where it is another process's, or gone."""
+    layer = _layers.get(int(handle))
+    if layer is None:
+        raise ArgumentError(
+            "this graph computes packed experts that are not in this process: graphs refer to experts, they do not "
+            "hold them; open the model here and compile or export it again"
+        )
+    return layer
+
+
+def check_activations(activations: str, spec: Format) -> None:
+    """Raises ArgumentError for activations that do not exist, or int8 with bf16 weights."""
+    if activations not in ACTIVATIONS:
+        raise ArgumentError(f"activations: expected one of {', '.join(ACTIVATIONS)}, found {activations!r}")
+    if activations == "int8" and spec.name == "bf16":
+        raise ArgumentError('activations="int8" needs int8 or int4 weights; bf16 weights are computed with bf16')
