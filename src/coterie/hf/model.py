@@ -41,6 +41,16 @@ class PackedModel:
         packed = f"experts packed as {described(experts[0].spec)}: {nbytes / 1e6:,.1f} MB"
         return f"{packed}; the rest {str(self.dtype).removeprefix('torch.')}: {rest / 1e6:,.1f} MB"
 
+    def train(self, mode: bool = True) -> PreTrainedModel:
+        """Sets the mode; once a model has been in training its experts compute as in training, see `Experts`.
+
+        Raises ArgumentError for training where the experts' activations are to be int8.
+        """
+        if mode:
+            for _, packed in packed_modules(self):
+                packed.experts.adapt()
+        return super().train(mode)
+
     def half(self) -> PreTrainedModel:
         """Casts the rest of the model to float16; packed experts stay as they are, in any dtype."""
         return self.to(torch.float16)

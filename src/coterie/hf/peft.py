@@ -14,16 +14,18 @@ import torch
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from coterie.errors import ArgumentError
 from coterie.hf.experts import NAME, pack_module
 from coterie.hf.layout import Layout, is_experts
-from coterie.hf.modules import packed_module
+from coterie.hf.modules import packed_module, packed_modules
 from coterie.lora import ExpertLora
 
 INITS = (True, False, "gaussian")
 
+stock_inject_adapter = BaseTuner.inject_adapter
 stock_init = ParamWrapper.__init__
 stock_update_layer = ParamWrapper.update_layer
 stock_forward = ParamWrapper.forward
@@ -97,6 +99,14 @@ def check(module: nn.Module, parameter: str, config: LoraConfig) -> None:
             raise ArgumentError(f"{option} is not supported for experts ({where}): leave it out")
 
 
+@functools.wraps(stock_inject_adapter)
+def inject_adapter(self: BaseTuner, model: nn.Module, *args, **kwargs) -> None:
+    """Of any kind, on any module: the model is to compute the same whether its adapter is enabled or not."""
+    for _, packed in packed_modules(model):
+        packed.experts.adapt()
+    stock_inject_adapter(self, model, *args, **kwargs)
+
+
 @functools.wraps(stock_init)
 def init(self, base_layer, adapter_name, parameter_name, config, *args, **kwargs) -> None:
     module = base_layer.get_base_layer() if isinstance(base_layer, ParamWrapper) else base_layer
@@ -136,6 +146,7 @@ def check_merge_allowed(self: LoraModel) -> None:
     stock_check_merge_allowed(self)
 
 
+BaseTuner.inject_adapter = inject_adapter
 ParamWrapper.__init__ = init
 ParamWrapper.update_layer = update_layer
 ParamWrapper.forward = forward
