@@ -11,10 +11,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from coterie.checkpoints.packed import VERSION
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import Format, resolve
+from coterie.layer import check_activations
 
 METHOD = "coterie"
 STORED = ("experts", "group_size", "zero_point")  # what packed experts are
-LOADING = ("mmap",)  # how packed experts are opened
+LOADING = ("mmap", "activations")  # how packed experts are opened, and what they compute with
 OPTIONS = (*STORED, "scale_search", *LOADING)
 
 
@@ -27,6 +28,7 @@ class CoterieConfig(QuantizationConfigMixin):
     zero_point: int4 with zero points (asymmetric): more accurate, slightly larger.
     scale_search: choose scales that minimise the squared error, at pack time.
     mmap: read a packed checkpoint in place instead of copying it into huge pages; for models larger than memory.
+    activations: what int8 and int4 experts compute with, "auto", "bf16" or "int8"; see `Experts`.
 
     Given for a packed checkpoint, what is said of its format must be what it is packed as.
     Raises ArgumentError for a format, group size or option that does not exist.
@@ -39,6 +41,7 @@ class CoterieConfig(QuantizationConfigMixin):
         zero_point: bool | None = None,
         scale_search: bool = True,
         mmap: bool = False,
+        activations: str = "auto",
         quant_method: str = METHOD,
         version: str = VERSION,
         **unknown: Any,
@@ -64,7 +67,9 @@ class CoterieConfig(QuantizationConfigMixin):
         self.group_size = spec.group_size
         self.zero_point = spec.zero_point
         self.scale_search = scale_search
+        check_activations(activations, spec)
         self.mmap = mmap
+        self.activations = activations
 
     @property
     def spec(self) -> Format:

@@ -32,6 +32,7 @@ def from_pretrained(
     zero_point: bool | None = None,
     scale_search: bool = True,
     mmap: bool = False,
+    activations: str = "auto",
     auto_class: Any = AutoModelForCausalLM,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -42,6 +43,7 @@ def from_pretrained(
     experts: "int4" (the default for a plain checkpoint), "int8" or "bf16". For a packed checkpoint leave it out.
     group_size, zero_point, scale_search: as in CoterieConfig; for plain checkpoints.
     mmap: use a packed checkpoint's experts where they lie on disk, instead of copying them into huge pages.
+    activations: what int8 and int4 experts compute with: "auto", "bf16" or "int8"; see `Experts`.
     auto_class: what loads the model, for other heads than causal LM.
     Other arguments are those of `auto_class.from_pretrained`: settings of the config, `revision`, `subfolder`, `dtype`,
     and so on. A `config` that is given is not changed.
@@ -53,7 +55,7 @@ def from_pretrained(
         raise ArgumentError(f"device={str(device)!r}: coterie computes on the CPU, use device='cpu'")
     if "quantization_config" in kwargs:
         raise ArgumentError("quantization_config is made by coterie.from_pretrained: give experts=... instead")
-    asked = CoterieConfig(experts, group_size, zero_point, scale_search, mmap)
+    asked = CoterieConfig(experts, group_size, zero_point, scale_search, mmap, activations)
     check_path(path_or_id, kwargs.get("subfolder") or "")
     config, kwargs = split_config(path_or_id, kwargs)
     stored = getattr(config, "quantization_config", None)

@@ -120,8 +120,9 @@ class CoterieQuantizer(HfQuantizer):
         load = self._open if self.pre_quantized else self._pack
         description = "Opening experts" if self.pre_quantized else "Packing experts"
         for name, layout in logging.tqdm(self._layouts.items(), desc=description):
-            module = model.get_submodule(name)
-            attach(module, load(name, layout, numbers[name]), layout)
+            module, experts = model.get_submodule(name), load(name, layout, numbers[name])
+            experts.activations = self.quantization_config.activations
+            attach(module, experts, layout)
             remove_hooks(module)
         become_packed(model)
         del self._model, self._layouts
