@@ -1,8 +1,9 @@
-"""What reaches the engine: plain CPU tensors alone, whatever torch's defaults are, and operators that torch can trust."""
+"""What reaches the engine: plain CPU tensors alone, whatever torch's defaults are; operators torch can trust."""
 
 from __future__ import annotations
 
 import contextlib
+from typing import ClassVar
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_torchs_defaults_change_nothing(spec, default, tmp_path):
 class Wrapper(torch.Tensor):
     """A tensor without storage, which answers for itself."""
 
-    seen: list[str] = []
+    seen: ClassVar[list[str]] = []
 
     @staticmethod
     def __new__(cls, inner):

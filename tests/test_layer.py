@@ -156,7 +156,7 @@ def test_biases_may_be_changed():
     before = experts(*inputs)
     bias = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     experts.set_biases(down=bias)
-    x, ids, weights = inputs
+    _, ids, weights = inputs
     added = (bias[ids] * weights[..., None]).sum(1)
     torch.testing.assert_close(experts(*inputs), before + added)
     experts.set_biases()

@@ -1,4 +1,4 @@
-"""Memory is compared with what there is before it is taken; machines are pretended."""
+"""Memory is compared with what there is before it is taken; the machines are made up."""
 
 from __future__ import annotations
 
@@ -8,85 +8,75 @@ import torch
 from coterie import Experts, memory
 from coterie.errors import DeviceError
 
-GB = 10**9
-
 
 @pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """A machine with the memory and control groups given: (available bytes, lines of /proc/self/cgroup, {file: text})."""
-
-    def pretend(available: int | None, groups: str = "", files: dict[str, object] | None = None) -> None:
-        (tmp_path / "meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable: {available >> 10} kB\n" if available else "")
-        (tmp_path / "cgroup").write_text(groups)
-        for name, text in (files or {}).items():
-            path = tmp_path / "fs" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{text}\n")
-        monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-        monkeypatch.setattr(memory, "CGROUP", tmp_path / "cgroup")
-        monkeypatch.setattr(memory, "CGROUP_ROOT", tmp_path / "fs")
-
-    return pretend
+def system(tmp_path, monkeypatch):
+    """(/proc, /sys/fs/cgroup) of a machine of 1 MB, of which 0.8 are available."""
+    proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    cgroup.mkdir()
+    (proc / "meminfo").write_text("MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 800 kB\n")
+    monkeypatch.setattr(memory, "PROC", proc)
+    monkeypatch.setattr(memory, "CGROUP", cgroup)
+    monkeypatch.delenv("COTERIE_RAM", raising=False)
+    return proc, cgroup
 
 
 def test_of_this_machine():
-    found = memory.available()
-    assert found is not None and 1 << 20 < found < 1 << 50
+    found = memory.found()
+    assert 1 << 20 < found.available <= found.total < 1 << 50
 
 
-def test_of_the_system(machine):
-    machine(8 << 30)
-    assert memory.available() == 8 << 30
-    machine(None)
-    assert memory.available() is None
-    memory.check(1 << 60, "anything")
+def test_available_memory_is_the_systems(system):
+    assert memory.found() == memory.Memory(1024_000, 819_200)
 
 
-def test_of_control_groups(machine):
-    """The least of all above this process; what can be dropped does not count as used."""
-    stat = "anon 5000\ninactive_file 300\nactive_file 20\nshmem 7"
-    inner = {"a/b/memory.max": "max", "a/b/memory.current": 5000, "a/b/memory.stat": stat}
-    machine(1 << 30, "0::/a/b\n", inner)
-    assert memory.available() == 1 << 30
-    machine(1 << 30, "0::/a/b\n", {"a/memory.max": 9000, "a/memory.current": 6000, "a/memory.stat": stat})
-    assert memory.available() == 9000 - 6000 + 320
-    machine(1 << 30, "0::/a/b\n", {"memory.max": 5900, "memory.current": 6000})
-    assert memory.available() == 0
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_control_groups_limit_less_its_usage_counts_and_its_file_cache_does_not(system, version):
+    """The least of all groups above this process."""
+    proc, cgroup = system
+    group = cgroup / ("memory/a/b" if version == 1 else "a/b")
+    (group / "c").mkdir(parents=True)
+    (proc / "self/cgroup").write_text("5:cpu,memory:/a/b/c\n" if version == 1 else "0::/a/b/c\n")
+    limit, usage = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    )
+    (group / "c" / limit).write_text(f"{2**63 - 4096}\n" if version == 1 else "max\n")
+    (group / "c" / usage).write_text("200000\n")
+    (group / limit).write_text("500000\n")
+    (group / usage).write_text("300000\n")
+    prefix = "total_" if version == 1 else ""
+    (group / "memory.stat").write_text(f"anon 5\n{prefix}inactive_file 60000\n{prefix}active_file 40000\nshmem 7\n")
+    assert memory.found() == memory.Memory(500_000, 300_000)
+    (group / usage).write_text("900000\n")
+    assert memory.found().available == 0
 
 
-def test_of_control_groups_of_the_first_version(machine):
-    groups = "3:cpuset:/\n4:memory:/job\n"
-    stat = "inactive_file 1\ntotal_inactive_file 100\ntotal_active_file 10"
-    files = {
-        "memory/job/memory.limit_in_bytes": 5000,
-        "memory/job/memory.usage_in_bytes": 2000,
-        "memory/job/memory.stat": stat,
-        "memory/memory.limit_in_bytes": 2**63 - 4096,
-        "memory/memory.usage_in_bytes": 7000,
-    }
-    machine(1 << 30, groups, files)
-    assert memory.available() == 5000 - 2000 + 110
+def test_the_environment_overrides_and_a_need_is_refused_with_the_numbers(system, monkeypatch):
+    monkeypatch.setenv("COTERIE_RAM", "2")
+    memory.require(2 * 10**9, "the model")
+    with pytest.raises(DeviceError, match=r"the model needs 3 GB of RAM, 2 GB of .* are available"):
+        memory.require(3 * 10**9, "the model")
 
 
-def test_experts_that_do_not_fit(machine):
-    experts = Experts.empty(4, 1024, 1024, format="int8")
-    machine(experts.nbytes - 2_500_000)
-    with pytest.raises(DeviceError, match=r"packed int8 experts: expected 12\.6 MB .* found 10\.1 MB: 2\.5 MB are missing"):
+def test_experts_that_do_not_fit(system, monkeypatch):
+    monkeypatch.setenv("COTERIE_RAM", "10MB")
+    with pytest.raises(DeviceError, match=r"packed int8 experts needs 0\.0126 GB of RAM, 0\.01 GB of"):
         Experts.empty(4, 1024, 1024, format="int8")
-    machine(experts.nbytes + 4096)
+    monkeypatch.setenv("COTERIE_RAM", "13MB")
     Experts.empty(4, 1024, 1024, format="int8")
 
 
-def test_bytes_that_stay_in_a_file_need_no_memory(machine):
+def test_bytes_that_stay_in_a_file_need_no_memory(system, monkeypatch):
     experts = Experts.pack(*torch.randn(3, 2, 64, 64), format="int8")
     parts = {(name, e, part): data for name, e, part, data in experts.parts()}
-    machine(1 << 10)
+    monkeypatch.setenv("COTERIE_RAM", "1KB")
     Experts.from_parts(2, 64, 64, experts.spec, lambda *key: parts[key], copy=False)
     with pytest.raises(DeviceError):
         Experts.from_parts(2, 64, 64, experts.spec, lambda *key: parts[key])
 
 
-def test_what_the_system_refuses_all_the_same(machine):
-    machine(None)
+def test_what_the_system_refuses_all_the_same(system, monkeypatch):
+    monkeypatch.setenv("COTERIE_RAM", "9000000TB")
     with pytest.raises(DeviceError, match="the system refuses"):
         memory.allocate(1 << 60, "too much")

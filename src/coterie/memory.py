@@ -1,97 +1,105 @@
-"""How much memory there is for packed weights, asked before it is taken: the system kills what takes too much."""
+"""How much memory there is, asked before it is taken: the system kills what takes too much."""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from . import _native
-from .errors import DeviceError
+from .errors import ArgumentError, DeviceError
 
-MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/proc/self/cgroup")
-CGROUP_ROOT = Path("/sys/fs/cgroup")
-
-
-def allocate(nbytes: int, what: str) -> Tensor:
-    """Zeroed huge-page memory, uint8 [nbytes]. Raises DeviceError where there is not enough, saying how much is missing."""
-    check(nbytes, what)
-    try:
-        return _native.allocate(nbytes)
-    except MemoryError:
-        raise DeviceError(f"{what}: the system refuses {_size(nbytes)} of memory") from None
+UNITS = {"": 10**9, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+PROC = Path("/proc")
+CGROUP = Path("/sys/fs/cgroup")
+RAM_VARIABLE = "COTERIE_RAM"  # the memory to count on, where what the system says of it is wrong
 
 
-def check(nbytes: int, what: str) -> None:
-    """Raises DeviceError unless `nbytes` are available."""
-    found = available()
-    if found is not None and nbytes > found:
+def parse_bytes(text: str) -> int:
+    """Bytes of "64GB" (10^9), "64GiB" (2^30), "512M"; a plain number is gigabytes. Raises ArgumentError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = match and UNITS.get(match[2].upper())
+    if not match or unit is None:
+        raise ArgumentError(f"expected a size like 64GB, 64GiB or 64 (gigabytes), found {text!r}")
+    return int(float(match[1]) * unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """RAM in bytes: what there is, and what a process could take now without swapping."""
+
+    total: int
+    available: int
+
+
+def found() -> Memory:
+    """The machine's memory, or what its control groups leave of it where that is less.
+
+    COTERIE_RAM ("64GB") replaces what is available. Pages that only cache files count as available.
+    """
+    info = _numbers(PROC / "meminfo", factor=1024)
+    total = info.get("MemTotal", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    available = info.get("MemAvailable", total)
+    for limit, used in _control_groups():
+        total = min(total, limit)
+        available = min(available, max(0, limit - used))
+    given = os.environ.get(RAM_VARIABLE)
+    return Memory(total, parse_bytes(given) if given else available)
+
+
+def require(needed: int, what: str) -> None:
+    """Raises DeviceError, with the numbers, unless `needed` bytes for `what` are available."""
+    memory = found()
+    if needed > memory.available:
         raise DeviceError(
-            f"{what}: expected {_size(nbytes)} of free memory, found {_size(found)}: {_size(nbytes - found)} are "
-            "missing; close other programs, pack in a smaller format, or open a packed checkpoint with mmap=True"
+            f"{what} needs {needed / 1e9:.3g} GB of RAM, {memory.available / 1e9:.3g} GB of "
+            f"{memory.total / 1e9:.3g} GB are available: free some, choose smaller experts (`coterie plan` compares them), or open a packed "
+            f"checkpoint with mmap=True; {RAM_VARIABLE}=64GB overrides what was found"
         )
 
 
-def available() -> int | None:
-    """Bytes this process may still take without swapping: the system's, or its control groups' where that is less.
-
-    None where the system does not say.
-    """
-    found = [left for left in (_system(), *_groups()) if left is not None]
-    return max(0, min(found)) if found else None
-
-
-def _system() -> int | None:
-    return next((size << 10 for name, size in _pairs(MEMINFO) if name == "MemAvailable:"), None)
+def allocate(nbytes: int, what: str) -> Tensor:
+    """Zeroed huge-page memory, uint8 [nbytes]. Raises DeviceError, with the numbers, where there is not enough."""
+    require(nbytes, what)
+    try:
+        return _native.allocate(nbytes)
+    except MemoryError:
+        raise DeviceError(f"{what}: the system refuses {nbytes / 1e9:.3g} GB of memory") from None
 
 
-def _groups() -> list[int | None]:
-    """What each control group above this process leaves; files that can be dropped from memory do not count as used."""
-    left: list[int | None] = []
-    for line in _lines(CGROUP):
-        _, kinds, path = line.split(":", 2)
-        if kinds == "":
-            root, limit, usage, prefix = CGROUP_ROOT, "memory.max", "memory.current", ""
-        elif "memory" in kinds.split(","):
-            root, limit, usage, prefix = (
-                CGROUP_ROOT / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_",
-            )  # fmt: skip
+def _control_groups() -> Iterator[tuple[int, int]]:
+    """(limit, used without file cache) of this process's memory control groups, from its own up, those with a limit."""
+    try:
+        lines = (PROC / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers == "":  # version 2
+            root, names, cached = CGROUP, ("memory.max", "memory.current"), ("inactive_file", "active_file")
+        elif "memory" in controllers.split(","):
+            root, names = CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            cached = "total_inactive_file", "total_active_file"
         else:
             continue
-        inner = root / path.lstrip("/")
-        for folder in (inner, *inner.parents):
-            if not folder.is_relative_to(root):
-                break
-            left.append(_left(folder, limit, usage, prefix))
-    return left
+        relative = path.strip("/")
+        for folder in (root / relative, *(root / p for p in Path(relative).parents), root):
+            try:
+                limit, used = (int((folder / name).read_text()) for name in names)
+            except (OSError, ValueError):
+                continue  # no such file, or "max"
+            stat = _numbers(folder / "memory.stat")
+            yield limit, used - sum(stat.get(name, 0) for name in cached)
 
 
-def _left(folder: Path, limit: str, usage: str, prefix: str) -> int | None:
-    most, used = (_number(folder / name) for name in (limit, usage))
-    if most is None or used is None:
-        return None
-    droppable = {f"{prefix}inactive_file", f"{prefix}active_file"}
-    return most - used + sum(size for name, size in _pairs(folder / "memory.stat") if name in droppable)
-
-
-def _number(path: Path) -> int | None:
-    text = "".join(_lines(path)).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _pairs(path: Path) -> list[tuple[str, int]]:
-    """(name, number) of each line that begins with them."""
-    fields = [line.split() for line in _lines(path)]
-    return [(f[0], int(f[1])) for f in fields if len(f) > 1 and f[1].isdigit()]
-
-
-def _lines(path: Path) -> list[str]:
+def _numbers(path: Path, factor: int = 1) -> dict[str, int]:
+    """{name: value} of a file of "name value" lines; {} where it cannot be read."""
     try:
-        return path.read_text().splitlines()
+        rows = (line.replace(":", " ").split() for line in path.read_text().splitlines())
     except OSError:
-        return []
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+        return {}
+    return {row[0]: int(row[1]) * factor for row in rows if len(row) > 1 and row[1].isdigit()}

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from coterie import cpu, machine, tiny
+from coterie import cpu, memory, tiny
 from coterie.cli.console import count, significant, size
 from coterie.cli.convert import parse_layers
 from coterie.cli.doctor import advise
@@ -181,9 +181,9 @@ def test_numbers_are_written_for_people():
 
 
 def test_sizes_are_read():
-    assert machine.parse_bytes("64GB") == 64 * 10**9
-    assert machine.parse_bytes("1.5 GiB") == 3 * 2**29
-    assert machine.parse_bytes("512") == 512 * 10**9
+    assert memory.parse_bytes("64GB") == 64 * 10**9
+    assert memory.parse_bytes("1.5 GiB") == 3 * 2**29
+    assert memory.parse_bytes("512") == 512 * 10**9
     for wrong in ("", "GB", "-1GB", "1XB"):
         with pytest.raises(ArgumentError, match="64GB"):
-            machine.parse_bytes(wrong)
+            memory.parse_bytes(wrong)

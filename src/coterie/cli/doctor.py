@@ -17,7 +17,7 @@ THP = "/sys/kernel/mm/transparent_hugepage/enabled"
 def doctor() -> None:
     """Show the CPU and the kernels chosen for it, memory, measured speeds, versions, and what to change."""
     with errors.status("importing torch and transformers"):
-        from coterie import cpu, machine, versions
+        from coterie import cpu, machine, memory, versions
     info = cpu.info()
 
     report = facts("CPU")
@@ -27,8 +27,8 @@ def doctor() -> None:
     report.add_row("cores, threads used", f"{info.cores}, {info.threads}")
     report.add_row("NUMA nodes", str(info.numa_nodes))
     report.add_row("huge pages", info.huge_pages)
-    memory = machine.memory()
-    report.add_row("memory", f"{size(memory.total)}, {size(memory.available)} available")
+    ram = memory.found()
+    report.add_row("memory", f"{size(ram.total)}, {size(ram.available)} available")
     console.print(report)
 
     with errors.status("measuring memory and arithmetic"):

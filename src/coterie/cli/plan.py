@@ -41,13 +41,13 @@ def plan(
     """
     from transformers import logging
 
-    from coterie import machine
+    from coterie import machine, memory
     from coterie import plan as planning
 
     logging.set_verbosity_error()
-    given = {name: machine.parse_bytes(text) for name, text in (("bandwidth", bandwidth), ("disk", disk)) if text}
-    memory = machine.memory()
-    available = machine.parse_bytes(ram) if ram else memory.available
+    given = {name: memory.parse_bytes(text) for name, text in (("bandwidth", bandwidth), ("disk", disk)) if text}
+    here = memory.found()
+    available = memory.parse_bytes(ram) if ram else here.available
     source = planning.open_source(model)
     formats = source.formats(experts)
     with errors.status("building the model without weights"):
@@ -60,7 +60,7 @@ def plan(
         )
         packing = {spec.name: machine.packing_rate(spec.name) for spec in formats}
     usable = planning.usable(available)
-    what = "planned for, as given" if ram else f"available, of {size(memory.total)} here"
+    what = "planned for, as given" if ram else f"available, of {size(here.total)} here"
     console.print(f"RAM: {size(available)} {what}; {size(usable)} after a margin of 5%.", highlight=False)
     report = table("", "experts in", "experts", "RAM needed", "", "decode ≤", "prefill ≤")
     impossible = []

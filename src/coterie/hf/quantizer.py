@@ -17,6 +17,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
+from coterie import memory
 from coterie.checkpoints.folder import PACKED_INDEX
 from coterie.checkpoints.packed import UNFINISHED, layer_file, read_layout
 from coterie.checkpoints.packed_read import open_layer
@@ -39,7 +40,6 @@ from coterie.hf.modules import (
 from coterie.hf.sizes import loaded_nbytes
 from coterie.hf.sources import Sources
 from coterie.hf.weight import PackedWeight
-from coterie.machine import require_memory
 
 PACKED_FILE = re.compile(r"experts-\d+\.safetensors")
 
@@ -100,7 +100,7 @@ class CoterieQuantizer(HfQuantizer):
             self._files = [TensorFile(file) for file in files]
         options = self.quantization_config
         needed = loaded_nbytes(model, self._layouts, options.spec, options.mmap)
-        require_memory(needed, f"{type(model).__name__} with experts in {options.experts}")
+        memory.require(needed, f"{type(model).__name__} with experts in {options.experts}")
         for name in self._layouts:
             module = model.get_submodule(name)
             hide_parameters(module)
