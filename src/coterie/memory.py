@@ -58,8 +58,8 @@ def require(needed: int, what: str) -> None:
     if needed > memory.available:
         raise DeviceError(
             f"{what} needs {needed / 1e9:.3g} GB of RAM, {memory.available / 1e9:.3g} GB of "
-            f"{memory.total / 1e9:.3g} GB are available: free some, choose smaller experts (`coterie plan` compares them), or open a packed "
-            f"checkpoint with mmap=True; {RAM_VARIABLE}=64GB overrides what was found"
+            f"{memory.total / 1e9:.3g} GB are available: free some, choose smaller experts (`coterie plan` compares "
+            f"them), or open a packed checkpoint with mmap=True; {RAM_VARIABLE}=64GB overrides what was found"
         )
 
 
