@@ -15,40 +15,40 @@ if TYPE_CHECKING:
     from .experts import Experts
 
 Factors = Sequence[Tensor | None]  # A and B of gate, up and down
+NO_LORA: tuple[Factors, list[float], bool] = ((None,) * 6, [1.0] * 3, False)
 
 
 def forward(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None = None) -> Tensor:
     """See Experts.__call__. What needs no gradients keeps nothing, and is computed at once where nothing looks on."""
     check(experts, x, ids, weights)
-    lora = lora or ExpertLora()
-    factors = lora.factors()
-    if any(factor is not None for factor in factors):
+    given = () if lora is None else [factor for factor in lora.factors() if factor is not None]
+    if given:
         lora.check(experts)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *factors)):
-        return _train(experts, x, ids, weights, lora)
-    factors, shared = _prepared(lora)
-    if runs_now() and all(t is None or is_plain(t) for t in (x, ids, weights, *factors)):
-        return _compute(experts._layer, x, ids, weights, factors, lora.scalings(), shared)
-    return experts_forward(x, ids, weights, experts._handle, *factors, lora.scalings(), shared)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *given)):
+        return _train(experts, x, ids, weights, lora or ExpertLora())
+    factors, scalings, shared = _prepared(lora) if given else NO_LORA
+    if runs_now() and all(is_plain(t) for t in (x, ids, weights, *given)):
+        return _compute(experts._layer, x, ids, weights, factors, scalings, shared)
+    return experts_forward(x, ids, weights, experts._handle, *factors, scalings, shared)
 
 
 def _train(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora) -> Tensor:
     given = x.float() if x.dtype == torch.float16 else x
-    factors, shared = _prepared(lora)
+    factors, scalings, shared = _prepared(lora)
     out, _, _ = experts_train(
         given.contiguous(), ids.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous(), experts._handle,
-        *factors, lora.scalings(), shared, experts.intermediate_size, experts.has_gate,
+        *factors, scalings, shared, experts.intermediate_size, experts.has_gate,
     )  # fmt: skip
     return out.to(x.dtype)
 
 
-def _prepared(lora: ExpertLora) -> tuple[list[Tensor | None], bool]:
-    """The factors as the engine takes them, and whether gate and up share one A, which is then the gate's alone."""
+def _prepared(lora: ExpertLora) -> tuple[Factors, list[float], bool]:
+    """Factors and scalings as the engine takes them, and whether gate and up share one A, which is then the gate's."""
     shared = lora.gate_a is not None and lora.gate_a is lora.up_a
     factors = [_parameter(factor) for factor in lora.factors()]
     if shared:
         factors[2] = None
-    return factors, shared
+    return factors, lora.scalings(), shared
 
 
 def _parameter(tensor: Tensor | None) -> Tensor | None:
