@@ -86,6 +86,10 @@ def test_numbers_may_be_written_as_people_do(configure):
         ({"adapter": "dora"}, "adapter: expected lora or qlora, found 'dora'"),
         ({"adapter": "qlora"}, "qlora is LoRA on int4 experts, found experts: int8"),
         ({"adapter": None}, "nothing to train"),
+        (
+            {"adapter": None, "unfrozen_parameters": ["norm"], "lora_model_dir": "x"},
+            "lora_model_dir is an adapter to go on training: add adapter: lora",
+        ),
         ({"rl": "ppo"}, "rl: expected dpo"),
         ({"rl": "dpo", "reward_model": True}, "exclude each other"),
         ({"rl": "dpo", "sample_packing": True}, "supervised fine-tuning only"),

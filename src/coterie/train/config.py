@@ -42,6 +42,8 @@ class DatasetConfig:
 class TrainConfig:
     """A whole fine-tuning file."""
 
+    given = frozenset[str]()  # the keys that the file says; the others have their defaults
+
     base_model: str = key("", "a checkpoint folder (plain or packed) or a Hugging Face id")
     experts: str | None = key(None, "bf16, int8 or int4; by default int4, or what a packed checkpoint is")
     group_size: int | None = key(None, "columns that share a scale: 32, 64, 128, or 0 for a whole row")
@@ -124,6 +126,7 @@ def read_config(path: Path) -> TrainConfig:
     if not isinstance(values, dict):
         raise ArgumentError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
     config = build(TrainConfig, values, str(path))
+    config.given = frozenset(name for name, value in values.items() if value is not None)
     check(config, str(path))
     return config
 
@@ -207,6 +210,8 @@ def check(config: TrainConfig, where: str) -> None:
         refuse("rl, reward_model and process_reward_model exclude each other")
     if config.adapter is None and not config.unfrozen_parameters:
         refuse("nothing to train: give adapter: lora, or unfrozen_parameters (packed experts are trained through LoRA)")
+    if config.lora_model_dir and config.adapter is None:
+        refuse("lora_model_dir is an adapter to go on training: add adapter: lora, or leave it out")
     if config.adapter == "qlora" and config.experts not in (None, "int4"):
         refuse(f"adapter: qlora is LoRA on int4 experts, found experts: {config.experts}; use adapter: lora")
     if config.lora_dropout and config.adapter and config.lora_target_parameters:
