@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
 from safetensors.torch import load_file
 
 import coterie
 from coterie import tiny
 from coterie.errors import ArgumentError, CheckpointError
+from coterie.train import run
+from coterie.train.config import EXPERT_PARAMETERS
 from coterie.train.example import DATA
 
 PREFERENCES = [{"path": str(DATA / "preferences.jsonl")}]
@@ -145,14 +148,14 @@ def test_unfrozen_in_float32(adapter, configure, train, tmp_path):
     options = {"adapter": adapter, "unfrozen_parameters": patterns, "learning_rate": 1e-5, "save_steps": 2}
     names = ["model.norm.weight", "model.layers.1.mlp.gate.weight"]
 
-    def run(name: str, **changes) -> dict[str, torch.Tensor]:
+    def tuned(name: str, **changes) -> dict[str, torch.Tensor]:
         train(configure(**options, **changes, output_dir=str(tmp_path / name)))
         (file,) = (tmp_path / name).glob("*model*.safetensors")
         tensors = load_file(file)
         return {name: tensors[("base_model.model." if adapter else "") + name] for name in names}
 
-    kept = [run(str(kind), gradient_checkpointing=kind) for kind in (False, True, "retain_experts")]
-    kept.append(run("resumed", resume_from_checkpoint=str(tmp_path / "False" / "checkpoint-2")))
+    kept = [tuned(str(kind), gradient_checkpointing=kind) for kind in (False, True, "retain_experts")]
+    kept.append(tuned("resumed", resume_from_checkpoint=str(tmp_path / "False" / "checkpoint-2")))
     base = load_file(tiny.PATH / "model.safetensors")
     for name, tensor in kept[0].items():
         assert tensor.dtype == torch.float32
@@ -190,4 +193,64 @@ def test_goes_on_from_an_adapter(configure, train, tmp_path):
     config = (other / "adapter_config.json").read_text().replace('"r": 4', '"r": 5')
     (other / "adapter_config.json").write_text(config)
     with pytest.raises(ArgumentError, match="does not fit the model"):
-        train(configure(lora_model_dir=str(Path(other))))
+        train(configure(lora_model_dir=str(other), lora_r=None, output_dir=str(tmp_path / "new")))
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """An adapter of rank 3 on attention and experts of the bundled model."""
+    folder = tmp_path_factory.mktemp("adapter")
+    lora = LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=["q_proj"],
+        target_parameters=EXPERT_PARAMETERS,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(0)
+    get_peft_model(coterie.from_pretrained(tiny.PATH, "int8"), lora).save_pretrained(folder)
+    return folder
+
+
+NOT_GIVEN = {"lora_r": None, "max_steps": 1, "learning_rate": 0.01}
+
+
+@pytest.mark.parametrize("kind", [{}, {"reward_model": True, "datasets": PREFERENCES}], ids=["supervised", "reward"])
+def test_unfrozen_beside_an_adapter_to_go_on_from(kind, adapter, configure, train, tmp_path):
+    """It is trained too, and so is the head of another task than the adapter's."""
+    train(configure(**NOT_GIVEN, **kind, lora_model_dir=str(adapter), unfrozen_parameters=[r"model\.norm"]))
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "output"))
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    full = sorted(after.keys() - before.keys())
+    head = ["base_model.model.score.weight"] if kind else []
+    assert full == ["base_model.model.model.norm.weight", *head]
+    assert not torch.equal(after[full[0]], load_file(tiny.PATH / "model.safetensors")["model.norm.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_r": 16}, "lora_r: 16, but the adapter in lora_model_dir .* has 3"),
+        ({"lora_alpha": 32}, "lora_alpha: 32, but .* has 6"),
+        ({"peft_use_rslora": True}, "peft_use_rslora: True, but .* has False"),
+        ({"lora_target_modules": ["q_proj", "v_proj"]}, r"lora_target_modules: \['q_proj', 'v_proj'\], but"),
+        ({"lora_target_parameters": []}, r"lora_target_parameters: \[\], but .* has \['experts.*leave"),
+    ],
+    ids=str,
+)
+def test_an_adapter_other_than_the_file_says(changes, message, adapter, configure, monkeypatch):
+    """Refused before the model is loaded; what the file does not say, or says alike, is the adapter's."""
+    monkeypatch.setattr(run, "load_model", None)
+    config = configure(**{**NOT_GIVEN, **changes}, lora_model_dir=str(adapter))
+    for check in (run.validate, lambda *given: run.train(*given, Console(quiet=True))):
+        with pytest.raises(ArgumentError, match=message):
+            check(config, Path())
+    same = {"lora_r": 3, "lora_target_modules": ["q_proj"], "lora_target_parameters": EXPERT_PARAMETERS[::-1]}
+    assert run.validate(configure(**same, lora_model_dir=str(adapter)), Path())[0] == 248
+
+
+def test_what_is_no_lora_is_no_adapter_to_go_on_from(configure, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
+    with pytest.raises(ArgumentError, match="is PROMPT_TUNING; expected a LoRA"):
+        run.validate(configure(lora_model_dir=str(tmp_path)), Path())

@@ -1,8 +1,9 @@
-"""What a training run shows and leaves behind: progress, metrics.jsonl, loss.png, a profile."""
+"""What a training run shows while it runs, and its profile."""
 
 from __future__ import annotations
 
-import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
-METRICS = "metrics.jsonl"
-CURVE = "loss.png"
+from coterie.train.metrics import shown
+
 TRACE = "trace.json"
 SNAPSHOT = "memory.pickle"
 
 
-class MetricsFile(TrainerCallback):
-    """Appends what the trainer logs to metrics.jsonl, one line a log; a resumed run goes on where it had stopped."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step] if state.global_step else []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        if logs:
-            row = {"step": state.global_step, **logs}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-
-
 class ProgressBar(TrainerCallback):
-    """A bar with loss and time left on a terminal, else a line a log."""
+    """A bar with loss and time left on a terminal, else a line a log: losses, seconds a step and time left."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -54,11 +30,13 @@ class ProgressBar(TrainerCallback):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self.console = console
+        self.console, self.clock = console, clock
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.bar.add_task("training", total=None)
+        self.begun, self.first = clock(), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun, self.first = self.clock(), state.global_step
         self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
         self.bar.start()
 
@@ -66,15 +44,35 @@ class ProgressBar(TrainerCallback):
         self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        loss = next((f"{name} {logs[name]:.4f}" for name in ("loss", "eval_loss") if name in (logs or {})), None)
-        if loss is None:
+        losses = shown(logs or {})
+        if losses is None:
             return
-        self.bar.update(self.task, description=loss)
+        self.bar.update(self.task, description=losses)
         if not self.console.is_terminal:
-            self.console.print(f"step {state.global_step}/{state.max_steps}: {loss}", highlight=False)
+            line = f"step {state.global_step}/{state.max_steps}: {losses}{self.pace(state)}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def pace(self, state: Any) -> str:
+        """How a line goes on: ", 3.2 s a step, 1 h 05 min left", by the steps since the run began or was resumed."""
+        steps = state.global_step - self.first
+        if not steps:
+            return ""
+        seconds = (self.clock() - self.begun) / steps
+        return f", {seconds:.3g} s a step, {duration(seconds * (state.max_steps - state.global_step))} left"
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """A time in the units that suit it: "42 s", "5 min", "1 h 05 min", "2 d 03 h"."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 24 else f"{hours // 24} d {hours % 24:02d} h"
 
 
 class Profiler(TrainerCallback):
@@ -110,20 +108,3 @@ class Profiler(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.memory._dump_snapshot(str(self.folder / SNAPSHOT))
             torch.cuda.memory._record_memory_history(enabled=None)
-
-
-def draw_losses(metrics: list[dict[str, float]], path: Path) -> None:
-    """The loss of training and evaluation over the steps, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, label in (("loss", "training"), ("eval_loss", "evaluation")):
-        points = [(row["step"], row[name]) for row in metrics if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else None, markersize=3)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,11 +17,23 @@ from transformers import (
     AutoTokenizer,
 )
 
+from coterie.checkpoints.folder import read_json
 from coterie.errors import ArgumentError
 from coterie.hf.loading import from_pretrained
 from coterie.hf.weight import PackedWeight
 from coterie.train.config import TrainConfig
 from coterie.train.precision import keep_float32
+
+ADAPTER = "adapter_config.json"
+# What a file says of an adapter, and what adapter_config.json calls it.
+LORA_KEYS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
+    "peft_use_rslora": "use_rslora",
+}
 
 
 def load_tokenizer(config: TrainConfig, path: str, folder: Path) -> Any:
@@ -57,18 +70,24 @@ def load_model(config: TrainConfig, path: str, tokenizer: Any) -> Any:
         trust_remote_code=config.trust_remote_code,
     )
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.use_cache = False
     unfrozen = find_unfrozen(model, config.unfrozen_parameters)
     if config.adapter is None:
         model.requires_grad_(False)
         for name in unfrozen:
             model.get_parameter(name).requires_grad_(True)
     elif config.lora_model_dir:
-        model = load_adapter(model, config.lora_model_dir)
+        model = load_adapter(model, config.lora_model_dir, task, unfrozen)
     else:
         model = add_adapter(model, config, task, unfrozen)
     keep_float32(model)
     return model
+
+
+def reference_model(model: Any) -> Any:
+    """The model as it is now, to be compared with while `model` is trained. All that is frozen, packed experts
+    included, they share: it takes the memory of the parameters that are trained."""
+    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False).eval()
 
 
 def add_adapter(model: Any, config: TrainConfig, task: str, unfrozen: list[str]) -> Any:
@@ -80,7 +99,7 @@ def add_adapter(model: Any, config: TrainConfig, task: str, unfrozen: list[str])
         target_modules=config.lora_target_modules or None,
         target_parameters=config.lora_target_parameters or None,
         use_rslora=config.peft_use_rslora,
-        modules_to_save=sorted({name.rpartition(".")[0] for name in unfrozen}) or None,
+        modules_to_save=sorted(modules_of(unfrozen)) or None,
         task_type=task,
     )
     try:
@@ -89,15 +108,47 @@ def add_adapter(model: Any, config: TrainConfig, task: str, unfrozen: list[str])
         raise ArgumentError(f"adapter: {error}") from error
 
 
-def load_adapter(model: Any, path: str) -> Any:
-    """The model with an adapter to go on training. Raises ArgumentError for one that does not fit."""
-    if not (Path(path) / "adapter_config.json").is_file():
-        raise ArgumentError(f"lora_model_dir: {path} has no adapter_config.json; expected the folder of an adapter")
+def load_adapter(model: Any, path: str, task: str, unfrozen: list[str]) -> Any:
+    """The model with an adapter to go on training, for this task, the modules of `unfrozen` trained beside it.
+
+    Raises ArgumentError for one that does not fit.
+    """
+    lora = PeftConfig.from_pretrained(path)
+    lora.task_type, lora.inference_mode = task, False
+    lora.modules_to_save = sorted({*(lora.modules_to_save or ()), *modules_of(unfrozen)}) or None
     try:
-        return PeftModel.from_pretrained(model, path, is_trainable=True)
+        return PeftModel.from_pretrained(model, path, is_trainable=True, config=lora)
     except (ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()
         raise ArgumentError(f"lora_model_dir: {path} does not fit the model: {' '.join(first[:2])}") from error
+
+
+def modules_of(parameters: list[str]) -> set[str]:
+    return {name.rpartition(".")[0] for name in parameters}
+
+
+def check_adapter(config: TrainConfig) -> None:
+    """Raises ArgumentError where `lora_model_dir` holds no LoRA, or another than the file's own keys describe."""
+    if not config.lora_model_dir:
+        return
+    file = Path(config.lora_model_dir) / ADAPTER
+    if not file.is_file():
+        raise ArgumentError(f"lora_model_dir: {file.parent} has no {ADAPTER}; expected the folder of an adapter")
+    adapter = read_json(file)
+    if adapter.get("peft_type") != "LORA":
+        raise ArgumentError(f"lora_model_dir: {file.parent} is {adapter.get('peft_type')}; expected a LoRA")
+    for key, name in LORA_KEYS.items():
+        asked, found = getattr(config, key), adapter.get(name)
+        if key in config.given and comparable(asked) != comparable(found):
+            raise ArgumentError(
+                f"{key}: {asked}, but the adapter in lora_model_dir ({file.parent}) has {found}, and goes on with it: "
+                f"leave {key} out, or train a new adapter"
+            )
+
+
+def comparable(value: Any) -> Any:
+    """Names in no order, and one nothing for all there are."""
+    return (frozenset(value) if isinstance(value, list) else value) or None
 
 
 def find_unfrozen(model: Any, patterns: list[str]) -> list[str]:

@@ -11,55 +11,59 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainingArguments, logging, set_seed
 from transformers.trainer_callback import PrinterCallback
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, RewardConfig, SFTConfig
 
-from coterie.errors import ArgumentError, CheckpointError
+from coterie.adapters.card import write_card
+from coterie.errors import ArgumentError
 from coterie.hf.loading import check_folder
 from coterie.recompute import checkpointing
-from coterie.train.callbacks import CURVE, METRICS, MetricsFile, Profiler, ProgressBar, draw_losses, read_metrics
+from coterie.train.callbacks import Profiler, ProgressBar
 from coterie.train.config import TrainConfig
+from coterie.train.curve import draw_losses
 from coterie.train.data import load_datasets, locate
-from coterie.train.model import load_model, load_tokenizer
-from coterie.train.resume import find_checkpoint
+from coterie.train.metrics import METRICS, MetricsFile, Row, read_metrics
+from coterie.train.model import check_adapter, load_model, load_tokenizer, reference_model
+from coterie.train.output import CURVE, clear, plan_output
 from coterie.train.steps import step_trainer
+from coterie.train.stop import HOUR, Stop
+from coterie.train.trainers import Preferences, Rewards, Supervised
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did."""
+    """What a run did. A run that a signal ended early has left a checkpoint and no adapter of its own."""
 
     steps: int
+    planned: int
     seconds: float
-    first_loss: float
-    last_loss: float
+    first: Row
+    last: Row
     eval_loss: float | None
     trained: int
     output_dir: Path
+    signal: int | None = None
+
+    @property
+    def first_loss(self) -> float:
+        return self.first["loss"]
+
+    @property
+    def last_loss(self) -> float:
+        return self.last["loss"]
 
 
-def validate(config: TrainConfig, folder: Path) -> tuple[int, int]:
+def validate(config: TrainConfig, folder: Path, overwrite: bool = False) -> tuple[int, int]:
     """(rows to train on, rows to evaluate on), with everything checked that can be without loading the model.
 
     Raises ArgumentError or CheckpointError.
     """
-    model = Path(base_model(config, folder))
-    if model.is_dir():
-        check_folder(model)
-    check_output(Path(config.output_dir))
-    find_checkpoint(config)
+    path = base_model(config, folder)
+    if Path(path).is_dir():
+        check_folder(Path(path))
+    plan_output(config, path, overwrite)
+    check_adapter(config)
     train, test = load_datasets(config, folder)
     return len(train), len(test) if test is not None else 0
-
-
-def check_output(folder: Path) -> None:
-    """Raises CheckpointError where `folder` cannot be written or made; writes nothing."""
-    parent = folder
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    if not parent.is_dir():
-        raise CheckpointError(f"output_dir: {folder} cannot be made: {parent} is a file")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"output_dir: {folder} cannot be written: {parent} is read-only; name another folder")
 
 
 def base_model(config: TrainConfig, folder: Path) -> str:
@@ -68,19 +72,20 @@ def base_model(config: TrainConfig, folder: Path) -> str:
     return str(found) if found else config.base_model
 
 
-def train(config: TrainConfig, folder: Path, console: Console) -> Report | None:
+def train(config: TrainConfig, folder: Path, console: Console, overwrite: bool = False) -> Report | None:
     """Runs a checked file; relative paths are seen from `folder`. Writes everything under `config.output_dir`.
 
+    overwrite: what an earlier run left there is taken away before the first step.
     Under torchrun each process trains on its share of every step; the first one alone prints, writes and reports, the
     others return None.
     """
     logging.set_verbosity_error()
     if os.environ.get("RANK", "0") != "0":
         logging.disable_progress_bar()
-    check_output(Path(config.output_dir))
-    resume = find_checkpoint(config)
-    train_rows, test_rows = load_datasets(config, folder)
     path = base_model(config, folder)
+    resume = plan_output(config, path, overwrite)
+    check_adapter(config)
+    train_rows, test_rows = load_datasets(config, folder)
     set_seed(config.seed)
     tokenizer = load_tokenizer(config, path, folder)
     model = load_model(config, path, tokenizer)
@@ -97,48 +102,73 @@ def train(config: TrainConfig, folder: Path, console: Console) -> Report | None:
         raise ArgumentError(f"the trainer refuses these settings: {error}") from error
     trainer.remove_callback(PrinterCallback)
     is_first = trainer.is_world_process_zero()
+    stop = Stop(console if is_first else Console(quiet=True), every=None if config.save_steps else HOUR)
+    trainer.add_callback(stop)
     if is_first:
         trainer.add_callback(MetricsFile(output / METRICS))
         trainer.add_callback(ProgressBar(console))
         if config.profiler_steps:
             trainer.add_callback(Profiler(output, config.profiler_steps, config.profiler_steps_start))
+        if overwrite:
+            clear(output, resume)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - start
-    trainer.save_model(str(output))
+    if not stop.stopping:
+        trainer.save_model(str(output))
     if not is_first:
         return None
     metrics = read_metrics(output / METRICS)
-    draw_losses(metrics, output / CURVE)
-    losses = [row["loss"] for row in metrics if "loss" in row]
+    if not stop.stopping:
+        write_card(output, path, [str(locate(entry.path, folder) or entry.path) for entry in config.datasets])
+        experts = model.config.quantization_config.experts
+        draw_losses(metrics, output / CURVE, f"{Path(path).name}, experts in {experts}", unit(config))
+    losses = [row for row in metrics if "loss" in row]
     evaluated = [row["eval_loss"] for row in metrics if "eval_loss" in row]
     return Report(
         steps=trainer.state.global_step,
+        planned=trainer.state.max_steps,
         seconds=seconds,
-        first_loss=losses[0],
-        last_loss=losses[-1],
+        first=losses[0],
+        last=losses[-1],
         eval_loss=evaluated[-1] if evaluated else None,
         trained=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         output_dir=output,
+        signal=stop.signal if stop.stopping else None,
     )
+
+
+def unit(config: TrainConfig) -> str:
+    """What a loss is the mean of."""
+    if config.process_reward_model:
+        return "step"
+    return "pair" if config.rl or config.reward_model else "token"
 
 
 def make_trainer(config: TrainConfig, **given: Any) -> Any:
     """The trainer of what the file trains."""
     common = arguments(config, has_test=given["eval_dataset"] is not None)
+    common["use_cache"] = getattr(given["model"].config, "use_cache", True)  # as it is to be saved
     if config.process_reward_model:
         args = TrainingArguments(**common)
         return step_trainer(args=args, max_length=config.sequence_len, processes=config.dataset_processes, **given)
     common |= {"max_length": config.sequence_len, "dataset_num_proc": config.dataset_processes}
     if config.reward_model:
-        return RewardTrainer(args=RewardConfig(**common), **given)
+        return Rewards(args=RewardConfig(**common), **given)
     if config.router_aux_loss_coef is not None:
         common["router_aux_loss_coef"] = config.router_aux_loss_coef
     if config.rl == "dpo":
-        return DPOTrainer(args=DPOConfig(beta=config.rl_beta, **common), **given)
+        reference = reference_model(given["model"]) if config.adapter is None else None
+        return Preferences(args=DPOConfig(beta=config.rl_beta, **common), ref_model=reference, **given)
     chats = "messages" in given["train_dataset"].column_names
-    args = SFTConfig(packing=config.sample_packing, assistant_only_loss=chats and not config.train_on_inputs, **common)
-    return SFTTrainer(args=args, **given)
+    args = SFTConfig(
+        packing=config.sample_packing,
+        eval_packing=False,  # so that a row is a row, to be counted once
+        assistant_only_loss=chats and not config.train_on_inputs,
+        **common,
+    )
+    return Supervised(args=args, **given)
 
 
 def arguments(config: TrainConfig, has_test: bool) -> dict[str, Any]:
@@ -160,6 +190,7 @@ def arguments(config: TrainConfig, has_test: bool) -> dict[str, Any]:
         "gradient_checkpointing": bool(config.gradient_checkpointing),
         "gradient_checkpointing_kwargs": checkpointing(retain) if config.gradient_checkpointing else None,
         "seed": config.seed,
+        "logging_first_step": True,
         "logging_steps": config.logging_steps,
         "eval_strategy": ("steps" if config.eval_steps else "epoch") if has_test else "no",
         "eval_steps": config.eval_steps,

@@ -7,6 +7,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import DataCollatorForTokenClassification, Trainer
 
+from coterie.train.trainers import Steps
+
 SEPARATOR = "\n"
 IGNORED = -100
 
@@ -26,7 +28,7 @@ def step_trainer(train_dataset: Dataset, eval_dataset: Dataset | None, **options
             desc="Tokenizing",
         )
 
-    return Trainer(
+    return Steps(
         args=args,
         train_dataset=tokenize(train_dataset),
         eval_dataset=tokenize(eval_dataset),
