@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, load_peft_weights, peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -117,7 +117,12 @@ def load_adapter(model: Any, path: str, task: str, unfrozen: list[str]) -> Any:
     lora.task_type, lora.inference_mode = task, False
     lora.modules_to_save = sorted({*(lora.modules_to_save or ()), *modules_of(unfrozen)}) or None
     try:
-        return PeftModel.from_pretrained(model, path, is_trainable=True, config=lora)
+        model = get_peft_model(model, lora)
+        # What is trained beside it and was not before begins as the model has it.
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+        beside = {name: tensor for name, tensor in own.items() if "lora_" not in name}
+        peft_model.set_peft_model_state_dict(model, {**beside, **load_peft_weights(path, device="cpu")})
+        return model
     except (ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()
         raise ArgumentError(f"lora_model_dir: {path} does not fit the model: {' '.join(first[:2])}") from error
