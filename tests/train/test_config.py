@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 from pathlib import Path
@@ -19,15 +18,16 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_are_valid(path):
-    rows, _ = run.validate(read_config(path), path.parent)
-    assert rows > 0
+    checked = run.validate(read_config(path), path.parent)
+    assert len(checked.train) > 0 and not any("left out" in line or " cut " in line for line in checked.findings)
 
 
 def test_written_example_is_valid(tmp_path):
     write_example(tmp_path / "mine.yaml")
     config = read_config(tmp_path / "mine.yaml")
     assert (config.experts, config.max_steps, config.output_dir) == ("int4", 30, "mine-output")
-    assert run.validate(config, tmp_path) == (248, 24)
+    checked = run.validate(config, tmp_path)
+    assert (len(checked.train), len(checked.test)) == (248, 24)
     with pytest.raises(ArgumentError, match="is there already"):
         write_example(tmp_path / "mine.yaml")
 
@@ -69,14 +69,14 @@ def test_numbers_may_be_written_as_people_do(configure):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_rank": 8}, r"unknown key 'lora_rank'; did you mean 'lora_r'\?"),
-        ({"zebra": 1}, "unknown key 'zebra'; the keys are base_model"),
-        ({"datasets": [{"pth": "x"}]}, r"datasets\[0\]: unknown key 'pth'; did you mean 'path'"),
+        ({"lora_rank": 8}, r"unknown key 'lora_rank'; did you mean lora_r or lora_\w+ or \w+\?$"),
+        ({"zebra": 1}, "unknown key 'zebra'; `coterie sft --init FILE` writes all there are"),
+        ({"datasets": [{"pth": "x"}]}, r"datasets\[0\]: unknown key 'pth'; did you mean path"),
         ({"lora_r": "many"}, "lora_r: expected a whole number, found 'many'"),
         ({"lora_r": 2.5}, "lora_r: expected a whole number, found 2.5"),
         ({"learning_rate": "fast"}, "learning_rate: expected a number, found 'fast'"),
         ({"sample_packing": "yes please"}, "sample_packing: expected true or false, found 'yes please'"),
-        ({"lora_target_modules": "q_proj"}, "lora_target_modules: expected a list, each text, found 'q_proj'"),
+        ({"lora_target_modules": "q_proj"}, "lora_target_modules: expected a list or all-linear, found 'q_proj'"),
         ({"datasets": "train.jsonl"}, "datasets: expected a list, each a mapping of keys"),
         ({"base_model": None}, "base_model is missing"),
         ({"output_dir": None}, "output_dir is missing"),
@@ -137,30 +137,3 @@ def test_what_a_file_names_is_checked(changes, error, message, configure, tmp_pa
     with pytest.raises(error, match=message):
         run.validate(configure(**changes), tmp_path)
     assert not (tmp_path / "output").exists()
-
-
-def test_broken_data(configure, tmp_path):
-    (tmp_path / "broken.jsonl").write_text('{"messages": [\n')
-    with pytest.raises(ArgumentError, match=r"cannot read broken.jsonl"):
-        run.validate(configure(datasets=[{"path": "broken.jsonl"}]), tmp_path)
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ArgumentError, match=r"empty.jsonl"):
-        run.validate(configure(datasets=[{"path": "empty.jsonl"}]), tmp_path)
-
-
-def test_kinds_of_data(configure, tmp_path):
-    from coterie.train.data import load_datasets
-
-    rows = [{"instruction": "Add.", "input": "1 + 1", "output": "2"}]
-    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
-    (tmp_path / "plain.txt").write_text("One.\n\nTwo.")
-    (tmp_path / "talk.jsonl").write_text(json.dumps({"talk": [{"role": "user", "content": "Hi"}], "id": 1}) + "\n")
-    found, _ = load_datasets(configure(datasets=[{"path": "alpaca.json"}]), tmp_path)
-    assert found[0]["messages"][0]["content"] == "Add.\n\n1 + 1" and found[0]["messages"][1]["content"] == "2"
-    found, _ = load_datasets(configure(datasets=[{"path": "plain.txt"}]), tmp_path)
-    assert found["text"][:] == ["One.", "Two."]
-    found, held = load_datasets(configure(datasets=[{"path": "talk.jsonl", "field_messages": "talk"}]), tmp_path)
-    assert found.column_names == ["messages"] and held is None
-    both = [{"path": "plain.txt"}, {"path": "alpaca.json"}]
-    with pytest.raises(ArgumentError, match="expected the same columns"):
-        load_datasets(configure(datasets=both), tmp_path)

@@ -31,12 +31,16 @@ def sft(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_rank": 8}, "unknown key 'lora_rank'; did you mean 'lora_r'?"),
+        ({"lora_rank": 8}, "unknown key 'lora_rank'; did you mean lora_r or "),
         ({"lora_r": "many"}, "lora_r: expected a whole number, found 'many'"),
         ({"lora_r": 0}, "lora_r: expected at least 1, found 0"),
         ({"lora_dropout": 0.1}, "lora_dropout: expected 0"),
-        ({"lora_use_dora": True}, "unknown key 'lora_use_dora'"),
-        ({"lora_target_parameters": ["experts.gate_proj"], "lora_target_modules": []}, "adapter: "),
+        ({"lora_use_dora": True}, "lora_use_dora cannot be used: experts are adapted by LoRA"),
+        (
+            {"lora_target_parameters": ["experts.gate_proj"], "lora_target_modules": []},
+            "experts.gate_proj matches no parameter of Qwen3MoeForCausalLM; did you mean experts.gate_up_proj",
+        ),
+        ({"sequence_len": 8}, "datasets: nothing is left to learn: "),
         ({"datasets": [{"path": "nothing.jsonl"}]}, "nothing.jsonl is not there"),
         ({"resume_from_checkpoint": "nowhere"}, "nowhere is not a folder"),
         ({"lora_model_dir": "nowhere"}, "nowhere has no adapter_config.json"),

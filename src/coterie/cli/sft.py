@@ -49,7 +49,10 @@ def sft(
     from coterie.train.processes import end_process_group
 
     if validate:
-        rows, held = run.validate(settings, config.parent, overwrite)
+        checked = run.validate(settings, config.parent, overwrite)
+        for line in checked.findings:
+            console.print(line, highlight=False, soft_wrap=True)
+        rows, held = len(checked.train), len(checked.test) if checked.test else 0
         console.print(f"{config} is fine: {rows} rows to train on, {held} to evaluate on", highlight=False)
         return
     report = run.train(settings, config.parent, errors, overwrite)

@@ -13,12 +13,14 @@ from typing import Any
 import yaml
 
 from coterie.errors import ArgumentError
+from coterie.train.axolotl import translate, translate_entry
 
 EXPERT_PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ADAPTERS = ("lora", "qlora")
 OBJECTIVES = ("dpo",)
-TYPES = ("chat_template", "completion", "alpaca", "preference", "stepwise")
+TYPES = ("chat_template", "prompt_completion", "alpaca", "completion", "preference", "stepwise")
+ALL_LINEAR = "all-linear"
 
 
 def key(default: Any, about: str) -> Any:
@@ -34,7 +36,9 @@ class DatasetConfig:
     type: str | None = key(None, f"{', '.join(TYPES)}; by default told from the columns")
     split: str = key("train", "the split of a Hugging Face data set")
     name: str | None = key(None, "the configuration of a Hugging Face data set")
-    field_messages: str = key("messages", "chat_template: the column of messages (role, content)")
+    field_messages: str = key("messages", "chat_template: the column of messages; without it, conversations")
+    message_field_role: str | None = key(None, "chat_template: who speaks; by default role, or from")
+    message_field_content: str | None = key(None, "chat_template: what is said; by default content, or value")
     field: str = key("text", "completion: the column of text")
 
 
@@ -51,7 +55,7 @@ class TrainConfig:
     mmap: bool = key(False, "use a packed checkpoint's experts where they lie on disk; processes then share one copy")
     bf16: bool = key(True, "the rest of the model in bfloat16; false: float32")
     trust_remote_code: bool = key(False, "allow code from the model's repository")
-    chat_template: str | None = key(None, "a Jinja template or a file of one; by default the tokenizer's")
+    chat_template: str | None = key(None, "chatml, a Jinja template or a file of one; by default the tokenizer's")
 
     datasets: list[DatasetConfig] = field(default_factory=list, metadata={"about": "what to train on"})
     test_datasets: list[DatasetConfig] = field(default_factory=list, metadata={"about": "what to evaluate on"})
@@ -71,7 +75,9 @@ class TrainConfig:
     lora_r: int = key(16, "rank")
     lora_alpha: int = key(32, "scaling times rank (times its root with peft_use_rslora)")
     lora_dropout: float = key(0.0, "must be 0 where experts are adapted")
-    lora_target_modules: list[str] = field(default_factory=ATTENTION.copy, metadata={"about": "linear layers to adapt"})
+    lora_target_modules: list[str] | str = field(
+        default_factory=ATTENTION.copy, metadata={"about": "linear layers to adapt; all-linear: all of them"}
+    )
     lora_target_parameters: list[str] = field(
         default_factory=EXPERT_PARAMETERS.copy, metadata={"about": "experts' parameters to adapt"}
     )
@@ -100,6 +106,13 @@ class TrainConfig:
     )
     seed: int = key(42, "of initialisation and shuffling")
 
+    report_to: list[str] = field(
+        default_factory=list, metadata={"about": "where metrics go besides output_dir: wandb, tensorboard, mlflow ..."}
+    )
+    wandb_project: str | None = key(None, "the project in Weights & Biases; report_to then has wandb")
+    wandb_entity: str | None = key(None, "whose project it is")
+    wandb_name: str | None = key(None, "the run's name there")
+
     output_dir: str = key("", "where the adapter, metrics.jsonl, loss.png and checkpoints go")
     logging_steps: int = key(1, "a line of metrics every so many steps")
     eval_steps: int | None = key(None, "evaluate every so many steps; by default after every epoch")
@@ -125,6 +138,7 @@ def read_config(path: Path) -> TrainConfig:
         raise ArgumentError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ArgumentError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    values = translate(values, str(path))
     config = build(TrainConfig, values, str(path))
     config.given = frozenset(name for name, value in values.items() if value is not None)
     check(config, str(path))
@@ -135,10 +149,12 @@ def build(kind: type, values: dict, where: str) -> Any:
     """An instance of a dataclass of keys from a mapping; keys that are null keep their defaults."""
     hints = typing.get_type_hints(kind)
     given = {}
+    if kind is DatasetConfig:
+        values = translate_entry(values, where)
     for name, value in values.items():
         if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(hints)}"
+            near = difflib.get_close_matches(str(name), hints, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`coterie sft --init FILE` writes all there are"
             raise ArgumentError(f"{where}: unknown key {name!r}; {hint}")
         if value is not None:
             given[name] = convert(hints[name], value, f"{where}: {name}")
@@ -176,6 +192,11 @@ def describe(choice: Any) -> str:
         return f"a list, each {describe(typing.get_args(choice)[0])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names.get(choice, "a mapping of keys")
+
+
+def trains_supervised(config: TrainConfig) -> bool:
+    """Whether the file asks for supervised fine-tuning: no preferences, no reward model."""
+    return not (config.rl or config.reward_model or config.process_reward_model)
 
 
 def check(config: TrainConfig, where: str) -> None:
@@ -218,7 +239,9 @@ def check(config: TrainConfig, where: str) -> None:
         refuse("lora_dropout: expected 0 where experts are adapted (lora_target_parameters)")
     if config.reward_model and config.num_labels not in (None, 1):
         refuse(f"num_labels: expected 1 for a reward model, found {config.num_labels}")
-    if config.sample_packing and (config.rl or config.reward_model or config.process_reward_model):
+    if isinstance(config.lora_target_modules, str) and config.lora_target_modules != ALL_LINEAR:
+        refuse(f"lora_target_modules: expected a list or {ALL_LINEAR}, found {config.lora_target_modules!r}")
+    if config.sample_packing and not trains_supervised(config):
         refuse("sample_packing is for supervised fine-tuning only")
     if config.val_set_size < 0:
         refuse(f"val_set_size: expected 0 or more, found {config.val_set_size}")

@@ -1,7 +1,8 @@
-"""Data sets of a fine-tuning file, brought into the columns that TRL's trainers read."""
+"""Data sets of a fine-tuning file: read, brought into tokens, and divided into rows to train and to evaluate on."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,24 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 
 from coterie.errors import ArgumentError
 from coterie.train.config import DatasetConfig, TrainConfig
+from coterie.train.formats import columns_of, extra_columns, pair_of, tell_kind, wanted_kinds
+from coterie.train.tokens import Found, tokenise
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
-def load_datasets(config: TrainConfig, folder: Path) -> tuple[Dataset, Dataset | None]:
-    """(training rows, rows to evaluate on or None). Relative paths are seen from `folder`, then from here.
+def load_datasets(config: TrainConfig, folder: Path, tokenizer: Any) -> tuple[Dataset, Dataset | None, list[Found]]:
+    """(what to train on, what to evaluate on or None, what was found in each entry).
 
-    Rows have the columns `messages`, or `text`, or `chosen` and `rejected` (and maybe `prompt`), or `prompt`,
-    `completions` and `labels`. Raises ArgumentError for a file that is missing or not what its type says.
+    Relative paths are seen from `folder`, then from here. Rows have input_ids and labels; of preferences chosen and
+    rejected (and maybe prompt). Raises ArgumentError for a file that is missing or not what its type says, and where
+    no row is left.
     """
-    train = load_all(config, config.datasets, folder)
-    test = load_all(config, config.test_datasets, folder) if config.test_datasets else None
+    train, found = load_all(config, "datasets", folder, tokenizer)
+    test = None
+    if config.test_datasets:
+        test, more = load_all(config, "test_datasets", folder, tokenizer)
+        found += more
     if config.val_set_size:
         size = config.val_set_size if config.val_set_size < 1 else int(config.val_set_size)
         if size >= len(train):
@@ -28,25 +35,20 @@ def load_datasets(config: TrainConfig, folder: Path) -> tuple[Dataset, Dataset |
         parts = train.train_test_split(test_size=size, seed=config.seed)
         train = parts["train"]
         test = parts["test"] if test is None else concatenate_datasets([test, parts["test"]])
-    return train, test
+    return train, test, found
 
 
-def load_all(config: TrainConfig, entries: list[DatasetConfig], folder: Path) -> Dataset:
-    """The entries one after the other; all must have the same columns."""
-    parts = [load_one(entry, wanted_types(config), folder) for entry in entries]
+def load_all(config: TrainConfig, name: str, folder: Path, tokenizer: Any) -> tuple[Dataset, list[Found]]:
+    """The entries of `datasets` or `test_datasets` one after the other; all must have the same columns."""
+    found = [load_one(entry, config, folder, tokenizer) for entry in getattr(config, name)]
+    parts = [each.data for each in found if len(each.data)]
+    if not parts:
+        why = "; ".join(line for each in found for line in each.gaps())
+        raise ArgumentError(f"{name}: nothing is left to learn: {why}")
     if any(part.column_names != parts[0].column_names for part in parts):
-        found = " and ".join(sorted({", ".join(part.column_names) for part in parts}))
-        raise ArgumentError(f"datasets: expected the same columns in all, found {found}; train on them one by one")
-    return concatenate_datasets(parts)
-
-
-def wanted_types(config: TrainConfig) -> tuple[str, ...]:
-    """The types of data that what is to be trained can read."""
-    if config.process_reward_model:
-        return ("stepwise",)
-    if config.rl or config.reward_model:
-        return ("preference",)
-    return ("chat_template", "completion", "alpaca")
+        columns = " and ".join(sorted({", ".join(part.column_names) for part in parts}))
+        raise ArgumentError(f"{name}: expected the same columns in all, found {columns}; train on them one by one")
+    return concatenate_datasets(parts), found
 
 
 def locate(path: str, folder: Path) -> Path | None:
@@ -59,8 +61,29 @@ def locate(path: str, folder: Path) -> Path | None:
     return None
 
 
-def load_one(entry: DatasetConfig, wanted: tuple[str, ...], folder: Path) -> Dataset:
+def load_one(entry: DatasetConfig, config: TrainConfig, folder: Path, tokenizer: Any) -> Found:
+    """An entry's rows in tokens. Raises ArgumentError."""
     file = locate(entry.path, folder)
+    rows = read_rows(entry, file)
+    kind = tell_kind(rows.column_names, entry, wanted_kinds(config))
+    required = columns_of(kind, rows.column_names, entry)
+    if file is not None and file.suffix == ".jsonl":
+        holes = [name for name in required if rows.data.column(name).null_count]
+        if holes:
+            check_lines(entry.path, file, holes)
+    rows = rows.select_columns([*required, *extra_columns(kind, rows.column_names, required)])
+    pairs_of_chats = kind == "preference" and isinstance(rows[0]["chosen"], list)
+    if pairs_of_chats:
+        rows = rows.map(pair_of, fn_kwargs={"entry": entry}, remove_columns=rows.column_names, desc="Reading")
+    if (kind in ("chat_template", "alpaca") or pairs_of_chats) and tokenizer.chat_template is None:
+        raise ArgumentError(
+            f"{entry.path} has chats, but {config.base_model} has no chat template: set chat_template: chatml, "
+            "or give a Jinja file"
+        )
+    return tokenise(rows, kind, entry, config, tokenizer)
+
+
+def read_rows(entry: DatasetConfig, file: Path | None) -> Dataset:
     try:
         if file is None:
             rows = load_dataset(entry.path, entry.name, split=entry.split)
@@ -74,44 +97,35 @@ def load_one(entry: DatasetConfig, wanted: tuple[str, ...], folder: Path) -> Dat
     except ArgumentError:
         raise
     except Exception as error:  # data sets fail in as many ways as there are readers
+        if file is not None and file.suffix == ".jsonl":
+            check_lines(entry.path, file, [])
         cause = error.__cause__ or error
         raise ArgumentError(f"cannot read {entry.path}: {type(cause).__name__}: {cause}") from error
     if not len(rows):
         raise ArgumentError(f"{entry.path} has no rows")
-    return reshape(rows, entry, wanted)
+    return rows
 
 
-def reshape(rows: Dataset, entry: DatasetConfig, wanted: tuple[str, ...]) -> Dataset:
-    """Only the columns that training reads, by their usual names."""
-    columns = {
-        "chat_template": [entry.field_messages],
-        "completion": [entry.field],
-        "alpaca": ["instruction", "output"],
-        "preference": ["chosen", "rejected"],
-        "stepwise": ["prompt", "completions", "labels"],
-    }
-    found = set(rows.column_names)
-    kind = entry.type or next((name for name in wanted if found.issuperset(columns[name])), None)
-    if kind is None:
-        expected = " or ".join(f"{', '.join(columns[name])} ({name})" for name in wanted)
-        raise ArgumentError(f"{entry.path}: expected columns {expected}; found {', '.join(rows.column_names)}")
-    if kind not in wanted:
-        raise ArgumentError(f"{entry.path}: type: expected {' or '.join(wanted)} for this training, found {kind!r}")
-    missing = [name for name in columns[kind] if name not in found]
-    if missing:
-        raise ArgumentError(
-            f"{entry.path}: type {kind} needs the columns {', '.join(columns[kind])}; found {', '.join(sorted(found))}"
-        )
-    if kind == "alpaca":
-        return rows.map(chat_of, remove_columns=rows.column_names)
-    keep = [*columns[kind], *(["prompt"] if kind == "preference" and "prompt" in found else [])]
-    rows = rows.select_columns(keep)
-    names = {entry.field_messages: "messages"} if kind == "chat_template" else {}
-    names |= {entry.field: "text"} if kind == "completion" else {}
-    return rows.rename_columns({old: new for old, new in names.items() if old != new})
-
-
-def chat_of(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of instruction, input (maybe) and output as a chat."""
-    asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]}
+def check_lines(name: str, file: Path, required: list[str]) -> None:
+    """Raises ArgumentError for the first row of a JSONL file that is not JSON, has other columns, or other types."""
+    kinds: dict[str, type] = {}
+    with file.open("rb") as lines:
+        for number, line in enumerate((line for line in lines if line.strip()), start=1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # JSON's errors and those of UTF-8
+                raise ArgumentError(f"{name}: row {number} is not JSON: {error}: {line[:60]!r}") from None
+            if not isinstance(row, dict):
+                raise ArgumentError(f"{name}: row {number}: expected an object {{...}}, found {type(row).__name__}")
+            missing = [column for column in required if column not in row]
+            if missing:
+                raise ArgumentError(
+                    f"{name}: row {number}: expected {', '.join(missing)}, found {', '.join(row) or 'no columns'}"
+                )
+            for column, value in row.items():
+                if value is not None and kinds.setdefault(column, type(value)) is not type(value):
+                    before = kinds[column].__name__
+                    raise ArgumentError(
+                        f"{name}: row {number}: {column}: expected {before} as in the rows before, found "
+                        f"{type(value).__name__}"
+                    )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, load_peft_weights, peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,47 +16,40 @@ from transformers import (
     AutoTokenizer,
 )
 
-from coterie.checkpoints.folder import read_json
-from coterie.errors import ArgumentError
+from coterie.errors import ArgumentError, CheckpointError
 from coterie.hf.loading import from_pretrained
 from coterie.hf.weight import PackedWeight
+from coterie.train.adapter import add_adapter, load_adapter
 from coterie.train.config import TrainConfig
 from coterie.train.precision import keep_float32
-
-ADAPTER = "adapter_config.json"
-# What a file says of an adapter, and what adapter_config.json calls it.
-LORA_KEYS = {
-    "lora_r": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "lora_target_modules": "target_modules",
-    "lora_target_parameters": "target_parameters",
-    "peft_use_rslora": "use_rslora",
-}
+from coterie.train.template import set_template
 
 
 def load_tokenizer(config: TrainConfig, path: str, folder: Path) -> Any:
-    """The tokenizer, with a padding token and the file's chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    """The tokenizer, with a padding token and the file's chat template. Raises CheckpointError where there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # tokenizers fail in as many ways as there are kinds
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise CheckpointError(f"the tokenizer of {path} cannot be loaded: {type(error).__name__}: {first}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if config.chat_template:
-        file = folder / config.chat_template if "{" not in config.chat_template else None
-        if file is not None and not file.is_file():
-            raise ArgumentError(f"chat_template: expected a Jinja template or a file of one, found no file {file}")
-        tokenizer.chat_template = file.read_text(encoding="utf-8") if file else config.chat_template
+    set_template(tokenizer, config.chat_template, folder)
     return tokenizer
+
+
+def kind_of_model(config: TrainConfig) -> tuple[Any, str, dict[str, int]]:
+    """(the auto class, PEFT's task type, changes to the model's config) of what the file trains."""
+    if config.reward_model:
+        return AutoModelForSequenceClassification, "SEQ_CLS", {"num_labels": 1}
+    if config.process_reward_model:
+        return AutoModelForTokenClassification, "TOKEN_CLS", {"num_labels": config.num_labels or 2}
+    return AutoModelForCausalLM, "CAUSAL_LM", {}
 
 
 def load_model(config: TrainConfig, path: str, tokenizer: Any) -> Any:
     """The base model with packed experts, frozen but for what the file trains; with an adapter, a PeftModel."""
-    auto_class, task = AutoModelForCausalLM, "CAUSAL_LM"
-    labels = {}
-    if config.reward_model:
-        auto_class, task, labels = AutoModelForSequenceClassification, "SEQ_CLS", {"num_labels": 1}
-    if config.process_reward_model:
-        auto_class, task = AutoModelForTokenClassification, "TOKEN_CLS"
-        labels = {"num_labels": config.num_labels or 2}
+    auto_class, task, labels = kind_of_model(config)
     model = from_pretrained(
         path,
         config=AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code, **labels),
@@ -90,74 +82,11 @@ def reference_model(model: Any) -> Any:
     return copy.deepcopy(model, shared).requires_grad_(False).eval()
 
 
-def add_adapter(model: Any, config: TrainConfig, task: str, unfrozen: list[str]) -> Any:
-    """The model with a new adapter, the modules of `unfrozen` trained beside it."""
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or None,
-        target_parameters=config.lora_target_parameters or None,
-        use_rslora=config.peft_use_rslora,
-        modules_to_save=sorted(modules_of(unfrozen)) or None,
-        task_type=task,
-    )
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        raise ArgumentError(f"adapter: {error}") from error
+def find_unfrozen(model: Any, patterns: list[str], experts: tuple[str, ...] = ()) -> list[str]:
+    """The names of the parameters that `patterns` match. Raises ArgumentError for a pattern that matches none.
 
-
-def load_adapter(model: Any, path: str, task: str, unfrozen: list[str]) -> Any:
-    """The model with an adapter to go on training, for this task, the modules of `unfrozen` trained beside it.
-
-    Raises ArgumentError for one that does not fit.
+    experts: the names of the experts' parameters where they are not packed yet.
     """
-    lora = PeftConfig.from_pretrained(path)
-    lora.task_type, lora.inference_mode = task, False
-    lora.modules_to_save = sorted({*(lora.modules_to_save or ()), *modules_of(unfrozen)}) or None
-    try:
-        model = get_peft_model(model, lora)
-        # What is trained beside it and was not before begins as the model has it.
-        own = get_peft_model_state_dict(model, save_embedding_layers=False)
-        beside = {name: tensor for name, tensor in own.items() if "lora_" not in name}
-        peft_model.set_peft_model_state_dict(model, {**beside, **load_peft_weights(path, device="cpu")})
-        return model
-    except (ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()
-        raise ArgumentError(f"lora_model_dir: {path} does not fit the model: {' '.join(first[:2])}") from error
-
-
-def modules_of(parameters: list[str]) -> set[str]:
-    return {name.rpartition(".")[0] for name in parameters}
-
-
-def check_adapter(config: TrainConfig) -> None:
-    """Raises ArgumentError where `lora_model_dir` holds no LoRA, or another than the file's own keys describe."""
-    if not config.lora_model_dir:
-        return
-    file = Path(config.lora_model_dir) / ADAPTER
-    if not file.is_file():
-        raise ArgumentError(f"lora_model_dir: {file.parent} has no {ADAPTER}; expected the folder of an adapter")
-    adapter = read_json(file)
-    if adapter.get("peft_type") != "LORA":
-        raise ArgumentError(f"lora_model_dir: {file.parent} is {adapter.get('peft_type')}; expected a LoRA")
-    for key, name in LORA_KEYS.items():
-        asked, found = getattr(config, key), adapter.get(name)
-        if key in config.given and comparable(asked) != comparable(found):
-            raise ArgumentError(
-                f"{key}: {asked}, but the adapter in lora_model_dir ({file.parent}) has {found}, and goes on with it: "
-                f"leave {key} out, or train a new adapter"
-            )
-
-
-def comparable(value: Any) -> Any:
-    """Names in no order, and one nothing for all there are."""
-    return (frozenset(value) if isinstance(value, list) else value) or None
-
-
-def find_unfrozen(model: Any, patterns: list[str]) -> list[str]:
-    """The names of the parameters that `patterns` match. Raises ArgumentError for a pattern that matches none."""
     names: dict[str, None] = {}
     for pattern in patterns:
         try:
@@ -166,7 +95,7 @@ def find_unfrozen(model: Any, patterns: list[str]) -> list[str]:
             raise ArgumentError(f"unfrozen_parameters: {pattern!r} is not a regular expression: {error}") from None
         if not matched:
             raise ArgumentError(f"unfrozen_parameters: {pattern!r} matches no parameter of {type(model).__name__}")
-        packed = next((name for name, p in matched if isinstance(p, PackedWeight)), None)
+        packed = next((name for name, p in matched if isinstance(p, PackedWeight) or name in experts), None)
         if packed:
             raise ArgumentError(
                 f"unfrozen_parameters: {pattern!r} matches {packed}, whose packed weights are frozen; "

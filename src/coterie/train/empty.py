@@ -1,0 +1,109 @@
+"""The model of a fine-tuning file without its weights: what its names match, said before anything is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig
+
+from coterie.errors import ArgumentError, UnsupportedModelError
+from coterie.hf import CoterieConfig
+from coterie.hf.adapter_fit import SINGLE_EXPERTS, check_fits, lora_shapes
+from coterie.hf.modules import read_layouts
+from coterie.train.adapter import add_adapter, check_keys
+from coterie.train.config import ALL_LINEAR, ATTENTION, TrainConfig
+from coterie.train.model import find_unfrozen, kind_of_model
+
+ADAPTER = "default"
+
+
+def check_model(config: TrainConfig, base: str) -> None:
+    """Builds the model of `base`'s config.json on the meta device, and looks for all that the file names in it.
+
+    Raises UnsupportedModelError for a model without experts or with experts that cannot be computed, ArgumentError for
+    names that match nothing and adapters that do not fit.
+    """
+    auto_class, task, changes = kind_of_model(config)
+    trust = {"trust_remote_code": config.trust_remote_code}
+    described = AutoConfig.from_pretrained(base, **trust, **changes)
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(described, **trust)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{base} cannot be fine-tuned: {str(error).splitlines()[0][:300]}") from error
+    layouts = read_layouts(model)
+    experts = tuple(f"{path}.{name}" for path, layout in layouts.items() for name in layout.parameters)
+    unfrozen = find_unfrozen(model, config.unfrozen_parameters, experts)
+    if getattr(described, "quantization_config", None) is None:
+        CoterieConfig(config.experts or "int4", config.group_size, config.zero_point)
+    if config.adapter and config.lora_model_dir:
+        check_keys(config)
+        check_fit(model, config.lora_model_dir)
+    elif config.adapter:
+        check_targets(config, model)
+        with torch.device("meta"):
+            add_adapter(model, config, task, unfrozen)
+
+
+def check_targets(config: TrainConfig, model: nn.Module) -> None:
+    """Raises ArgumentError for a name of lora_target_modules or lora_target_parameters that matches nothing.
+
+    Of the names that are there by default, one is enough: not every model has all of them.
+    """
+    name = type(model).__name__
+    modules = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if config.lora_target_modules != ALL_LINEAR:
+        wanted = list(config.lora_target_modules)
+        missing = [each for each in wanted if not any(matches(path, each) for path in modules)]
+        if missing and (wanted != ATTENTION or missing == wanted):
+            raise ArgumentError(
+                f"lora_target_modules: {' and '.join(missing)} match{'es' * (len(missing) == 1)} no linear layer of "
+                f"{name}; {nearest(missing[0], modules)}"
+            )
+    parameters = [path for path, parameter in model.named_parameters() if parameter.ndim > 1]
+    for wanted in config.lora_target_parameters:
+        if not any(matches(path, wanted) for path in parameters):
+            raise ArgumentError(
+                f"lora_target_parameters: {wanted} matches no parameter of {name}; "
+                f"{nearest(wanted, [path for path in parameters if 'expert' in path] or parameters)}"
+            )
+
+
+def matches(path: str, wanted: str) -> bool:
+    """Whether PEFT takes `wanted` for the module or parameter at `path`."""
+    return path == wanted or path.endswith(f".{wanted}")
+
+
+def nearest(wanted: str, paths: list[str]) -> str:
+    """Up to three names like `wanted` among the ends of `paths`; where none is like it, what there is."""
+    parts = wanted.count(".") + 1
+    ends = list(dict.fromkeys(".".join(path.split(".")[-parts:]) for path in paths))
+    near = difflib.get_close_matches(wanted, ends, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(ends[:12])}"
+
+
+def check_fit(model: nn.Module, folder: str) -> None:
+    """Raises ArgumentError where the adapter in lora_model_dir is damaged, or one of another model."""
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ArgumentError(f"lora_model_dir: {folder} has no adapter_model.safetensors")
+    try:
+        stored: dict[str, Any] = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ArgumentError(f"lora_model_dir: {file} is damaged ({error})") from None
+    if any(map(SINGLE_EXPERTS.search, stored)):
+        return  # names of older Transformers, which PEFT converts when it loads them
+    lora = LoraConfig.from_pretrained(folder)
+    try:
+        with torch.device("meta"):
+            adapted = get_peft_model(model, lora)
+        check_fits(lora_shapes(adapted, ADAPTER), stored, type(model).__name__, lora.base_model_name_or_path)
+    except ValueError as error:
+        raise ArgumentError(f"lora_model_dir: {folder} does not fit the model: {error}") from error
