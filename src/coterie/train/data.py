@@ -72,10 +72,11 @@ def load_one(entry: DatasetConfig, config: TrainConfig, folder: Path, tokenizer:
         if holes:
             check_lines(entry.path, file, holes)
     rows = rows.select_columns([*required, *extra_columns(kind, rows.column_names, required)])
-    pairs_of_chats = kind == "preference" and isinstance(rows[0]["chosen"], list)
-    if pairs_of_chats:
+    is_chat = kind in ("chat_template", "alpaca")
+    if kind == "preference" and isinstance(rows[0]["chosen"], list):
+        is_chat = True
         rows = rows.map(pair_of, fn_kwargs={"entry": entry}, remove_columns=rows.column_names, desc="Reading")
-    if (kind in ("chat_template", "alpaca") or pairs_of_chats) and tokenizer.chat_template is None:
+    if is_chat and tokenizer.chat_template is None:
         raise ArgumentError(
             f"{entry.path} has chats, but {config.base_model} has no chat template: set chat_template: chatml, "
             "or give a Jinja file"

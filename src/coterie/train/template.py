@@ -153,6 +153,5 @@ def tokens_of_spans(tokenizer: Any, text: str, spans: list[tuple[int, int]], spe
 
 def common_length(first: Sequence, second: Sequence) -> int:
     """How far two texts, or two lists of tokens, agree from their beginning."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+    shorter = min(len(first), len(second))
+    return next((i for i in range(shorter) if first[i] != second[i]), shorter)
