@@ -171,7 +171,7 @@ def test_unfrozen_in_float32(adapter, configure, train, tmp_path):
         ({"unfrozen_parameters": ["("]}, "is not a regular expression"),
         ({"unfrozen_parameters": ["mlp"]}, "packed weights are frozen"),
         ({"lora_target_modules": ["nothing"], "lora_target_parameters": []}, "nothing matches no linear layer"),
-        ({"lora_target_modules": ["q_proj", "w_proj"]}, "w_proj matches no linear layer of .*did you mean q_proj"),
+        ({"lora_target_modules": ["q_proj", "w_proj"]}, "w_proj matches no linear layer of .*did you mean .*q_proj"),
         ({"lora_target_parameters": ["experts.up_proj"]}, "experts.up_proj matches no parameter"),
         ({"lora_model_dir": "nowhere"}, "nowhere has no adapter_config.json"),
         ({"optimizer": "zebra"}, "the trainer refuses these settings.*zebra"),
