@@ -34,7 +34,7 @@ def names(folder: Path) -> list[str]:
 
 def test_a_finished_run_is_not_replaced(output, configure, monkeypatch):
     """Refused before anything is loaded, and nothing is touched."""
-    monkeypatch.setattr(run, "load_datasets", None)
+    monkeypatch.setattr(run, "check_all", None)
     before = names(output)
     for start in (run.validate, lambda *given: run.train(*given, Console(quiet=True))):
         with pytest.raises(ArgumentError, match=r"run \(.*\): --resume to go on from checkpoint-10, --over"):

@@ -248,7 +248,7 @@ def test_an_adapter_other_than_the_file_says(changes, message, adapter, configur
         with pytest.raises(ArgumentError, match=message):
             check(config, Path())
     same = {"lora_r": 3, "lora_target_modules": ["q_proj"], "lora_target_parameters": EXPERT_PARAMETERS[::-1]}
-    assert run.validate(configure(**same, lora_model_dir=str(adapter)), Path())[0] == 248
+    assert run.validate(configure(**same, lora_model_dir=str(adapter)), Path()).train.num_rows == 248
 
 
 def test_what_is_no_lora_is_no_adapter_to_go_on_from(configure, tmp_path):

@@ -111,7 +111,7 @@ def test_what_is_saved_opens_as_the_base_did(name, configure, train, monkeypatch
     for folder in (tmp_path / "output", tmp_path / "output" / "checkpoint-1"):
         saved = json.loads((folder / "config.json").read_text())
         assert (saved["dtype"], saved["use_cache"]) == ("bfloat16", True)
-        model = coterie.from_pretrained(folder)
+        model = coterie.from_pretrained(folder, activations="bf16")  # as they were trained
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
         with torch.no_grad():
             assert torch.equal(model(ids).logits, kept["trainer"].model.eval().requires_grad_(False)(ids).logits)

@@ -45,7 +45,7 @@ def check_model(config: TrainConfig, base: str) -> None:
         CoterieConfig(config.experts or "int4", config.group_size, config.zero_point)
     if config.adapter and config.lora_model_dir:
         check_keys(config)
-        check_fit(model, config.lora_model_dir)
+        check_fit(model, config.lora_model_dir, task)
     elif config.adapter:
         check_targets(config, model)
         with torch.device("meta"):
@@ -89,7 +89,7 @@ def nearest(wanted: str, paths: list[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(ends[:12])}"
 
 
-def check_fit(model: nn.Module, folder: str) -> None:
+def check_fit(model: nn.Module, folder: str, task: str) -> None:
     """Raises ArgumentError where the adapter in lora_model_dir is damaged, or one of another model."""
     file = Path(folder) / "adapter_model.safetensors"
     if not file.is_file():
@@ -101,6 +101,7 @@ def check_fit(model: nn.Module, folder: str) -> None:
     if any(map(SINGLE_EXPERTS.search, stored)):
         return  # names of older Transformers, which PEFT converts when it loads them
     lora = LoraConfig.from_pretrained(folder)
+    lora.task_type = task
     try:
         with torch.device("meta"):
             adapted = get_peft_model(model, lora)
