@@ -49,6 +49,8 @@ def test_supervised(configure, train, tmp_path):
     output = tmp_path / "output"
     assert '"eval_loss"' in (output / "metrics.jsonl").read_text()
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    card = (output / "README.md").read_text()
+    assert f"Base model: `{tiny.PATH}`" in card and f"Trained on: `{tmp_path / 'few.jsonl'}`" in card
     assert "traceEvents" in (output / "trace.json").read_text()
     base = coterie.from_pretrained(tiny.PATH, "int8").requires_grad_(False)
     before = logits(base)

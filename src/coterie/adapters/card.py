@@ -15,7 +15,7 @@ from coterie.checkpoints.tensorwriter import write_text
 PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
 
 ADAPTER = """
-A LoRA adapter. With [coterie](https://pypi.org/project/coterie) the base model's experts stay packed in memory:
+A LoRA adapter. With coterie the base model's experts stay packed in memory:
 
 ```python
 import coterie

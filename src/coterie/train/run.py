@@ -117,6 +117,8 @@ def train(config: TrainConfig, folder: Path, console: Console, overwrite: bool =
         experts = model.config.quantization_config.experts
         draw_losses(metrics, output / CURVE, f"{Path(checked.base).name}, experts in {experts}", unit(config))
     losses = [row for row in metrics if "loss" in row]
+    if not losses:
+        raise ArgumentError(f"{resume} is where this run ends already: raise max_steps or num_epochs to go on from it")
     evaluated = [row["eval_loss"] for row in metrics if "eval_loss" in row]
     return Report(
         steps=trainer.state.global_step,
