@@ -1,19 +1,32 @@
-"""Every supported family against Transformers' own eager experts on the weights that the kernels compute with."""
+"""Every supported family against Transformers' own eager experts on the weights that the kernels compute with.
+
+Rounding can tip a router, whose other choice then is another model's; so where whole models are compared, one runs with
+the routing that was recorded of the other, and the routers' own choices are compared apart.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import tiny_models
 import torch
+from engine_cases import assert_close, engine_truth
 from transformers import AutoModelForCausalLM
 
 import coterie
 from coterie.hf.layout import is_experts
-from coterie.hf.modules import packed_modules
+from coterie.hf.modules import packed_module, packed_modules
 
-# Relative error of one layer's output: bf16 rounds activations to bf16, int8 and int4 to int8.
+# Relative error of the output: bf16 rounds activations to bf16, int8 and int4 to int8.
 TOLERANCE = {"bf16": 5e-3, "int8": 2.5e-2, "int4": 2.5e-2}
 CASES = [(family, experts) for family in tiny_models.FAMILIES for experts in TOLERANCE]
+AGREEMENT = 0.9  # of the routers' choices, each from activations that differ by rounding alone
+OPTIONS = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "output_logits": True}
+OPTIONS |= {"return_dict_in_generate": True}
+
+Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [T, H], ids [T, K], weights [T, K]
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -33,21 +46,55 @@ class Pair:
                 self.eager.get_submodule(name).get_parameter(parameter).data.copy_(dense)
 
 
-def run(model, prompt: torch.Tensor) -> tuple[torch.Tensor, list[tuple]]:
-    """The logits, and (hidden, ids, weights, output) of each experts module."""
-    calls: list[tuple] = []
-    hooks = [
-        module.register_forward_hook(lambda module, args, output: calls.append((*args, output)))
-        for module in experts_modules(model)
-    ]
-    logits = model(prompt).logits
-    for hook in hooks:
-        hook.remove()
-    return logits, calls
-
-
 def experts_modules(model) -> list:
     return [module for module in model.modules() if is_experts(module)]
+
+
+@contextmanager
+def recorded(model) -> Iterator[list[list[Call]]]:
+    """The calls of each experts module while the block runs."""
+    modules = experts_modules(model)
+    calls: list[list[Call]] = [[] for _ in modules]
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, own=own: own.append(args))
+        for module, own in zip(modules, calls, strict=True)
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def routed(model, routing: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[list[list[Call]]]:
+    """Gives each experts module (ids, weights) of `routing` for its last rows; its own choices are recorded."""
+    with recorded(model) as calls:
+        hooks = []
+        for module, (ids, weights) in zip(experts_modules(model), routing, strict=True):
+
+            def replace(_, args, ids=ids, weights=weights):
+                hidden, own_ids, own_weights = args
+                first = len(own_ids) - len(ids)
+                return hidden, torch.cat([own_ids[:first], ids]), torch.cat([own_weights[:first], weights])
+
+            hooks.append(module.register_forward_pre_hook(replace))
+        try:
+            yield calls
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def routing_of(calls: list[list[Call]], tokens: slice = slice(None)) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids, weights) of each module, of all its calls one after the other."""
+    return [(torch.cat([c[1] for c in own])[tokens], torch.cat([c[2] for c in own])[tokens]) for own in calls]
+
+
+def agreement(calls: list[list[Call]], routing: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """The share of tokens whose experts a module chose as `routing` has them."""
+    same = [own[0][1][-len(ids) :].sort()[0] == ids.sort()[0] for own, (ids, _) in zip(calls, routing, strict=True)]
+    return torch.stack(same).all(-1).float().mean().item()
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
@@ -60,35 +107,27 @@ def case(request, checkpoint) -> tuple[Pair, float]:
 def test_layers_and_logits(case):
     pair, tolerance = case
     prompt = tiny_models.prompt()
-    (eager, expected), (packed, found) = run(pair.eager, prompt), run(pair.packed, prompt)
-    modules = experts_modules(pair.packed)
-    assert len(modules) == len(expected) == len(found) == 2
-    for module, (hidden, ids, weights, output) in zip(modules, expected, strict=True):
-        assert relative(module(hidden, ids, weights), output) < tolerance
-    same = same_routing(expected, found, prompt.shape)
-    assert same.float().mean() > 0.4
-    assert relative(packed[same], eager[same]) < tolerance
-
-
-def same_routing(expected: list[tuple], found: list[tuple], shape: tuple[int, int]) -> torch.Tensor:
-    """Where [batch, length] routing agreed for a token and all before it: rounding can tip a router's top-k, and its
-    weights with it (PhiMoE's jump between 0.5 and 1 where two experts come close)."""
-    differs = torch.zeros(shape, dtype=torch.bool)
-    for (_, ids, weights, _), (_, other_ids, other_weights, _) in zip(expected, found, strict=True):
-        ids, order = ids.sort()
-        other_ids, other_order = other_ids.sort()
-        apart = (weights.gather(-1, order) - other_weights.gather(-1, other_order)).abs() > 0.1
-        differs |= ((ids != other_ids) | apart).any(-1).view(shape)
-    return differs.cumsum(-1) == 0
+    with recorded(pair.eager) as calls:
+        expected = pair.eager(prompt).logits
+    routing = routing_of(calls)
+    with routed(pair.packed, routing) as own:
+        found = pair.packed(prompt).logits
+    assert relative(found, expected) < tolerance
+    assert len(own) == 2 and agreement(own, routing) > AGREEMENT
+    isa = coterie.cpu.info().isa
+    for module, eager, (args,) in zip(experts_modules(pair.packed), experts_modules(pair.eager), calls, strict=True):
+        output, experts = module(*args), packed_module(module).experts
+        assert relative(output, eager(*args)) < tolerance
+        assert_close(experts.spec, output, engine_truth(experts, isa, *args))
 
 
 @torch.inference_mode()
 def test_greedy_generation(case):
     pair, tolerance = case
     prompt = tiny_models.prompt()
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = pair.eager.generate(prompt, **options)
-    found = pair.packed.generate(prompt, **options)
+    options = {"max_new_tokens": 6, **OPTIONS}
+    expected = pair.eager.generate(prompt, **options).sequences
+    found = pair.packed.generate(prompt, **options).sequences
     assert found.shape == expected.shape
     for row_found, row_expected in zip(found, expected, strict=True):
         different = (row_found != row_expected).nonzero()
@@ -101,23 +140,32 @@ def test_greedy_generation(case):
 
 
 @torch.inference_mode()
-def test_cache_and_padding(case):
+def test_cache(case):
+    """Tokens one by one, from the cache, and all at once: the same up to rounding."""
+    pair, tolerance = case
+    prompt, new = tiny_models.prompt(batch=1), 4
+    with recorded(pair.packed) as calls:
+        cached = pair.packed.generate(prompt, max_new_tokens=new, **OPTIONS)
+    assert torch.equal(cached.sequences[:, :-new], prompt)
+    routing = routing_of(calls)
+    with routed(pair.packed, routing) as own:
+        logits = pair.packed(cached.sequences[:, :-1], use_cache=False).logits
+    assert relative(logits[0, -new:], torch.cat(cached.logits)) < tolerance
+    assert agreement(own, routing) > AGREEMENT
+
+
+@torch.inference_mode()
+def test_padding(case):
+    """A prompt by itself, and padded on the left beside a longer one: the same up to rounding."""
     pair, tolerance = case
     prompt = tiny_models.prompt(batch=1)
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    alone = pair.packed.generate(prompt, **options, output_logits=True, return_dict_in_generate=True)
-    assert torch.equal(alone.sequences[:, :-4], prompt)
-    uncached = pair.packed.generate(prompt, **options, use_cache=False)
-    left = torch.nn.functional.pad(prompt, (3, 0))
-    batch = torch.cat([left, tiny_models.prompt(batch=1, length=15)])
+    with recorded(pair.packed) as calls:
+        alone = pair.packed.generate(prompt, max_new_tokens=1, **OPTIONS)
+    batch = torch.cat([tiny_models.prompt(batch=1, length=15), torch.nn.functional.pad(prompt, (3, 0))])
     mask = torch.ones_like(batch)
-    mask[0, :3] = 0
-    padded = pair.packed.generate(
-        batch, attention_mask=mask, **options, output_logits=True, return_dict_in_generate=True
-    )
-    # Other batch, other shapes: the same computation up to the rounding of activations.
-    error = relative(padded.logits[0][0], alone.logits[0][0])
-    tipped = not torch.equal(padded.sequences[0, 3:], alone.sequences[0])
-    assert error < 2 * tolerance or (tipped and error < 0.5)
-    agreement = (uncached == alone.sequences).float().mean()
-    assert agreement > 0.9
+    mask[1, :3] = 0
+    routing = routing_of(calls)
+    with routed(pair.packed, routing) as own:
+        padded = pair.packed.generate(batch, attention_mask=mask, max_new_tokens=1, **OPTIONS)
+    assert relative(padded.logits[0][1], alone.logits[0][0]) < tolerance
+    assert agreement(own, routing) > AGREEMENT
