@@ -294,4 +294,4 @@ def test_commands(adapted, tmp_path, monkeypatch, capsys):
     assert code == 0 and "248 rows" in text
     (tmp_path / "wrong.yaml").write_text("lora_rank: 8")
     code, text = run("sft", tmp_path / "wrong.yaml")
-    assert code == 2 and "did you mean 'lora_r'" in text
+    assert code == 2 and "did you mean lora_r " in text
