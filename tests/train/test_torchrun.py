@@ -27,15 +27,18 @@ main()
 """
 
 
-def losses(folder: Path) -> dict[int, float]:
+def losses(folder: Path, name: str = "loss") -> dict[int, float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+    return {row["step"]: row[name] for row in rows if name in row}
 
 
 def test_two_processes_train_like_one(write, configure, train, tmp_path):
-    common = {"bf16": False, "save_steps": 2, "profiler_steps": 1}
+    few = tmp_path / "few.jsonl"  # a number that neither processes nor batches divide
+    few.write_text("\n".join((DATA / "heldout.jsonl").read_text().splitlines()[:5]))
+    evaluation = {"test_datasets": [{"path": str(few)}], "eval_steps": 4}
+    common = {"bf16": False, "save_steps": 2, "profiler_steps": 1, **evaluation}
     pair = tmp_path / "pair"
-    file = write(**common, output_dir=str(pair), test_datasets=[{"path": str(DATA / "heldout.jsonl")}], eval_steps=4)
+    file = write(**common, output_dir=str(pair))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "--no-python", sys.executable, "-c", PROGRAM, "sft", str(file)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -52,6 +55,7 @@ def test_two_processes_train_like_one(write, configure, train, tmp_path):
     assert list(losses(pair)) == [1, 2, 3, 4]
     assert losses(pair) == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
     assert losses(pair) == pytest.approx(losses(tmp_path / "double"), rel=1e-3)
+    assert losses(pair, "eval_loss") == pytest.approx(losses(tmp_path / "one", "eval_loss"), rel=1e-5)
     adapters = [load_file(folder / "adapter_model.safetensors") for folder in (pair, tmp_path / "one")]
     for name, found in adapters[0].items():
         torch.testing.assert_close(found, adapters[1][name], rtol=1e-5, atol=1e-7)
