@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from coterie.errors import ArgumentError, CheckpointError
-from coterie.train import run
+from coterie.train.checks import check_all
 from coterie.train.config import read_config
 from coterie.train.example import DATA, write_example
 
@@ -18,7 +18,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_are_valid(path):
-    checked = run.validate(read_config(path), path.parent)
+    checked = check_all(read_config(path), path.parent)
     assert len(checked.train) > 0 and not any("left out" in line or " cut " in line for line in checked.findings)
 
 
@@ -26,7 +26,7 @@ def test_written_example_is_valid(tmp_path):
     write_example(tmp_path / "mine.yaml")
     config = read_config(tmp_path / "mine.yaml")
     assert (config.experts, config.max_steps, config.output_dir) == ("int4", 30, "mine-output")
-    checked = run.validate(config, tmp_path)
+    checked = check_all(config, tmp_path)
     assert (len(checked.train), len(checked.test)) == (248, 24)
     with pytest.raises(ArgumentError, match="is there already"):
         write_example(tmp_path / "mine.yaml")
@@ -55,10 +55,10 @@ def test_output_that_cannot_be_written(configure, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
         with pytest.raises(CheckpointError, match=r"output_dir: .* cannot be made: .*file is a file"):
-            run.validate(configure(output_dir=str(folder)), tmp_path)
+            check_all(configure(output_dir=str(folder)), tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(CheckpointError, match=r"output_dir: .* cannot be written: .* is read-only"):
-        run.validate(configure(output_dir=str(tmp_path / "new" / "folder")), tmp_path)
+        check_all(configure(output_dir=str(tmp_path / "new" / "folder")), tmp_path)
 
 
 def test_numbers_may_be_written_as_people_do(configure):
@@ -135,5 +135,5 @@ def test_no_such_file(tmp_path):
 )
 def test_what_a_file_names_is_checked(changes, error, message, configure, tmp_path):
     with pytest.raises(error, match=message):
-        run.validate(configure(**changes), tmp_path)
+        check_all(configure(**changes), tmp_path)
     assert not (tmp_path / "output").exists()

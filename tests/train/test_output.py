@@ -10,7 +10,8 @@ from rich.console import Console
 
 from coterie import tiny
 from coterie.errors import ArgumentError
-from coterie.train import run
+from coterie.train import checks, run
+from coterie.train.checks import check_all
 from coterie.train.output import clear, left_behind, plan_output
 
 RUN = ("adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "loss.png", "training_args.bin")
@@ -34,9 +35,9 @@ def names(folder: Path) -> list[str]:
 
 def test_a_finished_run_is_not_replaced(output, configure, monkeypatch):
     """Refused before anything is loaded, and nothing is touched."""
-    monkeypatch.setattr(run, "check_all", None)
+    monkeypatch.setattr(checks, "check_model", None)
     before = names(output)
-    for start in (run.validate, lambda *given: run.train(*given, Console(quiet=True))):
+    for start in (check_all, lambda *given: run.train(*given, Console(quiet=True))):
         with pytest.raises(ArgumentError, match=r"run \(.*\): --resume to go on from checkpoint-10, --over"):
             start(configure(), Path())
     assert names(output) == before

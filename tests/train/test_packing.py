@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from coterie import tiny
 from coterie.errors import ArgumentError
-from coterie.train import run
+from coterie.train.checks import check_all
 from coterie.train.packing import alone, check_packing, mixing, small_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
@@ -43,4 +43,4 @@ def test_refused_before_training(configure, tmp_path):
     tiny_models.make("gpt_oss", vocab_size=2048).config.save_pretrained(tmp_path / "model")
     with pytest.raises(ArgumentError, match=r"sample_packing: GptOssForCausalLM does not keep packed samples apart"):
         check_packing(str(tmp_path / "model"), trust_remote_code=False)
-    assert run.validate(configure(sample_packing=True, base_model=str(tiny.PATH)), tmp_path).packing_tried
+    assert check_all(configure(sample_packing=True, base_model=str(tiny.PATH)), tmp_path).packing_tried

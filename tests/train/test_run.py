@@ -15,6 +15,7 @@ import coterie
 from coterie import tiny
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.train import run
+from coterie.train.checks import check_all
 from coterie.train.config import EXPERT_PARAMETERS
 from coterie.train.example import DATA
 
@@ -246,14 +247,30 @@ def test_an_adapter_other_than_the_file_says(changes, message, adapter, configur
     """Refused before the model is loaded; what the file does not say, or says alike, is the adapter's."""
     monkeypatch.setattr(run, "load_model", None)
     config = configure(**{**NOT_GIVEN, **changes}, lora_model_dir=str(adapter))
-    for check in (run.validate, lambda *given: run.train(*given, Console(quiet=True))):
+    for check in (check_all, lambda *given: run.train(*given, Console(quiet=True))):
         with pytest.raises(ArgumentError, match=message):
             check(config, Path())
     same = {"lora_r": 3, "lora_target_modules": ["q_proj"], "lora_target_parameters": EXPERT_PARAMETERS[::-1]}
-    assert run.validate(configure(**same, lora_model_dir=str(adapter)), Path()).train.num_rows == 248
+    assert check_all(configure(**same, lora_model_dir=str(adapter)), Path()).train.num_rows == 248
 
 
 def test_what_is_no_lora_is_no_adapter_to_go_on_from(configure, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
     with pytest.raises(ArgumentError, match="is PROMPT_TUNING; expected a LoRA"):
-        run.validate(configure(lora_model_dir=str(tmp_path)), Path())
+        check_all(configure(lora_model_dir=str(tmp_path)), Path())
+
+
+@pytest.mark.parametrize(("limit", "steps"), [("max_steps", 1), ("num_epochs", 2)])
+def test_a_checkpoint_that_is_the_last_step(limit, steps, configure, train, tmp_path):
+    """Trainer would train one more: refused before anything is loaded, and the way on that it names goes on."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join((DATA / "train.jsonl").read_text().splitlines()[:2]))
+    options = {"datasets": [{"path": str(few)}], "save_steps": 1, "max_steps": -1}
+    train(configure(**{**options, limit: steps}))
+    last = tmp_path / "output" / f"checkpoint-{steps}"
+    again = {**options, "resume_from_checkpoint": str(last), "output_dir": str(tmp_path / "again")}
+    for check in (check_all, lambda *given: run.train(*given, Console(quiet=True))):
+        with pytest.raises(ArgumentError, match=rf"checkpoint-{steps} is where this run ends.*raise {limit} \({steps}"):
+            check(configure(**{**again, limit: steps}), Path())
+    assert not (tmp_path / "again").exists()
+    assert [row["step"] for row in train(configure(**{**again, limit: steps + 1}))] == [steps + 1]

@@ -45,11 +45,12 @@ def sft(
         raise ArgumentError(f"--resume excludes {'--overwrite' if overwrite else 'resume_from_checkpoint'}")
     settings.auto_resume_from_checkpoints |= resume
     from coterie.train import run
+    from coterie.train.checks import check_all
     from coterie.train.metrics import shown
     from coterie.train.processes import end_process_group
 
     if validate:
-        checked = run.validate(settings, config.parent, overwrite)
+        checked = check_all(settings, config.parent, overwrite)
         for line in checked.findings:
             console.print(line, highlight=False, soft_wrap=True)
         rows, held = len(checked.train), len(checked.test) if checked.test else 0
@@ -67,9 +68,9 @@ def sft(
     summary = facts(str(config))
     summary.add_row("trained", f"{count(report.trained)} parameters, {report.steps} steps")
     summary.add_row("time", f"{significant(report.seconds)} s")
-    summary.add_row("first step", shown(report.first))
-    summary.add_row("last step", shown(report.last))
-    if report.eval_loss is not None:
-        summary.add_row("evaluation", f"loss {report.eval_loss:.4f}")
+    summary.add_row("first step", shown(report.losses[0]))
+    summary.add_row("last step", shown(report.losses[-1]))
+    if report.eval_losses:
+        summary.add_row("evaluation", f"loss {report.eval_losses[-1]:.4f}")
     summary.add_row("saved", str(report.output_dir))
     console.print(summary)

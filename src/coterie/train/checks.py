@@ -11,10 +11,12 @@ from transformers.integrations import get_available_reporting_integrations
 
 from coterie.errors import ArgumentError
 from coterie.hf.loading import check_folder
+from coterie.train.arguments import make_arguments
 from coterie.train.config import TrainConfig
 from coterie.train.data import load_datasets, locate
 from coterie.train.empty import check_model
 from coterie.train.model import load_tokenizer
+from coterie.train.output import plan_output
 from coterie.train.packing import check_packing
 
 
@@ -23,10 +25,12 @@ class Checked:
     """What a run starts from.
 
     train, test: rows in tokens; preferences as TRL reads them. findings: lines about the data, for people.
+    resume: the checkpoint to go on from.
     packing_tried: whether packing was found to be safe; if not, that is still to be tried on the model itself.
     """
 
     base: str
+    resume: Path | None
     tokenizer: Any
     train: Dataset
     test: Dataset | None
@@ -34,12 +38,15 @@ class Checked:
     packing_tried: bool
 
 
-def check_all(config: TrainConfig, folder: Path) -> Checked:
-    """The data and the names of a fine-tuning file, checked; relative paths are seen from `folder`.
+def check_all(config: TrainConfig, folder: Path, overwrite: bool = False) -> Checked:
+    """What a run of a fine-tuning file would start from; relative paths are seen from `folder`.
 
+    overwrite: what an earlier run left in the output folder may go.
     Loads no weights and writes nothing. Raises ArgumentError, CheckpointError or UnsupportedModelError.
     """
     base = base_model(config, folder)
+    resume = plan_output(config, base, overwrite)
+    make_arguments(config, has_test=bool(config.test_datasets or config.val_set_size))
     if Path(base).is_dir():
         check_folder(Path(base))
     check_reporting(config.report_to)
@@ -48,7 +55,7 @@ def check_all(config: TrainConfig, folder: Path) -> Checked:
     tokenizer = load_tokenizer(config, base, folder)
     train, test, found = load_datasets(config, folder, tokenizer)
     findings = [line for each in found for line in each.lines(config.sequence_len)]
-    return Checked(base, tokenizer, train, test, findings, packing_tried)
+    return Checked(base, resume, tokenizer, train, test, findings, packing_tried)
 
 
 def base_model(config: TrainConfig, folder: Path) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
-from coterie.errors import CheckpointError
+from coterie.checkpoints.folder import read_json
+from coterie.errors import ArgumentError, CheckpointError
 from coterie.train.config import TrainConfig
 
 STATE = "trainer_state.json"
@@ -17,13 +18,32 @@ FILES = (STATE, "optimizer.pt", "scheduler.pt")
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from, checked; None to begin anew. Raises CheckpointError."""
+    """The checkpoint to go on from, checked; None to begin anew.
+
+    Raises CheckpointError, and ArgumentError for one after which this run has no step left.
+    """
     if config.resume_from_checkpoint:
-        return check_checkpoint(Path(config.resume_from_checkpoint))
-    if config.auto_resume_from_checkpoints and Path(config.output_dir).is_dir():
+        checkpoint = check_checkpoint(Path(config.resume_from_checkpoint))
+    elif config.auto_resume_from_checkpoints and Path(config.output_dir).is_dir():
         last = get_last_checkpoint(config.output_dir)
-        return check_checkpoint(Path(last)) if last else None
-    return None
+        if last is None:
+            return None
+        checkpoint = check_checkpoint(Path(last))
+    else:
+        return None
+    check_goes_on(config, checkpoint)
+    return checkpoint
+
+
+def check_goes_on(config: TrainConfig, checkpoint: Path) -> None:
+    """Raises ArgumentError where a checkpoint is the run's last: Trainer would train a step too many."""
+    state = read_json(checkpoint / STATE)
+    limit, done = ("max_steps", "global_step") if config.max_steps > 0 else ("num_epochs", "epoch")
+    if (state.get(done) or 0) >= getattr(config, limit):
+        raise ArgumentError(
+            f"{checkpoint} is where this run ends already, and what it trained is in there; raise {limit} "
+            f"({getattr(config, limit)}) to go on from it"
+        )
 
 
 def check_checkpoint(folder: Path) -> Path:

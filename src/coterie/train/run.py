@@ -10,19 +10,19 @@ from typing import Any
 
 from rich.console import Console
 from transformers import logging, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from coterie.adapters.card import write_card
 from coterie.errors import ArgumentError
 from coterie.train.arguments import make_arguments
 from coterie.train.callbacks import Profiler, ProgressBar
-from coterie.train.checks import Checked, base_model, check_all
+from coterie.train.checks import Checked, check_all
 from coterie.train.config import TrainConfig
 from coterie.train.curve import draw_losses
 from coterie.train.data import locate
 from coterie.train.metrics import METRICS, MetricsFile, Row, read_metrics
 from coterie.train.model import load_model, reference_model
-from coterie.train.output import CURVE, clear, plan_output
+from coterie.train.output import CURVE, clear
 from coterie.train.packing import refuse_mixing
 from coterie.train.steps import step_trainer
 from coterie.train.stop import HOUR, Stop
@@ -31,60 +31,90 @@ from coterie.train.trainers import Preferences, Rewards, Supervised
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did. A run that a signal ended early has left a checkpoint and no adapter of its own."""
+    """What a run did. A run that a signal ended early has left a checkpoint and no adapter of its own.
+
+    losses: its logs that have one.
+    """
 
     steps: int
     planned: int
     seconds: float
-    first: Row
-    last: Row
-    eval_loss: float | None
+    losses: list[Row]
+    eval_losses: list[float]
     trained: int
     output_dir: Path
     signal: int | None = None
 
     @property
     def first_loss(self) -> float:
-        return self.first["loss"]
+        return self.losses[0]["loss"]
 
     @property
     def last_loss(self) -> float:
-        return self.last["loss"]
-
-
-def validate(config: TrainConfig, folder: Path, overwrite: bool = False) -> Checked:
-    """What a run would start from, with everything checked that can be without loading the model.
-
-    Relative paths are seen from `folder`. Raises ArgumentError, CheckpointError or UnsupportedModelError.
-    """
-    plan_output(config, base_model(config, folder), overwrite)
-    make_arguments(config, has_test=bool(config.test_datasets or config.val_set_size))
-    return check_all(config, folder)
+        return self.losses[-1]["loss"]
 
 
 def train(config: TrainConfig, folder: Path, console: Console, overwrite: bool = False) -> Report | None:
-    """Runs a checked file; relative paths are seen from `folder`. Writes everything under `config.output_dir`.
+    """Runs a file once it is checked; relative paths are seen from `folder`. Writes all under `config.output_dir`.
 
     overwrite: what an earlier run left there is taken away before the first step.
     Under torchrun each process trains on its share of every step; the first one alone prints, writes and reports, the
     others return None.
     """
+    is_first = os.environ.get("RANK", "0") == "0"
     logging.set_verbosity_error()
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first:
         logging.disable_progress_bar()
-    checked = validate(config, folder, overwrite)
-    resume = plan_output(config, checked.base, overwrite)
-    if os.environ.get("RANK", "0") == "0":
-        for line in checked.findings:
-            console.print(line, highlight=False, soft_wrap=True)
+        console = Console(quiet=True)
+    checked = check_all(config, folder, overwrite)
+    for line in checked.findings:
+        console.print(line, highlight=False, soft_wrap=True)
+
+    trainer = load_trainer(config, checked)
+    stop = Stop(console, every=None if config.save_steps else HOUR)
+    trainer.add_callback(stop)
+    output = Path(config.output_dir)
+    if is_first:
+        for callback in watchers(config, output, console):
+            trainer.add_callback(callback)
+        if overwrite:
+            clear(output, checked.resume)
+
+    start = time.perf_counter()
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=str(checked.resume) if checked.resume else None)
+    seconds = time.perf_counter() - start
+
+    if not stop.stopping:
+        trainer.save_model(str(output))
+    if not is_first:
+        return None
+    metrics = read_metrics(output / METRICS)
+    if not stop.stopping:
+        write_card(output, checked.base, [str(locate(entry.path, folder) or entry.path) for entry in config.datasets])
+        experts = trainer.model.config.quantization_config.experts
+        draw_losses(metrics, output / CURVE, f"{Path(checked.base).name}, experts in {experts}", unit(config))
+    return Report(
+        steps=trainer.state.global_step,
+        planned=trainer.state.max_steps,
+        seconds=seconds,
+        losses=[row for row in metrics if "loss" in row],
+        eval_losses=[row["eval_loss"] for row in metrics if "eval_loss" in row],
+        trained=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        output_dir=output,
+        signal=stop.signal if stop.stopping else None,
+    )
+
+
+def load_trainer(config: TrainConfig, checked: Checked) -> Any:
+    """The model with packed experts in its trainer, which shows nothing yet."""
+    for name, value in (("WANDB_PROJECT", config.wandb_project), ("WANDB_ENTITY", config.wandb_entity)):
+        if value:
+            os.environ[name] = value
     set_seed(config.seed)
     model = load_model(config, checked.base, checked.tokenizer)
     if not checked.packing_tried:
         refuse_mixing(model)
-    output = Path(config.output_dir)
-    for name, value in (("WANDB_PROJECT", config.wandb_project), ("WANDB_ENTITY", config.wandb_entity)):
-        if value:
-            os.environ[name] = value
     trainer = make_trainer(
         config,
         model=model,
@@ -93,44 +123,15 @@ def train(config: TrainConfig, folder: Path, console: Console, overwrite: bool =
         processing_class=checked.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    is_first = trainer.is_world_process_zero()
-    stop = Stop(console if is_first else Console(quiet=True), every=None if config.save_steps else HOUR)
-    trainer.add_callback(stop)
-    if is_first:
-        trainer.add_callback(MetricsFile(output / METRICS))
-        trainer.add_callback(ProgressBar(console))
-        if config.profiler_steps:
-            trainer.add_callback(Profiler(output, config.profiler_steps, config.profiler_steps_start))
-        if overwrite:
-            clear(output, resume)
-    start = time.perf_counter()
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    seconds = time.perf_counter() - start
-    if not stop.stopping:
-        trainer.save_model(str(output))
-    if not is_first:
-        return None
-    metrics = read_metrics(output / METRICS)
-    if not stop.stopping:
-        write_card(output, checked.base, [str(locate(entry.path, folder) or entry.path) for entry in config.datasets])
-        experts = model.config.quantization_config.experts
-        draw_losses(metrics, output / CURVE, f"{Path(checked.base).name}, experts in {experts}", unit(config))
-    losses = [row for row in metrics if "loss" in row]
-    if not losses:
-        raise ArgumentError(f"{resume} is where this run ends already: raise max_steps or num_epochs to go on from it")
-    evaluated = [row["eval_loss"] for row in metrics if "eval_loss" in row]
-    return Report(
-        steps=trainer.state.global_step,
-        planned=trainer.state.max_steps,
-        seconds=seconds,
-        first=losses[0],
-        last=losses[-1],
-        eval_loss=evaluated[-1] if evaluated else None,
-        trained=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        output_dir=output,
-        signal=stop.signal if stop.stopping else None,
-    )
+    return trainer
+
+
+def watchers(config: TrainConfig, output: Path, console: Console) -> list[TrainerCallback]:
+    """What shows and records the run."""
+    found: list[TrainerCallback] = [MetricsFile(output / METRICS), ProgressBar(console)]
+    if config.profiler_steps:
+        found.append(Profiler(output, config.profiler_steps, config.profiler_steps_start))
+    return found
 
 
 def unit(config: TrainConfig) -> str:
