@@ -184,8 +184,8 @@ def test_what_cannot_be_computed_is_refused(changes, message, checkpoint):
         ({"num_local_experts": 4}, r"expected shape \[16, \d+\], found \[\d+, \d+\]"),
         ({"hidden_size": 96}, r"expected shape \[\d+, 96\]"),
         ({"intermediate_size": 64}, "expected shape"),
-        ({"num_hidden_layers": 1}, r"expected 4 LoRA tensors, found 8: 4 have no place in it, .*layers\.1\."),
-        ({"num_hidden_layers": 3}, r"expected 12 LoRA tensors, found 8: 4 are missing, .*layers\.2\."),
+        ({"num_hidden_layers": 1}, r"expected 4 tensors, found 8: 4 have no place in it, .*layers\.1\."),
+        ({"num_hidden_layers": 3}, r"expected 12 tensors, found 8: 4 are missing, .*layers\.2\."),
     ],
     ids=str,
 )

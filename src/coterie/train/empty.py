@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from coterie.errors import ArgumentError, UnsupportedModelError
 from coterie.hf import CoterieConfig
-from coterie.hf.adapter_fit import SINGLE_EXPERTS, check_fits, lora_shapes
+from coterie.hf.adapter_fit import check_adapter
 from coterie.hf.modules import read_layouts
 from coterie.train.adapter import add_adapter, check_keys
 from coterie.train.config import ALL_LINEAR, ATTENTION, TrainConfig
@@ -45,7 +45,7 @@ def check_model(config: TrainConfig, base: str) -> None:
         CoterieConfig(config.experts or "int4", config.group_size, config.zero_point)
     if config.adapter and config.lora_model_dir:
         check_keys(config)
-        check_fit(model, config.lora_model_dir, task)
+        check_fit(model, config.lora_model_dir)
     elif config.adapter:
         check_targets(config, model)
         with torch.device("meta"):
@@ -89,7 +89,7 @@ def nearest(wanted: str, paths: list[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(ends[:12])}"
 
 
-def check_fit(model: nn.Module, folder: str, task: str) -> None:
+def check_fit(model: nn.Module, folder: str) -> None:
     """Raises ArgumentError where the adapter in lora_model_dir is damaged, or one of another model."""
     file = Path(folder) / "adapter_model.safetensors"
     if not file.is_file():
@@ -98,13 +98,11 @@ def check_fit(model: nn.Module, folder: str, task: str) -> None:
         stored: dict[str, Any] = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ArgumentError(f"lora_model_dir: {file} is damaged ({error})") from None
-    if any(map(SINGLE_EXPERTS.search, stored)):
-        return  # names of older Transformers, which PEFT converts when it loads them
     lora = LoraConfig.from_pretrained(folder)
-    lora.task_type = task
+    lora.task_type = None  # which need not be the file's: the head of another begins as the model has it
     try:
         with torch.device("meta"):
             adapted = get_peft_model(model, lora)
-        check_fits(lora_shapes(adapted, ADAPTER), stored, type(model).__name__, lora.base_model_name_or_path)
+        check_adapter(adapted, ADAPTER, stored, type(model).__name__)
     except ValueError as error:
         raise ArgumentError(f"lora_model_dir: {folder} does not fit the model: {error}") from error
