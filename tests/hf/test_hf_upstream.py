@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import peft.tuners.lora.layer
+import peft.utils.transformers_weight_conversion
 import pytest
 import tiny_models
 import torch
@@ -114,3 +115,28 @@ def test_saving():
 def test_peft_wrapper():
     wrapper = peft.tuners.lora.layer.ParamWrapper
     assert {"get_param", "get_delta_weight", "update_layer", "forward"} <= set(dir(wrapper))
+
+
+def test_names_of_checkpoints_by_turning_conversions_around():
+    """Numbers go where weights would: Mixtral's stacked experts to each expert's w1 and w3."""
+    assert parameters(core_model_loading.revert_weight_conversion)[:2] == ["model", "state_dict"]
+    with torch.device("meta"):
+        model = tiny_models.make("mixtral")
+    numbers = torch.arange(8 * 6 * 5.0).view(8, 6, 5)
+    stored = core_model_loading.revert_weight_conversion(model, {"model.layers.0.mlp.experts.gate_up_proj": numbers})
+    assert torch.equal(stored["model.layers.0.block_sparse_moe.experts.7.w3.weight"], numbers[7, 3:])
+
+
+def test_adapters_are_loaded_through_these_functions():
+    assert parameters(peft.utils.save_and_load.get_peft_model_state_dict) == [
+        "model",
+        "state_dict",
+        "adapter_name",
+        "unwrap_compiled",
+        "save_embedding_layers",
+    ]
+    convert = peft.utils.transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers
+    assert parameters(convert) == ["model", "peft_config", "adapter_state_dict", "adapter_name"]
+    assert parameters(peft.config.PeftConfigMixin.from_json_file) == ["path_json_file", "kwargs"]
+    assert "set_peft_model_state_dict(" in inspect.getsource(peft.PeftModel.load_adapter)
+    assert "cls.from_json_file(" in inspect.getsource(peft.config.PeftConfigMixin.from_pretrained)

@@ -1,4 +1,4 @@
-"""An adapter's folder and the base model it belongs to."""
+"""An adapter's folder, the base model it belongs to, and the new folder that is made of both."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
 
-from coterie.checkpoints.tensorwriter import sync_folder, sync_tree, temporary_beside
+from coterie.checkpoints.tensorwriter import copy_file, sync_folder, sync_tree, temporary_beside
 from coterie.errors import ArgumentError, CheckpointError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """The configuration of a whole LoRA adapter of a causal LM. Raises CheckpointError or ArgumentError."""
+    """The configuration of a whole LoRA adapter. Raises CheckpointError or ArgumentError."""
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}: expected the folder of a PEFT adapter")
@@ -34,17 +36,37 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise CheckpointError(f"{folder / WEIGHTS} is damaged: {error}") from None
     if not isinstance(config, LoraConfig):
         raise ArgumentError(f"{folder} is a {config.peft_type} adapter; expected LoRA")
-    if config.task_type not in (None, "CAUSAL_LM"):
-        raise ArgumentError(f"{folder} is an adapter for {config.task_type}; expected CAUSAL_LM")
+    if config.task_type not in (None, *TASKS):
+        raise ArgumentError(f"{folder} is an adapter for {config.task_type}; expected one for {', '.join(TASKS)}")
+    if getattr(config, "layer_replication", None):
+        raise ArgumentError(f"{folder} repeats layers of its base model (layer_replication), which is not supported")
+    if config.bias == "all":
+        raise ArgumentError(f"{folder} has biases of modules without LoRA (bias='all'), which is not supported")
     return config
 
 
-def base_of(folder: Path, config: LoraConfig, model: str | None) -> str:
-    """The base model: `model`, or what the adapter says it was trained on. Raises ArgumentError where neither is."""
-    base = model or config.base_model_name_or_path
-    if not base:
+def base_of(folder: Path, config: LoraConfig, model: str | None) -> tuple[str, str | None]:
+    """The base model and its revision: `model`, or what the adapter says it was trained on.
+
+    Raises ArgumentError where neither is.
+    """
+    if model:
+        return model, None
+    if not config.base_model_name_or_path:
         raise ArgumentError(f"{folder / CONFIG} does not name its base model; give it with --model")
-    return base
+    return config.base_model_name_or_path, config.revision
+
+
+def local(base: str, revision: str | None) -> Path:
+    """The folder of a base model; one on the Hugging Face Hub is fetched. Raises CheckpointError."""
+    check_there(base)
+    return Path(base) if Path(base).is_dir() else Path(snapshot_download(base, revision=revision))
+
+
+def check_there(base: str) -> None:
+    """Raises CheckpointError for a path that is not there; what may be a Hub id is left to the Hub."""
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise CheckpointError(f"{base} is not there: give the base model with --model")
 
 
 @contextmanager
@@ -68,3 +90,9 @@ def finished(output: Path) -> Iterator[Path]:
         raise CheckpointError(f"cannot write {output}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a file, and makes its folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    copy_file(source, target)

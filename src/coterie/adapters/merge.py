@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from huggingface_hub import snapshot_download
-from peft import PeftModel
-from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from coterie.adapters.empty import ADAPTER, adapt_empty
-from coterie.adapters.folder import WEIGHTS, base_of, finished, read_adapter_config
+from coterie.adapters.base import open_packed, open_plain
+from coterie.adapters.empty import Adapted, adapt_empty
+from coterie.adapters.folder import WEIGHTS, base_of, copy, finished, local, read_adapter_config
 from coterie.adapters.stream import StreamedMerge
+from coterie.checkpoints.folder import read_json
+from coterie.checkpoints.tensorwriter import write_text
 from coterie.convert import convert_cpu
-from coterie.errors import ArgumentError, CheckpointError
+from coterie.convert.rest import other_files
+from coterie.errors import ArgumentError
 from coterie.formats import resolve
 from coterie.hf.config import METHOD
-from coterie.hf.loading import check_folder, from_pretrained
-from coterie.hf.peft import factors
+from coterie.hf.loading import check_folder
+
+TEMPLATE = r"(additional_chat_templates/.*|chat_template\..*)"
+TOKENIZER = (
+    rf"{TEMPLATE}|(tokenizer|vocab|merges|special_tokens_map|added_tokens|spiece|sentencepiece).*\.(json|txt|model)"
+)
+PROCESSOR = r"(video_)?(pre)?processor_config\.json"
 
 
 @dataclass(frozen=True)
@@ -38,88 +43,78 @@ class Merged:
 def merge_adapter(adapter: Path, output: Path, model: str | None = None, experts: str = "bf16") -> Merged:
     """Writes the merged model to a new folder: `experts` "bf16" a plain checkpoint, "int8" or "int4" a packed one.
 
-    A plain base is read and written an expert at a time. A packed base is dequantised in memory, as is a base under an
-    adapter that is more than LoRA of experts and linear layers beside modules trained in full.
+    The base, plain or packed, is read and written an expert or a module at a time; every tensor that the adapter does
+    not change is copied. A tokenizer or chat template in the adapter's folder takes the place of the base's.
     Raises ArgumentError for an adapter that does not fit, CheckpointError for damaged files.
     """
     resolve(experts)
-    config = read_adapter_config(adapter)
-    base = base_of(adapter, config, model)
-    quantised = check_base(base)
-    stored = load_file(adapter / WEIGHTS)
-    adapted = adapt_empty(base, config, stored)
-    streamed = None if quantised else StreamedMerge(local(base), adapted, stored)
-    with finished(output) as folder:
-        plain = folder if experts == "bf16" else folder / "plain"
+    lora = read_adapter_config(adapter)
+    name, revision = base_of(adapter, lora, model)
+    folder = local(name, revision)
+    packed = check_base(folder, name)
+    adapted = adapt_empty(str(folder), None, lora, load_file(adapter / WEIGHTS))
+    if packed:
+        base = open_packed(folder, adapted.own, adapted.layouts)
+    else:
+        base = open_plain(folder, adapted.layouts, set(adapted.experts()))
+    merge = StreamedMerge(base, adapted)
+    with finished(output) as made:
+        plain = made if experts == "bf16" else made / "plain"
         plain.mkdir(exist_ok=True)
-        if streamed is not None and streamed.possible:
-            parameters, worst = streamed.parameters, streamed.write(plain)
-        else:
-            parameters, worst = merge_in_memory(adapter, base, plain)
+        worst = merge.write(plain)
+        write_config(folder, plain, adapted, merge.untied)
+        copy_others(folder, adapter, plain)
         if experts == "bf16":
-            return Merged(parameters, experts, worst, 0.0)
-        packed = folder / "packed"
-        report = convert_cpu(plain, packed, experts)
-        for file in packed.iterdir():
-            file.replace(folder / file.name)
-        packed.rmdir()
+            return Merged(merge.parameters, experts, worst, 0.0)
+        report = convert_cpu(plain, made / "packed", experts)
+        for file in (made / "packed").iterdir():
+            file.replace(made / file.name)
+        (made / "packed").rmdir()
         shutil.rmtree(plain)
-    return Merged(parameters, experts, worst, max(error.worst for error in report.errors.values()))
+    return Merged(merge.parameters, experts, worst, max(error.worst for error in report.errors.values()))
 
 
-def check_base(base: str) -> bool:
+def check_base(folder: Path, name: str) -> bool:
     """Whether the base is packed by coterie. Raises ArgumentError or CheckpointError for one that cannot be merged."""
-    if Path(base).is_dir():
-        check_folder(Path(base))
-    elif Path(base).is_absolute():
-        raise CheckpointError(f"{base} is not there: give the base model with --model")
-    found = getattr(AutoConfig.from_pretrained(base), "quantization_config", None)
-    if found is not None and dict(found).get("quant_method") != METHOD:
-        raise ArgumentError(f"{base} is quantised by {dict(found).get('quant_method')}; merge into the original model")
+    check_folder(folder)
+    found = read_json(folder / "config.json").get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if found is not None and method != METHOD:
+        raise ArgumentError(f"{name} is quantised by {method}; merge into the original model")
     return found is not None
 
 
-def local(base: str) -> Path:
-    """The folder of a plain base model; one on the Hugging Face Hub is fetched."""
-    return Path(base) if Path(base).is_dir() else Path(snapshot_download(base))
+def write_config(folder: Path, output: Path, adapted: Adapted, untied: bool) -> None:
+    """The base's config.json, without what the merged model is no longer: packed, tied, without a classifier."""
+    config = read_json(folder / "config.json")
+    before = json.dumps(config)
+    config.pop("quantization_config", None)
+    if untied:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict):
+                part["tie_word_embeddings"] = False
+    if adapted.classifies:
+        made = adapted.plain.config
+        config |= {
+            "architectures": [type(adapted.plain).__name__],
+            "id2label": {str(number): label for number, label in made.id2label.items()},
+            "label2id": made.label2id,
+        }
+    if json.dumps(config) == before:
+        copy(folder / "config.json", output / "config.json")
+    else:
+        write_text(output / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def merge_in_memory(adapter: Path, base: str, folder: Path) -> tuple[int, float]:
-    """(parameters of experts merged, rounding error of the worst expert); the whole model is in memory."""
-    dense = load_dense(base)
-    try:
-        adapted = PeftModel.from_pretrained(dense, str(adapter))
-    except (ValueError, RuntimeError) as error:
-        raise ArgumentError(f"the adapter does not fit {base}: {' '.join(str(error).split())[:300]}") from error
-    wrapped = [module for module in adapted.modules() if isinstance(module, ParamWrapper)]
-    worst = max((merge_experts(wrapper) for wrapper in wrapped), default=0.0)
-    merged = adapted.merge_and_unload()
-    merged.config.use_cache = True
-    merged.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return len(wrapped), worst
-
-
-def load_dense(base: str) -> Any:
-    """The base model with plain weights; a packed one is dequantised to bf16."""
-    if not check_base(base):
-        return AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    dense = from_pretrained(base).dequantize()
-    dense.set_experts_implementation("eager")
-    return dense
-
-
-@torch.no_grad()
-def merge_experts(wrapper: ParamWrapper) -> float:
-    """Adds the adapter to one parameter, an expert at a time, and takes it off; the worst expert's rounding error."""
-    weight = wrapper.get_param()
-    a, b = (factor.float() for factor in factors(wrapper, ADAPTER))
-    transposed = getattr(wrapper.get_base_layer(), "is_transposed", False)
-    worst = 0.0
-    for e in range(wrapper.num_experts):
-        delta = wrapper.scaling[ADAPTER] * (b[e] @ a[e])
-        exact = weight[e].float() + (delta.T if transposed else delta)
-        weight[e] = exact
-        worst = max(worst, ((weight[e].float() - exact).norm() / exact.norm().clamp(min=1e-30)).item())
-    wrapper.delete_adapter(ADAPTER)
-    return worst
+def copy_others(folder: Path, adapter: Path, output: Path) -> None:
+    """Copies what is neither weights nor config.json: of the tokenizer, the adapter's files where it has any."""
+    own = [name for name in other_files(adapter) if re.fullmatch(rf"{TOKENIZER}|{PROCESSOR}", name)]
+    if "tokenizer_config.json" in own:
+        replaced = TOKENIZER
+    else:
+        replaced = TEMPLATE if any(re.fullmatch(TEMPLATE, name) for name in own) else r"(?!)"
+    for name in other_files(folder):
+        if not re.fullmatch(replaced, name):
+            copy(folder / name, output / name)
+    for name in own:
+        copy(adapter / name, output / name)

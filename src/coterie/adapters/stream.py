@@ -1,161 +1,175 @@
-"""A plain checkpoint with an adapter merged into it, written while it is read: an expert or a tensor is in memory."""
+"""A checkpoint with an adapter merged into it, written while it is read: an expert or a module is in memory."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
-from coterie.adapters.empty import ADAPTER, PREFIX, lora_key, wrapped_experts
-from coterie.checkpoints import LayerReader, open_reader
+from coterie.adapters.base import Base, LayerExperts
+from coterie.adapters.empty import ADAPTER, Adapted
+from coterie.adapters.modules import changed_parameters, merge_module
 from coterie.checkpoints.folder import INDEX
-from coterie.checkpoints.tensorwriter import TensorWriter, copy_file, write_error
-from coterie.convert.rest import CHUNK, other_files
-from coterie.errors import CheckpointError
-from coterie.hf.layout import is_experts, read_layout
-from coterie.hf.modules import number_layers
+from coterie.checkpoints.tensorfile import DTYPES
+from coterie.checkpoints.tensorwriter import TensorWriter, write_text
+from coterie.convert.rest import CHUNK
+from coterie.errors import ArgumentError
+from coterie.hf.names import parameters_of, stored_name
 from coterie.hf.peft import factors, wrappers
 
 Delta = dict[str, tuple[Tensor, Tensor, float]]  # projection -> A [E, R, in], B [E, out, R], scaling
 
 
 class StreamedMerge:
-    """An adapter and the plain checkpoint folder that it is merged into.
+    """An adapter, and the checkpoint that it is merged into.
 
-    Raises ArgumentError or CheckpointError for a base that is broken or that the adapter does not fit. `possible` is
-    False where the adapter changes what is not stored as the model names it, or not by a plain product of A and B.
+    `untied`: the adapter gives the embedding and the output layer, which the base ties, different values, so that both
+    are written and config.json must say so. `parameters`: how many of experts are changed. Raises ArgumentError for
+    what cannot be merged, CheckpointError for a base that is broken.
     """
 
-    def __init__(self, base: Path, adapted: PeftModel, stored: dict[str, Tensor]) -> None:
-        self.reader = open_reader(base)
-        self.folder = self.reader.folder
-        self.experts: dict[int, Delta] = {}
-        self.layers: dict[int, LayerReader] = {}
-        self.linear: dict[str, tuple[Tensor, Tensor, float]] = {}
-        self.replaced: dict[str, Tensor] = {}
-        self.parameters = 0
-        used = self._find_experts(adapted) | self._find_linear(adapted, stored)
-        for key in stored.keys() - used:
-            self.replaced[key.removeprefix(PREFIX)] = stored[key]
-        changed = {**dict.fromkeys(self.linear), **self.replaced}
-        self.possible = all(name in self.folder.shard_of for name in changed) and all(
-            self._shape(name) == tensor.shape for name, tensor in self.replaced.items()
-        )
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return self.folder.file_of(name).entry(name).shape
-
-    def _find_experts(self, adapted: PeftModel) -> set[str]:
-        model = adapted.base_model.model
-        modules = [n.replace(".base_layer", "") for n, m in model.named_modules() if is_experts(m) and is_module(m)]
-        numbers = number_layers(list(dict.fromkeys(modules)))
-        used = set()
-        for name, outer in wrapped_experts(adapted).items():
-            layout, number = read_layout(outer.get_base_layer()), numbers[name]
-            reader = self.reader.layer(number)
-            found = reader.num_experts, reader.hidden_size, reader.intermediate_size, reader.has_gate
-            expected = layout.num_experts, layout.hidden_size, layout.intermediate_size, layout.has_gate
-            if found != expected:
-                raise CheckpointError(
-                    f"{self.folder.path}, layer {number}: its tensors have (experts, hidden size, intermediate size, "
-                    f"gate) {found}, its config.json says {expected}"
-                )
-            delta: Delta = {}
-            for depth, wrapper in enumerate(wrappers(outer)):
-                used |= {lora_key(name, depth, part) for part in "AB"}
-                a, b = factors(wrapper, ADAPTER)
-                for projection, part in layout.split_lora_b(wrapper.parameter_name, b).items():
-                    delta[projection] = a, part, wrapper.scaling[ADAPTER]
-                self.parameters += 1
-            self.experts[number], self.layers[number] = delta, reader
-        return used
-
-    def _find_linear(self, adapted: PeftModel, stored: dict[str, Tensor]) -> set[str]:
-        used = set()
-        for name, module in adapted.base_model.model.named_modules():
-            if type(module) is Linear and not (module.use_dora.get(ADAPTER) or module.lora_bias.get(ADAPTER)):
-                keys = [f"{PREFIX}{name}.lora_{part}.weight" for part in "AB"]
-                self.linear[f"{name}.weight"] = stored[keys[0]], stored[keys[1]], module.scaling[ADAPTER]
-                used |= set(keys)
-        return used
+    def __init__(self, base: Base, adapted: Adapted) -> None:
+        self.base = base
+        self.untied = False
+        self._adapted = adapted
+        self._tied = adapted.plain.all_tied_weights_keys  # parameter -> the one that it shares its values with
+        self._tensor_of = parameters_of(adapted.plain, base.rest)
+        wrapped = adapted.experts()
+        self.parameters = sum(len(list(wrappers(outer))) for outer in wrapped.values())
+        self._experts = {name: expert_deltas(adapted, name) if name in wrapped else {} for name in base.layers}
+        self._modules = {name: module for name, module in adapted.changed() if name not in wrapped}
+        self._changed = {p: name for name, module in self._modules.items() for p in changed_parameters(name, module)}
+        for parameter, name in self._changed.items():
+            self._check(parameter, name)
+        for parameter, other in self._tied.items():
+            if parameter in self._changed or other in self._changed:
+                self._untie(parameter, other)
+        for parameter in self._changed:
+            if self._stored(parameter) is None:  # a classifier's head
+                dtype = adapted.plain.get_parameter(parameter).dtype
+                base.add(stored_name(adapted.plain, parameter), self._value(parameter).to(dtype))
 
     def write(self, output: Path) -> float:
-        """Writes the merged checkpoint to a folder; the rounding error of the worst expert's matrix."""
-        folder = self.folder
-        worst = 0.0
+        """Writes the tensors to a folder, and their index; the rounding error of the worst expert's matrix."""
+        base, worst = self.base, 0.0
+        done: set[str] = set()
         with ExitStack() as stack:
             writers = {}
-            for shard in folder.shards:
-                file = folder.file(shard)
-                layout = [(entry.name, entry.dtype, entry.shape) for entry in file.entries.values()]
-                writers[shard] = stack.enter_context(TensorWriter(output / shard, layout, file.metadata))
-            done = set()
-            for number, reader in self.layers.items():
-                for name, tensor, error in merged_experts(reader, self.experts[number]):
-                    done.add(name)
-                    writers[folder.shard_of[name]].write(name, tensor)
+            for shard, entries in base.shards.items():
+                metadata = base.folder.file(shard).metadata if shard in base.folder.shards else {"format": "pt"}
+                writers[shard] = stack.enter_context(TensorWriter(output / shard, entries, metadata))
+
+            def write(name: str, tensor: Tensor) -> None:
+                done.add(name)
+                writers[base.shard_of[name]].write(name, raw(tensor))
+
+            for name, tensor in base.added.items():
+                write(name, tensor)
+            for name, (reader, dtype) in base.layers.items():
+                for tensor_name, tensor, error in merged_experts(reader, self._experts[name], dtype):
+                    write(tensor_name, tensor)
                     worst = max(worst, error)
-            for name, shard in folder.shard_of.items():
-                if name in done:
-                    continue
-                tensor = self._merged(name)
-                if tensor is None:
-                    for chunk in folder.file_of(name).bytes(name).split(CHUNK):
-                        writers[shard].write(name, chunk)
-                else:
-                    writers[shard].write(name, raw(tensor))
-                folder.release(name)
-        for name in ("config.json", INDEX, *other_files(folder.root)):
-            if (folder.root / name).is_file():
-                copy(folder.root / name, output / name)
+            for name, module in self._modules.items():
+                for parameter, value in merge_module(name, module, self._read).items():
+                    if parameter in self._tensor_of and value.device.type != "meta":
+                        write(self._tensor_of[parameter], value.to(self._dtype(parameter)))
+            for name in base.rest:
+                if name not in done:
+                    for chunk in base.folder.file_of(name).bytes(name).split(CHUNK):
+                        write(name, chunk)
+                    base.folder.release(name)
+        if len(base.shards) > 1 or (base.folder.root / INDEX).exists():
+            entries = [entry for shard in base.shards.values() for entry in shard]
+            total = sum(torch.Size(shape).numel() * DTYPES[dtype][0] // 8 for _, dtype, shape in entries)
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(base.shard_of.items()))}
+            write_text(output / INDEX, json.dumps(index, indent=2) + "\n")
         return worst
 
-    def _merged(self, name: str) -> Tensor | None:
-        """A tensor that is no expert's, as the adapter has it; None where it changes nothing."""
-        if name in self.replaced:
-            return self.replaced[name].to(self.folder.tensor(name).dtype)
-        if name not in self.linear:
-            return None
-        return merged(self.folder.tensor(name), *self.linear[name])[0]
+    def _stored(self, parameter: str) -> str | None:
+        """The tensor that a parameter is read from; for one that is tied and not stored, that of the other."""
+        return self._tensor_of.get(parameter) or self._tensor_of.get(self._tied.get(parameter, ""))
+
+    def _read(self, parameter: str) -> Tensor:
+        name = self._stored(parameter)
+        assert name is not None  # checked before
+        return self.base.folder.tensor(name)
+
+    def _value(self, parameter: str) -> Tensor:
+        """A parameter of the merged model."""
+        if parameter not in self._changed:
+            return self._read(parameter)
+        module = self._changed[parameter]
+        return merge_module(module, self._modules[module], self._read)[parameter]
+
+    def _dtype(self, parameter: str) -> torch.dtype:
+        """What a parameter is written in."""
+        return self._read(parameter).dtype
+
+    def _check(self, parameter: str, module: str) -> None:
+        name = self._stored(parameter)
+        if name is None:
+            if self._adapted.classifies and "." not in module:
+                return
+            raise ArgumentError(
+                f"{self.base.folder.path} does not store {parameter}, which the adapter changes, as one tensor: such "
+                "an adapter cannot be merged"
+            )
+        found, expected = self.base.entry(name)[2], tuple(self._adapted.plain.get_parameter(parameter).shape)
+        if found != expected:
+            raise ArgumentError(
+                f"the adapter does not fit {self.base.folder.path}: {name} has shape {list(found)}, {module} "
+                f"{list(expected)}"
+            )
+
+    def _untie(self, parameter: str, other: str) -> None:
+        dtype = self._dtype(other)
+        value = self._value(parameter).to(dtype)
+        if value.device.type == "meta" or torch.equal(value, self._value(other).to(dtype)):
+            return
+        self.untied = True
+        if parameter not in self._tensor_of:
+            self.base.add(stored_name(self._adapted.plain, parameter), value)
 
 
-def is_module(module: torch.nn.Module) -> bool:
-    """Whether a module is one of the model's own: PEFT's wrappers show the flags of what they wrap."""
-    return not hasattr(module, "base_layer")
+def expert_deltas(adapted: Adapted, name: str) -> Delta:
+    """What the adapter adds to the projections of an experts module."""
+    deltas: Delta = {}
+    for wrapper in wrappers(adapted.experts()[name]):
+        a, b = factors(wrapper, ADAPTER)
+        for projection, part in adapted.layouts[name].split_lora_b(wrapper.parameter_name, b).items():
+            deltas[projection] = a, part, wrapper.scaling[ADAPTER]
+    return deltas
 
 
-def merged_experts(reader: LayerReader, delta: Delta) -> Iterator[tuple[str, Tensor, float]]:
-    """(tensor name, the bytes of the next expert's part of it, the expert's worst rounding error)."""
+def merged_experts(
+    reader: LayerExperts, delta: Delta, dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor, float]]:
+    """(tensor name, the next expert's part of it, the expert's worst rounding error); dtype None: the stored one."""
     for e in range(reader.num_experts):
         weights, worst = reader.expert(e), 0.0
-        for projection, (a, b, scaling) in delta.items():
-            weights[projection], error = merged(weights[projection], a[e], b[e], scaling)
-            worst = max(worst, error)
+        for projection, weight in weights.items():
+            if projection in delta:
+                a, b, scaling = delta[projection]
+                weights[projection], error = merged(weight, a[e], b[e], scaling, dtype or weight.dtype)
+                worst = max(worst, error)
+            else:
+                weights[projection] = weight.to(dtype or weight.dtype)
         for name, tensor in reader.stored(e, weights).items():
-            yield name, raw(tensor), worst
+            yield name, tensor, worst
         reader.release(e)
 
 
-def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, float]:
-    """(W + scaling * B A in W's dtype, its relative rounding error)."""
+def merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """(W + scaling * B A in `dtype`, its relative rounding error)."""
     exact = weight.float() + scaling * (b.float() @ a.float())
-    rounded = exact.to(weight.dtype)
+    rounded = exact.to(dtype)
     return rounded, ((rounded.float() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
 def raw(tensor: Tensor) -> Tensor:
     """The bytes of a tensor: uint8 [nbytes]."""
     return tensor.contiguous().view(-1).view(torch.uint8)
-
-
-def copy(source: Path, target: Path) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(target.parent, error) from error
-    copy_file(source, target)

@@ -21,7 +21,7 @@ Model = Annotated[
 
 @app.command()
 def export(adapter: Adapter, output: Output, model: Model = None) -> None:
-    """Write each expert's LoRA as 2-D tensors (...experts.5.gate_proj.lora_A.weight), for servers without 3-D ones.
+    """Write an adapter in the names of the base's checkpoint: where that stores experts apart, each has its own LoRA.
 
     vLLM and SGLang were reported to drop or transpose LoRA of 3-D experts; none has been tried with what is written.
     """
@@ -29,8 +29,8 @@ def export(adapter: Adapter, output: Output, model: Model = None) -> None:
     from coterie.adapters.export import export_adapter
 
     done = export_adapter(adapter, output, model)
-    summary = facts(f"{output}: LoRA of single experts")
-    summary.add_row("experts", str(done.experts))
+    summary = facts(f"{output}: LoRA in the names of the checkpoint")
+    summary.add_row("experts", str(done.experts) if done.experts else "stacked by layer, as in the checkpoint")
     summary.add_row("tensors", str(done.tensors))
     summary.add_row("size", size(done.nbytes))
     console.print(summary)
@@ -47,7 +47,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model, and say what rounding it costs.
 
-    A plain base model is merged an expert at a time; a packed one needs memory for the whole model in bf16.
+    The base, plain or packed, is merged an expert at a time. A tokenizer beside the adapter replaces the base's.
     """
     need_peft()
     from coterie.adapters.merge import merge_adapter
