@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -26,7 +27,7 @@ from coterie.adapters import folder as adapter_folder
 from coterie.adapters.export import export_adapter
 from coterie.adapters.merge import merge_adapter
 from coterie.convert import convert_cpu
-from coterie.errors import ArgumentError
+from coterie.errors import ArgumentError, CheckpointError
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 BF16 = 0.012
@@ -233,7 +234,7 @@ def test_without_a_tokenizer_the_bases_is_kept(adapt, tmp_path):
 
 
 def test_the_revision_that_was_trained_on(trained, tmp_path, monkeypatch):
-    """From the adapter's own configuration; a base given beside it has none."""
+    """From the adapter's own configuration; another base has none."""
     config = json.loads((trained / "adapter_config.json").read_text())
     config |= {"base_model_name_or_path": "someone/tiny", "revision": "v1"}
     (trained / "adapter_config.json").write_text(json.dumps(config))
@@ -245,8 +246,35 @@ def test_the_revision_that_was_trained_on(trained, tmp_path, monkeypatch):
 
     monkeypatch.setattr(adapter_folder, "snapshot_download", download)
     merge_adapter(trained, tmp_path / "merged")
+    merge_adapter(trained, tmp_path / "again", "someone/tiny")
     merge_adapter(trained, tmp_path / "other", "someone/else")
-    assert asked == [("someone/tiny", "v1"), ("someone/else", None)]
+    assert asked == [("someone/tiny", "v1"), ("someone/tiny", "v1"), ("someone/else", None)]
+
+
+def test_exports_read_the_config_of_the_revision(adapt, tmp_path, monkeypatch):
+    adapt(AutoModelForCausalLM.from_pretrained(tiny.PATH), target_parameters=EXPERTS, revision="v1")
+    asked = []
+
+    def read(name: str, revision: str | None, **changes):
+        asked.append((name, revision))
+        return stock(name, **changes)
+
+    stock = AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", read)
+    export_adapter(tmp_path / "adapter", tmp_path / "exported")
+    assert asked == [(str(tiny.PATH), "v1")]
+
+
+def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path):
+    refused = pytest.raises(CheckpointError, match=r"cannot write .*out: .*no space")
+    with refused, adapter_folder.finished(tmp_path / "out") as folder:
+        (folder / "file").touch()
+        raise OSError(errno.ENOSPC, "no space")
+    assert not list(tmp_path.iterdir())
+    with adapter_folder.finished(tmp_path / "out") as folder:
+        (folder / "file").touch()
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "file").exists()
 
 
 @pytest.mark.parametrize(

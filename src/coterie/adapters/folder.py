@@ -46,11 +46,11 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 
 
 def base_of(folder: Path, config: LoraConfig, model: str | None) -> tuple[str, str | None]:
-    """The base model and its revision: `model`, or what the adapter says it was trained on.
+    """The base model: `model`, or what the adapter says it was trained on; and the revision of that.
 
     Raises ArgumentError where neither is.
     """
-    if model:
+    if model and model != config.base_model_name_or_path:
         return model, None
     if not config.base_model_name_or_path:
         raise ArgumentError(f"{folder / CONFIG} does not name its base model; give it with --model")
