@@ -12,11 +12,11 @@ import torch
 import transformers
 
 import coterie
-import coterie_hook
 from coterie import tiny
 from coterie.convert import convert_cpu
 
-SRC = Path(coterie_hook.__file__).parent
+PACKAGE = Path(coterie.__file__).parent
+SRC = PACKAGE.parent
 PTH = SRC / "coterie.pth"
 REGISTERED = """
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -43,13 +43,13 @@ def done(code: str, *arguments: object, options: tuple[str, ...] = ()) -> str:
     return result.stdout + result.stderr
 
 
-def bare(*folders: Path, paths: tuple[Path, ...] = ()) -> str:
+def bare(*folders: Path) -> str:
     """Code that runs before: an interpreter whose packages are those of Transformers' folder, without what start-up
     files there do; `folders` are site folders, with what their .pth files do."""
     packages = Path(transformers.__file__).parents[1]
     return (
-        f"import sys, site\nsys.path += {[str(p) for p in (*paths, packages)]!r}\n"
-        f"for folder in {[str(folder) for folder in folders]!r}: site.addsitedir(folder)\n"
+        f"import sys, site\nfor folder in {[str(folder) for folder in folders]!r}: site.addsitedir(folder)\n"
+        f"sys.path.append({str(packages)!r})\n"
     )
 
 
@@ -58,6 +58,16 @@ def packed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("packed") / "model"
     coterie.from_pretrained(tiny.PATH, experts="int8").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def installed(site) -> Path:
+    """A site folder as an installed wheel has it."""
+    (site / "coterie").mkdir()
+    for path in (*PACKAGE.iterdir(), Path(coterie._native.__file__)):
+        if path.name != "__pycache__" and not (site / "coterie" / path.name).exists():
+            (site / "coterie" / path.name).symlink_to(path)
+    return site
 
 
 @pytest.fixture
@@ -73,9 +83,8 @@ def site(tmp_path) -> Path:
 # --- programs that never import coterie ---
 
 
-def test_packed_folder_opens_without_importing_coterie(packed, site, tmp_path):
-    # The package itself lies further on, as in a site folder after others.
-    code = bare(site, paths=(SRC,)) + OPEN
+def test_packed_folder_opens_without_importing_coterie(packed, installed, tmp_path):
+    code = bare(installed) + OPEN
     output = done(code, packed, tmp_path / "logits.pt", options=("-S", "-I"))
     assert "newly initialized" not in output
     with torch.no_grad():
@@ -121,8 +130,8 @@ def test_hook_without_the_package_says_so_and_harms_nothing(site):
     assert "coterie does not work with this transformers" in output and "packed models cannot be loaded" in output
 
 
-def test_settings_that_coterie_refuses_do_not_break_transformers(site):
-    code = bare(site, paths=(SRC,)) + (
+def test_settings_that_coterie_refuses_do_not_break_transformers(installed):
+    code = bare(installed) + (
         "import os\nos.environ['COTERIE_THREADS'] = 'many'\nimport transformers.modeling_utils\nprint('went on')"
     )
     output = done(code, options=("-S", "-I"))

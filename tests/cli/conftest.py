@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from coterie import cli
+from coterie.cli.console import console, errors
 
 
 class Ran(NamedTuple):
@@ -20,7 +21,8 @@ class Ran(NamedTuple):
 @pytest.fixture
 def coterie(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """coterie("plan", path) -> exit code, stdout, stderr of that command."""
-    monkeypatch.setenv("COLUMNS", "200")
+    for each in (console, errors):
+        monkeypatch.setattr(each, "_width", 200)
 
     def run(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["coterie", *map(str, arguments)])
