@@ -11,7 +11,8 @@ SIZE = 64 << 20
 
 def test_memory_that_was_given_back_is_in_the_peak():
     before = resident()
-    assert SIZE <= peak_rise(lambda: torch.ones(SIZE // 4).sum()) < 1.25 * SIZE
+    # A few pages may be such that the process has already.
+    assert SIZE - (64 << 10) <= peak_rise(lambda: torch.ones(SIZE // 4).sum()) < 1.25 * SIZE
     assert resident() < before + SIZE / 4
 
 

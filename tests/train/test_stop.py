@@ -52,7 +52,15 @@ def test_a_signal_ends_a_run_with_a_checkpoint(number, write, configure, train, 
     assert [(r["step"], r["loss"]) for r in rows if "loss" in r] == [(r["step"], r["loss"]) for r in whole]
 
 
-def test_a_second_interrupt_stops_at_once():
+@pytest.fixture
+def interruptible():
+    """Python's own handling of Ctrl-C, which a process of the test suite may be without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_stops_at_once(interruptible):
     stop = Stop(Console(quiet=True))
     with pytest.raises(KeyboardInterrupt), stop.listening():
         signal.raise_signal(signal.SIGINT)
