@@ -180,3 +180,11 @@ def sync_tree(path: Path) -> None:
             finally:
                 os.close(descriptor)
         sync_folder(Path(parent))
+
+
+def remove_empty(folder: Path) -> None:
+    """Removes a folder if nothing is in it."""
+    try:
+        folder.rmdir()
+    except OSError:
+        return

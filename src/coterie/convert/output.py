@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from coterie.checkpoints.packed import UNFINISHED
-from coterie.checkpoints.tensorwriter import sync_folder, write_error, write_text
+from coterie.checkpoints.tensorwriter import remove_empty, sync_folder, write_error, write_text
 from coterie.errors import ArgumentError, CheckpointError
 
 
@@ -85,13 +85,6 @@ class OutputFolder:
         for path in reversed(self._written):
             path.unlink(missing_ok=True)
             for folder in path.relative_to(self.path).parents[:-1]:
-                _remove_empty(self.path / folder)
+                remove_empty(self.path / folder)
         if self._new:
-            _remove_empty(self.path)
-
-
-def _remove_empty(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:
-        return
+            remove_empty(self.path)

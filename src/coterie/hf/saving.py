@@ -14,7 +14,7 @@ from pathlib import Path
 from coterie.checkpoints.folder import INDEX, PACKED_INDEX, SINGLE
 from coterie.checkpoints.packed import FILE_NAME, UNFINISHED
 from coterie.checkpoints.tensorfile import TensorFile
-from coterie.checkpoints.tensorwriter import sync_folder, write_error, write_text
+from coterie.checkpoints.tensorwriter import remove_empty, sync_folder, sync_tree, write_error, write_text
 from coterie.errors import CheckpointError
 
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -46,12 +46,11 @@ def replaced_folder(folder: Path, needed: int) -> Iterator[Path]:
         yield new
         write_text(new / UNFINISHED, json.dumps({"new files": new.name}) + "\n")
         names = sorted(str(path.relative_to(new)) for path in new.rglob("*") if path.is_file())
-        for name in names:
-            _sync(new / name)
+        sync_tree(new)
     except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
         if not existed:
-            _remove_empty(folder)
+            remove_empty(folder)
         if isinstance(error, OSError):
             raise write_error(folder, error) from error
         raise
@@ -91,18 +90,3 @@ def write_index(folder: Path) -> None:
     weight_map = {name: file for file, names in entries.items() for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / PACKED_INDEX, json.dumps(index, indent=2) + "\n")
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_empty(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:
-        return
