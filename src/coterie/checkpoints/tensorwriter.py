@@ -92,6 +92,8 @@ class TensorWriter:
         try:
             while done < len(data):
                 done += os.pwrite(self._file, data[done : done + CHUNK], offset + done)
+            # Linux begins to write these pages to the disk now, so that the sync at the end has less to wait for.
+            os.posix_fadvise(self._file, offset, done, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise write_error(self.path, error) from error
 
