@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -75,9 +76,14 @@ def test_nonsense_in_the_environment(statement):
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "²", "4096", " "])
-def test_bad_threads_in_the_environment(value):
-    found = error_of("coterie.cpu.threads()", COTERIE_THREADS=value)
-    assert found.startswith("ArgumentError") and "COTERIE_THREADS" in found and value in found
+def test_bad_threads_in_the_environment(value, monkeypatch):
+    monkeypatch.setenv("COTERIE_THREADS", value)
+    with pytest.raises(ArgumentError, match=rf"COTERIE_THREADS: .* found '{re.escape(value)}'"):
+        cpu.read_environment()
+
+
+def test_bad_threads_in_the_environment_stop_the_import():
+    assert error_of("coterie.cpu.threads()", COTERIE_THREADS="two").startswith("ArgumentError COTERIE_THREADS")
 
 
 def test_threads_from_the_environment():

@@ -49,6 +49,9 @@ def test_mistyped_command_exits_2(coterie):
     assert coterie("quikstart").code == 2
 
 
+OUTPUT = object()  # a folder that is not to be made
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -56,10 +59,10 @@ def test_mistyped_command_exits_2(coterie):
         (["plan", tiny.PATH, "--ram", "lots"], "expected a size like 64GB"),
         (["plan", tiny.PATH, "--experts", "int3"], "unknown format 'int3'"),
         (["plan", tiny.PATH, "--context", "0"], "expected at least 1"),
-        (["convert", "cpu", "-i", "/nowhere", "-o", "/tmp/never-made"], "/nowhere"),
-        (["convert", "cpu", "-i", tiny.PATH, "-o", "/tmp/never-made", "--group-size", "7"], "group_size"),
-        (["convert", "cpu", "-i", tiny.PATH, "-o", "/tmp/never-made", "--layers", "x"], "--layers"),
-        (["convert", "cpu", "-i", tiny.PATH, "-o", "/tmp/never-made", "--layers", "9"], "layer 9"),
+        (["convert", "cpu", "-i", "/nowhere", "-o", OUTPUT], "/nowhere"),
+        (["convert", "cpu", "-i", tiny.PATH, "-o", OUTPUT, "--group-size", "7"], "group_size"),
+        (["convert", "cpu", "-i", tiny.PATH, "-o", OUTPUT, "--layers", "x"], "--layers"),
+        (["convert", "cpu", "-i", tiny.PATH, "-o", OUTPUT, "--layers", "9"], "layer 9"),
         (["bench", "layer", "--shape", "round"], "unknown shape 'round'"),
         (["bench", "layer", "-T", "1,two"], "--tokens"),
         (["bench", "layer", "--shape", "tiny", "--peer", "fastest"], "unknown peer"),
@@ -72,9 +75,9 @@ def test_mistyped_command_exits_2(coterie):
         (["bench", "train", "memory", "--num-experts", "4"], "K at most E"),
     ],
 )
-def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(coterie, arguments, message):
-    ran = coterie(*arguments)
-    assert ran.code == 2
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(coterie, arguments, message, tmp_path):
+    ran = coterie(*(tmp_path / "made" if argument is OUTPUT else argument for argument in arguments))
+    assert ran.code == 2 and not any(tmp_path.iterdir())
     assert ran.out == ""
     assert ran.err.startswith("coterie: ") and ran.err.count("\n") == 1
     assert message in ran.err
