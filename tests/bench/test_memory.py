@@ -7,12 +7,12 @@ import torch
 from coterie.bench.memory import peak_rise, resident
 
 SIZE = 64 << 20
+SLACK = SIZE // 64  # the kernel counts pages per CPU and adds them up only now and then
 
 
 def test_memory_that_was_given_back_is_in_the_peak():
     before = resident()
-    # A few pages may be such that the process has already.
-    assert SIZE - (64 << 10) <= peak_rise(lambda: torch.ones(SIZE // 4).sum()) < 1.25 * SIZE
+    assert SIZE - SLACK <= peak_rise(lambda: torch.ones(SIZE // 4).sum()) < 1.25 * SIZE
     assert resident() < before + SIZE / 4
 
 
