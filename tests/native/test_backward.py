@@ -1,11 +1,13 @@
-"""Training: the output and every gradient against plain torch in float32 on the dequantised weights."""
+"""Training: the output and every gradient, against plain torch in float32 on the dequantised weights, and against the
+same rounded where the engine rounds."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from engine_cases import FORMATS, dense, name_of, options
-from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, relative
+from gradient_cases import ROUNDED_TOLERANCE, TOLERANCE, gradients, random_batch, random_lora, relative
+from gradient_truth import engine_gradients
 from torch import Tensor
 
 import coterie
@@ -36,8 +38,11 @@ def compare(experts: Experts, batch, lora: dict[str, Tensor], scaling=2.0) -> di
         return reference.forward(x, ids, w, gate, up, down, experts.activation, lora=adapter, **biases)
 
     wanted = gradients(plain, x, weights, lora, grad, torch.float32, scaling)
+    adapter = ExpertLora(**lora, scaling=scaling)
+    rounded = engine_gradients(experts, coterie.cpu.current_isa(), x, ids, weights, adapter, grad.to(x.dtype))
     for name in wanted:
         assert relative(found[name], wanted[name]) < TOLERANCE, name
+        assert relative(found[name], rounded[name].to(found[name].dtype)) < ROUNDED_TOLERANCE, name
         assert name in ("y", "weights") or found[name].dtype == (x.dtype if name == "x" else lora[name].dtype)
     return found
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from engine_cases import FORMATS, name_of, packed
-from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, relative
+from gradient_cases import ROUNDED_TOLERANCE, TOLERANCE, gradients, random_batch, random_lora, relative
+from gradient_truth import engine_gradients
 from pairwise import pairwise
 from torch import Tensor
 
-from coterie import reference
+from coterie import ExpertLora, reference
 
 FACTORS = {
     "format": FORMATS,
@@ -62,6 +63,7 @@ def test_every_gradient(case: dict, each_isa: Iterator[str]) -> None:
         wanted = everything(
             lambda x, ids, w, adapter: reference.forward(x, ids, w, *dense, lora=adapter), torch.float32
         )
+        adapter = ExpertLora(**lora | ({"up_a": lora["gate_a"]} if case["a"] == "shared" else {}), scaling=2.0)
     for isa in each_isa:
         found = everything(lambda x, ids, w, adapter: experts(x, ids, w, lora=adapter))
         assert all(found[key].dtype == case["dtype"] for key in found.keys() & lora.keys())
@@ -69,4 +71,7 @@ def test_every_gradient(case: dict, each_isa: Iterator[str]) -> None:
             assert found.keys() == wanted.keys()
             errors = {key: relative(found[key], wanted[key]) for key in found}
             assert max(errors.values()) < TOLERANCE, (isa, errors)
+            rounded = stacked([engine_gradients(experts, isa, x, ids, w, adapter, g) for x, ids, w, g in batches])
+            errors = {key: relative(found[key], rounded[key].to(found[key].dtype)) for key in found}
+            assert max(errors.values()) < ROUNDED_TOLERANCE, (isa, errors)
         assert not any(found[key][:, idle].any() for key in found.keys() & lora.keys()), isa
