@@ -43,6 +43,14 @@ def test_the_same_bits_with_and_without_gradients_and_adapters_of_zeros(isa, spe
         assert torch.equal(experts(given, ids, weights, lora()), adapted) and not torch.equal(adapted, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", [FORMATS[0], *QUANTISED], ids=name_of)
+def test_the_dtype_of_x_rounds_the_result_and_nothing_else(isa, spec, dtype):
+    experts, (x, ids, weights) = made(spec), Batch(20, 2).tensors(SIZES)
+    x = x.to(dtype)
+    assert torch.equal(experts(x, ids, weights), experts(x.float(), ids, weights).to(dtype))
+
+
 @pytest.mark.parametrize("how", ["differentiated", "an adapter", "said so"])
 @pytest.mark.parametrize("spec", QUANTISED, ids=name_of)
 def test_auto_is_int8_until_adapted(spec, how):

@@ -64,13 +64,14 @@ def test_every_pair_is_of_a_tensor_of_the_checkpoint(family, adapt, tmp_path):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_exported_and_loaded_again(family, adapt, tmp_path):
-    """PEFT turns LoRA of single experts back into that of stacked ones."""
+    """PEFT turns LoRA of single experts back into that of stacked ones: of gate and up a higher rank, filled up with
+    zeros, which change no sum."""
     tiny_models.make(family).save_pretrained(tmp_path / "base")
     model = adapt(coterie.from_pretrained(tmp_path / "base", experts="bf16"), target_parameters=EXPERTS)
     export_adapter(tmp_path / "adapter", tmp_path / "exported")
     again = PeftModel.from_pretrained(coterie.from_pretrained(tmp_path / "base", experts="bf16"), tmp_path / "exported")
     found, expected = again(tiny_models.prompt()).logits, model(tiny_models.prompt()).logits
-    assert ((found - expected).norm() / expected.norm()).item() < 0.03
+    assert torch.equal(found, expected)
     with model.disable_adapter():
         base = model(tiny_models.prompt()).logits
     assert ((base - expected).norm() / expected.norm()).item() > 0.1
