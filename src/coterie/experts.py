@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _native, memory, ops
 from .activations import Activation
 from .border import BYTES, DTYPES, F32, FLOATS, address, is_plain
+from .checkpoints import LayerReader, PackedFile, open_layer, open_reader, packed, write_layer
 from .cpu import current_isa
 from .errors import ArgumentError
 from .formats import PANEL_ROWS, Format, resolve, round_up
@@ -310,20 +311,65 @@ class Experts:
 
     def save(self, path: str | Path, layer: int = 0) -> None:
         """Write these experts as layer ``layer`` of a packed checkpoint; see docs/format.md."""
-        from .checkpoints import write_layer
-
         write_layer(path, layer, self)
 
     @classmethod
     def open(cls, path: str | Path, layer: int = 0, mmap: bool = False, activations: str = "auto") -> Experts:
-        """Experts of one layer of a checkpoint in any format that can be read.
+        """Experts of one layer of a checkpoint in any format that can be read: a folder or a file.
 
-        ``mmap`` leaves packed weights in the file; ``activations``: see the attribute.
+        Packed experts are opened as they are, others packed into bf16.
+
+        Args:
+            mmap: use the pages of the file itself, shared between processes and evicted under memory pressure; for
+                packed checkpoints only. The bits are the same.
+            activations: see the attribute.
+
+        Raises CheckpointError (MissingTensorError, listing the names tried, where a tensor is missing) and
+        ArgumentError.
         """
-        from .checkpoints import open_experts
-
-        experts = open_experts(path, layer, mmap=mmap)
+        if packed(path):
+            experts = cls.from_packed(open_layer(path, layer), mmap)
+        else:
+            reader = open_reader(path).layer(layer)
+            if mmap:
+                raise ArgumentError(
+                    f"{path} is not packed, so its experts cannot be mapped: convert it, or open it with mmap=False"
+                )
+            experts = cls.from_reader(reader, format="bf16")
         experts.activations = activations
+        return experts
+
+    @classmethod
+    def from_packed(cls, file: PackedFile, mmap: bool = False) -> Experts:
+        """Experts of a packed layer's file, read into huge-page memory or, with ``mmap``, used where they lie."""
+        layout = file.layout
+        sizes = layout.num_experts, layout.hidden_size, layout.intermediate_size
+        if mmap:
+            experts = cls.from_parts(
+                *sizes, layout.spec, file.mapped, activation=layout.activation, has_gate=layout.has_gate, copy=False
+            )
+        else:
+            experts = cls(*sizes, layout.spec, layout.activation, layout.has_gate)
+            experts._allocate()
+            for name, e, part, memory in experts.parts():
+                file.read_into(name, e, part, memory)
+        experts.set_biases(**file.biases())
+        return experts
+
+    @classmethod
+    def from_reader(
+        cls, layer: LayerReader, *, format: str = "int4", group_size: int | None = None, zero_point: bool = False
+    ) -> Experts:
+        """Experts of a layer of an unpacked checkpoint, packed: beyond what is kept, one is in memory at a time."""
+        experts = cls.empty(
+            layer.num_experts, layer.hidden_size, layer.intermediate_size, format=format, group_size=group_size,
+            zero_point=zero_point, activation=layer.activation, has_gate=layer.has_gate,
+        )  # fmt: skip
+        for e in range(layer.num_experts):
+            for name, weight in layer.expert(e).items():
+                experts.pack_projection(name, e, weight)
+            layer.release(e)
+        experts.set_biases(**layer.biases())
         return experts
 
     # --- memory ---

@@ -5,7 +5,7 @@ import torch
 from made_checkpoints import CONFIG, E, I, fused, random_experts, two_layers, write_checkpoint
 
 from coterie import Experts
-from coterie.checkpoints import open_experts
+from coterie.checkpoints import open_reader
 from coterie.errors import ArgumentError, CheckpointError, MissingTensorError
 
 
@@ -20,7 +20,7 @@ def test_plain_is_packed_as_bf16(tmp_path):
 @pytest.mark.parametrize("options", [{"format": "int8"}, {"format": "int4", "group_size": 32, "zero_point": True}])
 def test_plain_is_packed_as_asked(tmp_path, options):
     folder, layers = two_layers(tmp_path)
-    opened, packed = open_experts(folder, 0, **options), Experts.pack(**layers[0], **options)
+    opened, packed = Experts.from_reader(open_reader(folder).layer(0), **options), Experts.pack(**layers[0], **options)
     assert opened.spec == packed.spec
     assert all(torch.equal(a[3], b[3]) for a, b in zip(opened.parts(), packed.parts(), strict=True))
 

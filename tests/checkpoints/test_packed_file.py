@@ -36,6 +36,10 @@ def experts_of(spec, sizes=SIZES, **more):
     return Experts.pack(**random_experts(1, sizes=sizes), **spec, **more)
 
 
+def open_packed(path, layer=0, mmap=False):
+    return Experts.from_packed(open_layer(path, layer), mmap)
+
+
 def same(a, b):
     parts = list(zip(a.parts(), b.parts(), strict=True))
     return all(x[:3] == y[:3] and torch.equal(x[3], y[3]) for x, y in parts)
@@ -170,7 +174,7 @@ def test_rewritten_by_another_library(tmp_path):
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     save_file(load_file(path), path, metadata)
-    assert same(saved, open_layer(tmp_path))
+    assert same(saved, open_packed(tmp_path))
 
 
 def test_cannot_save(tmp_path):
@@ -191,7 +195,7 @@ def test_what_is_packed(tmp_path):
 
 def refuse(path, message, **options):
     with pytest.raises(CheckpointError, match=message):
-        open_layer(path, **options)
+        open_packed(path, **options)
 
 
 def test_wrong_layer_and_unfinished_folder(tmp_path):
@@ -295,14 +299,14 @@ def test_unaligned_files_are_not_mapped(tmp_path):
     length = int.from_bytes(raw[:8], "little") + 8
     path.write_bytes(length.to_bytes(8, "little") + raw[8:length] + b" " * 8 + raw[length:])
     refuse(tmp_path, "not 64-byte aligned", mmap=True)
-    assert same(experts, open_layer(tmp_path))
+    assert same(experts, open_packed(tmp_path))
 
 
 def test_newer_minor_versions_are_read(tmp_path):
     folder = rewritten(
         tmp_path, lambda tensors, metadata: metadata.update({"coterie.version": "1.7", "coterie.new": "x"})
     )
-    assert open_layer(folder).format == "int4"
+    assert open_packed(folder).format == "int4"
 
 
 def test_truncated(tmp_path):

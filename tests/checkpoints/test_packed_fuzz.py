@@ -30,7 +30,7 @@ def open_both_ways(path, content):
     path.write_bytes(content)
     for mmap in (False, True):
         try:
-            experts = open_layer(path, mmap=mmap)
+            experts = Experts.from_packed(open_layer(path), mmap)
         except CheckpointError as error:
             str(error).encode("ascii", "strict")
         else:

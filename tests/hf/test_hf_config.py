@@ -84,7 +84,7 @@ def load(folder, *args, **options):
 @pytest.mark.parametrize("asked", [{}, {"experts": "int8"}])
 def test_longhand_mmap(packed, asked, monkeypatch):
     opened = []
-    monkeypatch.setattr("coterie.hf.quantizer.open_layer", lambda *args, mmap: opened.append(mmap) or 1 / 0)
+    monkeypatch.setattr("coterie.Experts.from_packed", lambda file, mmap: opened.append(mmap) or 1 / 0)
     for mmap in (True, False):
         with pytest.raises(ZeroDivisionError):
             load(packed, mmap=mmap, **asked)

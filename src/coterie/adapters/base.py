@@ -103,7 +103,7 @@ def open_packed(path: Path, model: PreTrainedModel, layouts: dict[str, Layout]) 
     numbers = number_layers(list(layouts))
     for (name, layout), (own, _) in zip(layouts.items(), read_layouts(model).items(), strict=True):
         number = numbers[name]
-        experts = open_layer(path, number, mmap=True)
+        experts = Experts.from_packed(open_layer(path, number), mmap=True)
         found = experts.num_experts, experts.hidden_size, experts.intermediate_size, experts.has_gate
         if found != (layout.num_experts, layout.hidden_size, layout.intermediate_size, layout.has_gate):
             raise CheckpointError(

@@ -1,24 +1,48 @@
-"""Opening a packed layer: read straight into the memory the kernels read, or mapped where it lies."""
+"""Opening a packed layer's file; its bytes are read straight into the memory the kernels read, or used as they lie."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from coterie.checkpoints.packed import UNFINISHED, PackedLayer, layer_file, packed_layers, read_layout
 from coterie.checkpoints.tensorfile import TensorFile
 from coterie.errors import CheckpointError
-from coterie.experts import Experts
 
 ALIGNMENT = 64
 
 
-def open_layer(path: str | os.PathLike, layer: int = 0, mmap: bool = False) -> Experts:
-    """The packed experts of a layer, from a checkpoint folder or from that layer's .safetensors file.
+@dataclass(frozen=True, slots=True)
+class PackedFile:
+    """The file of a packed layer, found to hold exactly what `layout` says. Raises CheckpointError where it breaks."""
 
-    mmap=False reads the bytes into huge-page memory, mmap=True uses the file's own pages, shared between processes and
-    evicted under memory pressure. The bits are the same. Raises CheckpointError.
-    """
+    file: TensorFile
+    layout: PackedLayer
+
+    def mapped(self, projection: str, expert: int, part: str) -> Tensor:
+        """Bytes of one part of a matrix, uint8, where they lie in the file's own pages."""
+        entry = self.file.entry(self.layout.part_name(projection, expert, part))
+        if part == "weight" and (self.file.data_start + entry.start) % ALIGNMENT:
+            raise CheckpointError(
+                f"{self.file.path}, tensor {entry.name}: not {ALIGNMENT}-byte aligned, so it cannot be used where it "
+                "lies; open it with mmap=False"
+            )
+        return self.file.bytes(entry.name)
+
+    def read_into(self, projection: str, expert: int, part: str, memory: Tensor) -> None:
+        """Reads the same bytes into a uint8 tensor of exactly their size."""
+        self.file.read_into(self.layout.part_name(projection, expert, part), memory.numpy().data)
+
+    def biases(self) -> dict[str, Tensor]:
+        """Float32 biases by projection, [E, rows]; empty where there are none."""
+        return {name: self.file.tensor(self.layout.bias_name(name)).clone() for name in self.layout.biased}
+
+
+def open_layer(path: str | os.PathLike, layer: int = 0) -> PackedFile:
+    """The packed file of a layer, of a checkpoint folder or that layer's .safetensors file. Raises CheckpointError."""
     path = Path(path)
     source = layer_file(path, layer)
     if not source.exists():
@@ -31,42 +55,4 @@ def open_layer(path: str | os.PathLike, layer: int = 0, mmap: bool = False) -> E
     layout = read_layout(file)
     if layout.layer != layer:
         raise CheckpointError(f"{source} holds layer {layout.layer}, asked for layer {layer}")
-    experts = _mapped(file, layout) if mmap else _read(file, layout)
-    if layout.biased:
-        experts.set_biases(**{p: file.tensor(layout.bias_name(p)).clone() for p in layout.biased})
-    return experts
-
-
-def _mapped(file: TensorFile, layout: PackedLayer) -> Experts:
-    for entry in file.entries.values():
-        if entry.name.endswith(".weight") and (file.data_start + entry.start) % ALIGNMENT:
-            raise CheckpointError(
-                f"{file.path}, tensor {entry.name}: not {ALIGNMENT}-byte aligned, so it cannot be used where it lies; "
-                "open it with mmap=False"
-            )
-    return Experts.from_parts(
-        layout.num_experts,
-        layout.hidden_size,
-        layout.intermediate_size,
-        layout.spec,
-        lambda projection, expert, part: file.bytes(layout.part_name(projection, expert, part)),
-        activation=layout.activation,
-        has_gate=layout.has_gate,
-        copy=False,
-    )
-
-
-def _read(file: TensorFile, layout: PackedLayer) -> Experts:
-    experts = Experts.empty(
-        layout.num_experts,
-        layout.hidden_size,
-        layout.intermediate_size,
-        format=layout.spec.name,
-        group_size=layout.spec.group_size,
-        zero_point=layout.spec.zero_point,
-        activation=layout.activation,
-        has_gate=layout.has_gate,
-    )
-    for projection, expert, part, view in experts.parts():
-        file.read_into(layout.part_name(projection, expert, part), view.numpy().data)
-    return experts
+    return PackedFile(file, layout)

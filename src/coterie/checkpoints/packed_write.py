@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from coterie.checkpoints.packed import PackedLayer, layer_file
 from coterie.checkpoints.tensorwriter import TensorWriter, write_error
-from coterie.experts import Experts
+
+if TYPE_CHECKING:
+    from coterie.experts import Experts
 
 
 class LayerWriter:

@@ -154,7 +154,7 @@ class CoterieQuantizer(HfQuantizer):
                 raise CheckpointError(f"{file}: {'has' if found.biased else 'has no'} biases, unlike the model")
 
     def _open(self, name: str, layout: Layout, number: int) -> Experts:
-        return open_layer(self._folder, number, mmap=self.quantization_config.mmap)
+        return Experts.from_packed(open_layer(self._folder, number), mmap=self.quantization_config.mmap)
 
     def _pack(self, name: str, layout: Layout, number: int) -> Experts:
         config = self.quantization_config
