@@ -101,6 +101,14 @@ def test_shards(plain, checkpoint, tmp_path):
     assert torch.equal(logits(coterie.from_pretrained(tmp_path / "packed")), logits(loaded))
 
 
+def test_checkpoint_of_the_model_without_its_head(plain, checkpoint):
+    """Its names lack the prefix that the model's have."""
+    tensors = load_file(plain / SINGLE)
+    save_file({name.removeprefix("model."): t for name, t in tensors.items()}, plain / SINGLE, {"format": "pt"})
+    loaded = coterie.from_pretrained(plain, experts="int4")
+    assert_same_bytes(loaded, coterie.from_pretrained(checkpoint("qwen3_moe"), experts="int4"))
+
+
 def test_stacked_checkpoint(checkpoint, tmp_path):
     """A checkpoint in the model's own layout, gate_up_proj [E, 2I, H], is read expert by expert too."""
     model = tiny_models.make("qwen3_moe")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from coterie.activations import Activation
 from coterie.checkpoints.folder import Folder
-from coterie.checkpoints.naming import FUSED, PLAIN_DTYPES, UNGATED, LayerNames, names_tried
+from coterie.checkpoints.gate_up import join_gate_up, split_gate_up
+from coterie.checkpoints.naming import FUSED, UNGATED, LayerNames, names_tried
 from coterie.checkpoints.reader import LayerReader
+from coterie.checkpoints.tensorfile import PLAIN_DTYPES
 from coterie.errors import CheckpointError, MissingTensorError
 
 
@@ -31,10 +32,7 @@ class FusedExperts(LayerReader):
         """gate and up out of the dimension that holds both."""
         if not self.has_gate:
             return {"up": both}
-        if self.interleaved:
-            gate, up = both.unflatten(dim, (-1, 2)).unbind(dim + 1)
-        else:
-            gate, up = both.chunk(2, dim)
+        gate, up = split_gate_up(both, dim, self.interleaved)
         return {"gate": gate, "up": up}
 
     def expert(self, expert: int) -> dict[str, Tensor]:
@@ -47,8 +45,7 @@ class FusedExperts(LayerReader):
     def stored(self, expert: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         first, down = weights["up"], weights["down"]
         if self.has_gate:
-            pair = weights["gate"], first
-            first = torch.stack(pair, 1).flatten(0, 1) if self.interleaved else torch.cat(pair)
+            first = join_gate_up(weights["gate"], first, 0, self.interleaved)
         return {self.first: first.T, self.down: down.T} if self.transposed else {self.first: first, self.down: down}
 
     def biases(self) -> dict[str, Tensor]:

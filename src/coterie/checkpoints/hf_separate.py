@@ -9,8 +9,9 @@ from torch import Tensor
 
 from coterie.activations import Activation
 from coterie.checkpoints.folder import Folder
-from coterie.checkpoints.naming import PER_EXPERT, PLAIN_DTYPES, LayerNames, names_tried
+from coterie.checkpoints.naming import PER_EXPERT, LayerNames, names_tried
 from coterie.checkpoints.reader import LayerReader
+from coterie.checkpoints.tensorfile import PLAIN_DTYPES
 from coterie.errors import CheckpointError, MissingTensorError
 
 

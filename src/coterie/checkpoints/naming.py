@@ -25,7 +25,6 @@ FUSED = (
 BLOCKS = ("mlp", "block_sparse_moe", "ffn", "feed_forward", "mixer")
 # Blocks whose experts have no gate.
 UNGATED_BLOCKS = ("mixer",)
-PLAIN_DTYPES = ("BF16", "F16", "F32")
 # Draft layers for multi-token prediction: not part of the model that is run.
 DRAFT = "mtp."
 

@@ -45,6 +45,8 @@ DTYPES: dict[str, tuple[int, torch.dtype | None]] = {
     "F6_E2M3": (6, None),
     "F6_E3M2": (6, None),
 }
+# Of weights that nobody has quantised.
+PLAIN_DTYPES = ("BF16", "F16", "F32")
 
 
 def shown(value: object) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.activations import Activation
+from coterie.checkpoints.gate_up import join_gate_up, split_gate_up
 from coterie.errors import UnsupportedModelError
 from coterie.hf.gate import probe
 
@@ -96,10 +97,7 @@ class Layout:
             return {"down": rows_first}
         if not self.has_gate:
             return {"up": rows_first}
-        if self.is_concatenated:
-            gate, up = rows_first.chunk(2, dim=0)
-        else:
-            gate, up = rows_first[0::2], rows_first[1::2]
+        gate, up = split_gate_up(rows_first, 0, not self.is_concatenated)
         return {"gate": gate, "up": up}
 
     def _join(self, name: str, parts: dict[str, Tensor]) -> Tensor:
@@ -107,9 +105,7 @@ class Layout:
             return parts["down"]
         if not self.has_gate:
             return parts["up"]
-        if self.is_concatenated:
-            return torch.cat([parts["gate"], parts["up"]], dim=0)
-        return torch.stack([parts["gate"], parts["up"]], dim=1).flatten(0, 1)
+        return join_gate_up(parts["gate"], parts["up"], 0, not self.is_concatenated)
 
 
 def read_layout(module: nn.Module) -> Layout:

@@ -8,7 +8,7 @@ they went. No table of models.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     rename_source_key,
     revert_weight_conversion,
 )
@@ -40,20 +41,29 @@ class ExpertNames:
     transposed: set[str]
 
 
-def parameters_of(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
-    """The tensors of a checkpoint that are a parameter by themselves: parameter -> tensor."""
-    conversions = get_model_conversion_mapping(model)
+def parameters_in(
+    model: PreTrainedModel, conversions: list[WeightTransform], tensors: Iterable[str], known: Collection[str]
+) -> Iterator[tuple[str, str, WeightConverter | None, str]]:
+    """What Transformers makes of the tensors of a checkpoint: (tensor, parameter, converter, the pattern it matches).
+
+    Without a converter the tensor is the parameter, and the pattern "". `known` are the names that `model` has.
+    """
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    known = model.state_dict()
-    found = {}
+    converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    state = dict.fromkeys(known, True)
     for tensor in tensors:
-        parameter, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, known)
-        if parameter not in known and tensor in known:
+        parameter, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
+        if parameter not in state and tensor in state:
             parameter, pattern = tensor, None
-        if pattern is None and parameter in known:
-            found[parameter] = tensor
-    return found
+        yield tensor, parameter, converter_of[pattern] if pattern is not None else None, pattern or ""
+
+
+def parameters_of(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
+    """The tensors of a checkpoint that are a parameter by themselves: parameter -> tensor."""
+    known = model.state_dict().keys()
+    found = parameters_in(model, get_model_conversion_mapping(model), tensors, known)
+    return {parameter: tensor for tensor, parameter, converter, _ in found if converter is None and parameter in known}
 
 
 def stored_name(model: PreTrainedModel, parameter: str) -> str:

@@ -19,17 +19,14 @@ from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
     WeightConverter,
-    WeightRenaming,
     WeightTransform,
     dot_natural_key,
-    rename_source_key,
 )
 
-from coterie.checkpoints.tensorfile import TensorFile
+from coterie.checkpoints.tensorfile import PLAIN_DTYPES, TensorFile
 from coterie.errors import CheckpointError, MissingTensorError
 from coterie.hf.layout import Layout
-
-PLAIN = ("BF16", "F16", "F32")
+from coterie.hf.names import parameters_in
 
 
 @dataclass(slots=True)
@@ -114,25 +111,16 @@ class Sources:
         return self._layouts[module].split_bias(name, bias)
 
     def _find(self, conversions: list[WeightTransform]) -> dict[str, Source]:
-        renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-        converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-        names = dict.fromkeys(name for name, _ in self._model.named_parameters())
-        names |= dict.fromkeys(name for name, _ in self._model.named_buffers())
-        known = dict.fromkeys(names, True)
-        prefix = self._model.base_model_prefix
+        known = {name for name, _ in (*self._model.named_parameters(), *self._model.named_buffers())}
         wanted = {f"{module}.{name}" for module, layout in self._layouts.items() for name in layout.parameters}
         found: dict[str, Source] = {}
-        for tensor in sorted(self._file_of, key=dot_natural_key):
-            parameter, pattern = rename_source_key(tensor, renamings, converters, prefix, known)
-            if parameter not in known and tensor in known:
-                parameter, pattern = tensor, None
-            converter = converter_of[pattern] if pattern is not None else None
+        tensors = sorted(self._file_of, key=dot_natural_key)
+        for tensor, parameter, converter, pattern in parameters_in(self._model, conversions, tensors, known):
             first, *others = converter.target_patterns if converter else [""]
             for target in [parameter, *(parameter.replace(first, other) for other in others)]:
                 if target in wanted:
                     source = found.setdefault(target, Source(target, converter))
-                    source.tensors.setdefault(pattern or "", []).append(tensor)
+                    source.tensors.setdefault(pattern, []).append(tensor)
         return found
 
     def _check(self, module: str, name: str, layout: Layout, conversions: list[WeightTransform]) -> None:
@@ -143,10 +131,10 @@ class Sources:
             raise MissingTensorError(f"{self._where}: nothing found for {parameter}; the names tried: {tried}")
         for tensor in (t for group in source.tensors.values() for t in group):
             entry = self._file_of[tensor].entry(tensor)
-            if entry.dtype not in PLAIN:
+            if entry.dtype not in PLAIN_DTYPES:
                 raise CheckpointError(
                     f"{self._file_of[tensor].path}, tensor {tensor}: dtype {entry.dtype}, "
-                    f"expected one of {', '.join(PLAIN)}"
+                    f"expected one of {', '.join(PLAIN_DTYPES)}"
                 )
         if source.per_expert(layout):
             self._check_per_expert(name, layout, source)

@@ -13,12 +13,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from coterie.checkpoints.folder import Folder, read_json
 from coterie.checkpoints.packed import UNFINISHED
 from coterie.checkpoints.quantised import Quantised, read_quantised
+from coterie.checkpoints.tensorfile import PLAIN_DTYPES
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import FORMATS, Format, resolve
 from coterie.hf.config import METHOD, CoterieConfig
 from coterie.hf.skeleton import make_config
 
-PLAIN = {"BF16", "F16", "F32"}
 OPENS = "this version opens bf16, fp16, f32 and its own packed folders"
 
 
@@ -126,7 +126,7 @@ def _folder_problem(folder: Path, stored: dict[str, int], packed: Format | None)
     if not stored:
         others = sorted(f.name for p in ("*.bin", "*.pt", "*.pth", "*.gguf") for f in folder.glob(p))
         return f"no safetensors files, only {others[0]}: save it as safetensors first" if others else None
-    odd = sorted(dtype for dtype in stored if dtype[0] == "F" and dtype not in PLAIN)
+    odd = sorted(dtype for dtype in stored if dtype[0] == "F" and dtype not in PLAIN_DTYPES)
     if packed is None and odd:
         return f"it holds {', '.join(odd)} tensors: {OPENS}; use the original, or a copy written in bf16"
     return None
