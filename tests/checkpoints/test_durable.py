@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coterie.adapters.folder import finished
+from coterie.checkpoints.folderwriter import new_folder
 from coterie.checkpoints.tensorwriter import TensorWriter, copy_file, write_text
 
 
@@ -61,7 +61,7 @@ def test_a_file_is_synced_before_it_takes_its_name_and_its_folder_after(tmp_path
 
 
 def test_a_folder_is_synced_whole_before_it_takes_its_name(tmp_path, calls):
-    with finished(tmp_path / "out") as partial:
+    with new_folder(tmp_path / "out") as partial:
         (partial / "sub").mkdir()
         (partial / "sub" / "file").write_text("x")
     kinds = [call[0] for call in calls]
@@ -73,9 +73,9 @@ def test_a_folder_is_synced_whole_before_it_takes_its_name(tmp_path, calls):
 
 def test_what_another_run_writes_is_left_alone(tmp_path):
     for write in (tensor_file, text):
-        with finished(tmp_path / "out") as mine:
+        with new_folder(tmp_path / "out") as mine:
             (mine / "mine").touch()
-            with pytest.raises(RuntimeError), finished(tmp_path / "out") as other:
+            with pytest.raises(RuntimeError), new_folder(tmp_path / "out") as other:
                 assert other != mine
                 raise RuntimeError
             write(mine / "x")

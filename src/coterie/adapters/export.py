@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coterie.adapters.empty import ADAPTER, PREFIX, Adapted, adapt_empty
-from coterie.adapters.folder import WEIGHTS, base_of, check_there, finished, read_adapter_config
+from coterie.adapters.folder import WEIGHTS, base_of, check_there, read_adapter_config
+from coterie.checkpoints.folderwriter import new_folder
 from coterie.errors import ArgumentError
 from coterie.hf.modules import read_layouts
 from coterie.hf.names import expert_names, parameters_of, stored_name
@@ -66,7 +67,7 @@ def export_adapter(adapter: Path, output: Path, model: str | None = None) -> Exp
         name_modules(adapted, modules, names)
     else:
         tensors = adapted.stored
-    with finished(output) as folder:
+    with new_folder(output) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         adapted.config.save_pretrained(str(folder))
     experts = sum(adapted.layouts[name].num_experts for name in wrapped) if modules else 0

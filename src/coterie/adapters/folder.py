@@ -1,18 +1,14 @@
-"""An adapter's folder, the base model it belongs to, and the new folder that is made of both."""
+"""An adapter's folder, and the base model it belongs to."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
 
-from coterie.checkpoints.tensorwriter import copy_file, sync_folder, sync_tree, temporary_beside
+from coterie.checkpoints.tensorwriter import copy_file
 from coterie.errors import ArgumentError, CheckpointError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -67,29 +63,6 @@ def check_there(base: str) -> None:
     """Raises CheckpointError for a path that is not there; what may be a Hub id is left to the Hub."""
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise CheckpointError(f"{base} is not there: give the base model with --model")
-
-
-@contextmanager
-def finished(output: Path) -> Iterator[Path]:
-    """A folder to write to that becomes `output` when all is written, and vanishes when not.
-
-    Raises ArgumentError where `output` is neither new nor empty, CheckpointError when the system refuses a write.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ArgumentError(f"{output} is not empty; give a new folder")
-    partial = temporary_beside(output, ".partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if output.exists():
-            output.rmdir()
-        sync_tree(partial)
-        os.replace(partial, output)
-        sync_folder(output.parent)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {output}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def copy(source: Path, target: Path) -> None:

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from coterie.adapters.base import open_packed, open_plain
 from coterie.adapters.empty import Adapted, adapt_empty
-from coterie.adapters.folder import WEIGHTS, base_of, copy, finished, local, read_adapter_config
+from coterie.adapters.folder import WEIGHTS, base_of, copy, local, read_adapter_config
 from coterie.adapters.stream import StreamedMerge
 from coterie.checkpoints.folder import read_json
+from coterie.checkpoints.folderwriter import new_folder
 from coterie.checkpoints.tensorwriter import write_text
 from coterie.convert import convert_cpu
 from coterie.convert.rest import other_files
@@ -58,7 +59,7 @@ def merge_adapter(adapter: Path, output: Path, model: str | None = None, experts
     else:
         base = open_plain(folder, adapted.layouts, set(adapted.experts()))
     merge = StreamedMerge(base, adapted)
-    with finished(output) as made:
+    with new_folder(output) as made:
         plain = made if experts == "bf16" else made / "plain"
         plain.mkdir(exist_ok=True)
         worst = merge.write(plain)

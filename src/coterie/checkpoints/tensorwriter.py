@@ -152,9 +152,9 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         raise write_error(path, error) from error
 
 
-def temporary_beside(path: Path, suffix: str = ".tmp") -> Path:
+def temporary_beside(path: Path) -> Path:
     """A name for what is to become `path`, in the same folder; no other run has or will have it."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def _take_name(temporary: Path, path: Path) -> None:

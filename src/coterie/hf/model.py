@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from coterie.checkpoints.folderwriter import replaced_folder
 from coterie.checkpoints.packed_write import write_layer
-from coterie.errors import ArgumentError, CheckpointError
+from coterie.errors import ArgumentError
 from coterie.hf.modules import number_layers, packed_modules
 from coterie.hf.packed import described
-from coterie.hf.saving import replaced_folder, write_index
+from coterie.hf.saving import write_index
 from coterie.hf.weight import PackedWeight
 
 PEFT_PREFIX = "base_model.model."
@@ -86,10 +86,7 @@ class PackedModel:
         with replaced_folder(folder, self.get_memory_footprint(return_buffers=False)) as new:
             for name, module in packed.items():
                 write_layer(new, numbers[name], module.experts, source=Path(self.config.name_or_path).name)
-            try:
-                super().save_pretrained(new, **kwargs)
-            except SafetensorError as error:
-                raise CheckpointError(f"cannot write {folder}: {error}") from error
+            super().save_pretrained(new, **kwargs)
             write_index(new)
 
 
