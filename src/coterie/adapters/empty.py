@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from coterie.adapters.folder import TASKS
-from coterie.errors import ArgumentError
+from coterie.errors import ArgumentError, UnsupportedModelError
 from coterie.hf.adapter_fit import check_adapter
+from coterie.hf.empty import empty_model
 from coterie.hf.layout import Layout
 from coterie.hf.modules import read_layouts
 
@@ -88,10 +89,9 @@ def adapt_empty(base: str, revision: str | None, lora: LoraConfig, stored: dict[
     models, reasons = [], []
     for auto in CLASSES[task]:
         try:
-            with torch.device("meta"):
-                models.append(auto.from_config(config))
-        except ValueError as error:
-            reasons.append(" ".join(str(error).split())[:200])
+            models.append(empty_model(config, auto))
+        except UnsupportedModelError as error:
+            reasons.append(error)
     if not models:
         raise ArgumentError(f"{base} cannot be opened as a model for {task}, which the adapter is for: {reasons[0]}")
     models.sort(key=lambda model: type(model).__name__ not in (config.architectures or []))

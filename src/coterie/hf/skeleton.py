@@ -1,4 +1,4 @@
-"""Models without weights: built by Transformers from a config alone, and run for what a run would take.
+"""Models without weights, run for what a run would take.
 
 Nothing here knows a kind of attention or of cache: what counts is what the model's own code makes.
 """
@@ -11,10 +11,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from coterie.errors import CheckpointError, UnsupportedModelError
+from coterie.hf.empty import make_model
 from coterie.hf.layout import Layout
 
 TRACE = "coterie_trace"
@@ -42,14 +43,11 @@ def make_config(values: dict, where: str) -> Any:
         raise CheckpointError(f"{where} is no valid {model_type} config: {error}") from error
 
 
-def build(config: Any) -> Any:
-    """The model in bf16 on the meta device: shapes and no storage."""
-    with torch.device("meta"):
-        return _make(config).eval()
-
-
 def trace(model: Any, context: int) -> tuple[int, dict[nn.Module, int]]:
-    """(bytes of the cache after `context` tokens, {experts module: experts a token uses}), from one run on meta."""
+    """(bytes of the cache after `context` tokens, {experts module: experts a token uses}), from one run.
+
+    model: on the meta device, in eval mode.
+    """
     per_token: dict[nn.Module, int] = {}
 
     def record(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -70,7 +68,7 @@ def saved_for_backward(config: Any, layouts: dict[str, Layout], batch: int, toke
     """
     saved: dict[int, Any] = {}
     with FakeTensorMode():  # as on the CPU, so that its kinds of attention are chosen, but without storage
-        model = _make(config).requires_grad_(False).train()
+        model = make_model(config, dtype=torch.bfloat16).requires_grad_(False).train()
         layout_of = {model.get_submodule(name): layout for name, layout in layouts.items()}
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
@@ -101,16 +99,6 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise NotImplementedError
-
-
-def _make(config: Any) -> Any:
-    """The model of the class that `config` names first, else a causal LM."""
-    kind = getattr(transformers, (config.architectures or [""])[0] or "", None)
-    make = getattr(kind, "_from_config", AutoModelForCausalLM.from_config)
-    try:
-        return make(config, dtype=torch.bfloat16)
-    except Exception as error:  # a model's own code, run on values that nothing has checked
-        raise UnsupportedModelError(f"{config.model_type} cannot be built from this config: {error}") from error
 
 
 def _run(model: Any, experts: Any, **inputs: Any) -> Any:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from coterie.errors import ArgumentError
 from coterie.formats import Format
 from coterie.hf import skeleton
+from coterie.hf.empty import empty_model
 from coterie.hf.layout import Layout
 from coterie.hf.modules import read_layouts
 from coterie.hf.sizes import expert_nbytes, expert_parameters, rest_of
@@ -75,7 +78,7 @@ def inspect(config: Any, context: int = 4096) -> Anatomy:
     """
     if context < 1:
         raise ArgumentError(f"context is {context} tokens, expected at least 1")
-    model = skeleton.build(config)
+    model = empty_model(config, dtype=torch.bfloat16).eval()
     layouts = read_layouts(model)
     cache, per_token = skeleton.trace(model, min(context, TRACED_CONTEXT))
     if context > TRACED_CONTEXT:

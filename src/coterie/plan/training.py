@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from coterie.errors import ArgumentError
 from coterie.formats import Format
 from coterie.hf import skeleton
+from coterie.hf.empty import empty_model
 from coterie.plan.anatomy import Anatomy
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # what `coterie sft` adapts besides the experts
@@ -55,7 +57,7 @@ def train_inspect(config: Any, anatomy: Anatomy, rank: int = 16, batch: int = 1,
     for name, value in (("lora-r", rank), ("micro-batch-size", batch), ("sequence-len", tokens)):
         if value < 1:
             raise ArgumentError(f"{name} is {value}, expected at least 1")
-    model = skeleton.build(config)
+    model = empty_model(config, dtype=torch.bfloat16)
     adapted = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.endswith(ATTENTION)]
     in_attention = sum(m.in_features + m.out_features for m in adapted)
     in_experts = sum(layer.layout.num_experts * sum(_lora_values(layer.layout)) for layer in anatomy.experts)

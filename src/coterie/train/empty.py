@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from coterie.errors import ArgumentError, UnsupportedModelError
 from coterie.hf import CoterieConfig
 from coterie.hf.adapter_fit import check_adapter
+from coterie.hf.empty import empty_model
 from coterie.hf.modules import read_layouts
 from coterie.train.adapter import add_adapter, check_keys
 from coterie.train.config import ALL_LINEAR, ATTENTION, TrainConfig
@@ -34,10 +35,9 @@ def check_model(config: TrainConfig, base: str) -> None:
     trust = {"trust_remote_code": config.trust_remote_code}
     described = AutoConfig.from_pretrained(base, **trust, **changes)
     try:
-        with torch.device("meta"):
-            model = auto_class.from_config(described, **trust)
-    except ValueError as error:
-        raise UnsupportedModelError(f"{base} cannot be fine-tuned: {str(error).splitlines()[0][:300]}") from error
+        model = empty_model(described, auto_class, **trust)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{base} cannot be fine-tuned: {error}") from error
     layouts = read_layouts(model)
     experts = tuple(f"{path}.{name}" for path, layout in layouts.items() for name in layout.parameters)
     unfrozen = find_unfrozen(model, config.unfrozen_parameters, experts)
