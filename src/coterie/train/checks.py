@@ -13,7 +13,7 @@ from coterie.errors import ArgumentError
 from coterie.hf.loading import check_folder
 from coterie.train.arguments import make_arguments
 from coterie.train.config import TrainConfig
-from coterie.train.data import load_datasets, locate
+from coterie.train.data.load import load_datasets, locate
 from coterie.train.empty import check_model
 from coterie.train.model import load_tokenizer
 from coterie.train.output import plan_output

@@ -21,8 +21,8 @@ from coterie.hf.loading import from_pretrained
 from coterie.hf.weight import PackedWeight
 from coterie.train.adapter import add_adapter, load_adapter
 from coterie.train.config import TrainConfig
+from coterie.train.data.template import set_template
 from coterie.train.precision import keep_float32
-from coterie.train.template import set_template
 
 
 def load_tokenizer(config: TrainConfig, path: str, folder: Path) -> Any:

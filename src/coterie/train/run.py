@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import logging, set_seed
+from transformers import DataCollatorForTokenClassification, logging, set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from coterie.adapters.card import write_card
@@ -19,14 +19,13 @@ from coterie.train.callbacks import Profiler, ProgressBar
 from coterie.train.checks import Checked, check_all
 from coterie.train.config import TrainConfig
 from coterie.train.curve import draw_losses
-from coterie.train.data import locate
+from coterie.train.data.load import locate
 from coterie.train.metrics import METRICS, MetricsFile, Row, read_metrics
 from coterie.train.model import load_model, reference_model
 from coterie.train.output import CURVE, clear
 from coterie.train.packing import refuse_mixing
-from coterie.train.steps import step_trainer
 from coterie.train.stop import HOUR, Stop
-from coterie.train.trainers import Preferences, Rewards, Supervised
+from coterie.train.trainers import Preferences, Rewards, Steps, Supervised
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,8 @@ def make_trainer(config: TrainConfig, **given: Any) -> Any:
     args.use_cache = getattr(given["model"].config, "use_cache", True)  # as it is to be saved
     try:
         if config.process_reward_model:
-            return step_trainer(args=args, **given)
+            collator = DataCollatorForTokenClassification(given["processing_class"])
+            return Steps(args=args, data_collator=collator, **given)
         if config.reward_model:
             return Rewards(args=args, **given)
         if config.rl == "dpo":

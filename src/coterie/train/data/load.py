@@ -10,8 +10,8 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 
 from coterie.errors import ArgumentError
 from coterie.train.config import DatasetConfig, TrainConfig
-from coterie.train.formats import columns_of, extra_columns, pair_of, tell_kind, wanted_kinds
-from coterie.train.tokens import Found, tokenise
+from coterie.train.data.formats import columns_of, extra_columns, pair_of, tell_kind, wanted_kinds
+from coterie.train.data.tokens import Found, tokenise
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 

@@ -11,9 +11,9 @@ from trl import extract_prompt
 
 from coterie.errors import ArgumentError
 from coterie.train.config import DatasetConfig, TrainConfig
-from coterie.train.formats import instruction_of, is_chat, message_of, messages_of
-from coterie.train.steps import IGNORED, tokens_of
-from coterie.train.template import ASSISTANT, ChatTemplate, Sample, common_length, tokens_of_spans
+from coterie.train.data.formats import instruction_of, is_chat, message_of, messages_of
+from coterie.train.data.steps import IGNORED, tokens_of
+from coterie.train.data.template import ASSISTANT, ChatTemplate, Sample, common_length, tokens_of_spans
 
 SHOWN = 5
 

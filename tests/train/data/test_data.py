@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from coterie import tiny
 from coterie.errors import ArgumentError
-from coterie.train.data import load_datasets
-from coterie.train.tokens import IGNORED
+from coterie.train.data.load import load_datasets
+from coterie.train.data.tokens import IGNORED
 
 TOKENIZER = AutoTokenizer.from_pretrained(tiny.PATH)
 ASKED, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}

@@ -1,20 +1,11 @@
-"""Process reward models: data of steps and labels into tokens, where each step's last token has its label."""
+"""Rows of steps and labels into tokens, where each step's last token has its label: for process reward models."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import DataCollatorForTokenClassification, Trainer
-
-from coterie.train.trainers import Steps
-
 SEPARATOR = "\n"
 IGNORED = -100
-
-
-def step_trainer(**options: Any) -> Trainer:
-    """A Trainer of a token classifier, on rows of input_ids and labels."""
-    return Steps(data_collator=DataCollatorForTokenClassification(options["processing_class"]), **options)
 
 
 def tokens_of(row: dict[str, Any], tokenizer: Any) -> dict[str, list[int]]:

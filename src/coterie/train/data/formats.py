@@ -8,7 +8,7 @@ from trl import extract_prompt
 
 from coterie.errors import ArgumentError
 from coterie.train.config import DatasetConfig, TrainConfig
-from coterie.train.template import ASSISTANT
+from coterie.train.data.template import ASSISTANT
 
 ROLES = {
     "human": "user",

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from coterie import tiny
 from coterie.errors import ArgumentError
+from coterie.train.data.template import CHATML, ChatTemplate, set_template
 from coterie.train.example import DATA
-from coterie.train.template import CHATML, ChatTemplate, set_template
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 MARKERS = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
