@@ -8,6 +8,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -45,17 +46,24 @@ nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>> allocate(int64_t bytes) {
 }
 
 // ||W - packed(W)|| / ||W||; below zero where a NaN or Inf cannot be held.
-double pack(const LayoutTuple& t, uintptr_t source, int dtype, int64_t stride, bool search, uintptr_t weight, uintptr_t scale, uintptr_t zero) {
+double pack(const LayoutTuple& t, uintptr_t source, int dtype, int64_t stride, bool search, uintptr_t matrix) {
   nb::gil_scoped_release released;
-  const Layout layout = layout_of(t);
+  const Layout layout = layout_from(t);
   const Kernels& k = kernels();
+  std::vector<float> tiles;
+  PackOptions options{search, nullptr, 0.0f};
+  if (layout.needs_largest) {
+    const int64_t count = (layout.rows + kScaleTileRows - 1) / kScaleTileRows;
+    tiles.resize(count * layout.steps());
+    parallel(count, [&](int64_t tile, int) { k.largest_of_tiles(layout, tile, at<void>(source), static_cast<DType>(dtype), stride, tiles.data()); });
+    options = {search, tiles.data(), *std::max_element(tiles.begin(), tiles.end())};
+  }
   std::atomic<bool> finite{true};
   std::vector<PackError> errors(layout.panels());
   parallel(layout.panels(), [&](int64_t panel, int) {
     static thread_local std::vector<float> scratch;
     scratch.resize(layout.padded_cols() * kPanelRows);
-    if (!k.pack_panel(layout, panel, at<void>(source), static_cast<DType>(dtype), stride, search, at<uint8_t>(weight), at<uint8_t>(scale),
-                      at<uint8_t>(zero), scratch.data(), errors[panel]))
+    if (!k.pack_panel(layout, panel, at<void>(source), static_cast<DType>(dtype), stride, options, at<uint8_t>(matrix), scratch.data(), errors[panel]))
       finite = false;
   });
   if (!finite) return -1.0;
@@ -64,11 +72,22 @@ double pack(const LayoutTuple& t, uintptr_t source, int dtype, int64_t stride, b
   return sum.difference == 0.0 ? 0.0 : std::sqrt(sum.difference / sum.total);
 }
 
-void unpack(const LayoutTuple& t, uintptr_t weight, uintptr_t scale, uintptr_t zero, uintptr_t to) {
+// Whether every code and scale stands for a finite number; where not, what was packed is of no use.
+bool pack_codes(const LayoutTuple& t, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t row_scale, uintptr_t matrix) {
   nb::gil_scoped_release released;
-  const Layout layout = layout_of(t);
-  const Matrix matrix{at<uint8_t>(weight), at<uint8_t>(scale), at<uint8_t>(zero)};
-  parallel(layout.panels(), [&](int64_t panel, int) { unpack_panels(layout, matrix, panel, panel + 1, at<float>(to)); });
+  const Layout layout = layout_from(t);
+  const Codes source{at<uint8_t>(codes), at<uint8_t>(scale), at<uint8_t>(zero), at<float>(row_scale)};
+  std::atomic<bool> finite{true};
+  parallel(layout.blocks(), [&](int64_t block, int) {
+    if (!pack_codes_of_blocks(layout, source, block, block + 1, at<uint8_t>(matrix))) finite = false;
+  });
+  return finite;
+}
+
+void unpack(const LayoutTuple& t, uintptr_t matrix, uintptr_t to) {
+  nb::gil_scoped_release released;
+  const Layout layout = layout_from(t);
+  parallel(layout.blocks(), [&](int64_t block, int) { unpack_blocks(layout, at<uint8_t>(matrix), block, block + 1, at<float>(to)); });
 }
 
 double seconds_of(const std::function<void()>& work) {
@@ -141,7 +160,9 @@ NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // a model that lives until the interpreter exits is no leak
   bind_layer(m);
   m.def("allocate", &allocate, "bytes"_a, "Zeroed huge-page memory as a uint8 tensor.");
+  m.def("matrix_bytes", [](const LayoutTuple& t) { return layout_from(t).bytes(); }, "layout"_a, "Bytes of a packed matrix.");
   m.def("pack", &pack);
+  m.def("pack_codes", &pack_codes);
   m.def("unpack", &unpack);
   auto names = [](bool automatic) {
     std::vector<std::string> found;

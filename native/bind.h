@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <tuple>
 
-#include "formats/layout.h"
+#include "formats/encodings.h"
 
 namespace coterie {
 
@@ -14,11 +14,9 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-using LayoutTuple = std::tuple<int, int64_t, int64_t, int64_t, bool>;  // format, rows, cols, group, zero point
+using LayoutTuple = std::tuple<int, int64_t, int64_t, int64_t, bool>;  // encoding, rows, cols, group, zero point
 
-inline Layout layout_of(const LayoutTuple& t) {
-  return {static_cast<Format>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t)};
-}
+inline Layout layout_from(const LayoutTuple& t) { return std::apply([](auto... part) { return layout_of(part...); }, t); }
 
 void bind_layer(nanobind::module_& m);
 

@@ -34,30 +34,31 @@ using LoraTuple = std::tuple<FactorTuple, FactorTuple, FactorTuple, bool>;  // g
 
 Lora lora_of(const LoraTuple& t) { return {factor_of(std::get<0>(t)), factor_of(std::get<1>(t)), factor_of(std::get<2>(t)), std::get<3>(t)}; }
 
-// Projections are numbered gate, up, down; parts weight, scale, zero.
+// Projections are numbered gate, up, down.
 class Layer {
  public:
   Layer(int64_t number, const LayoutTuple& in, const LayoutTuple& out, std::tuple<int, float, float, float> activation, int64_t count, bool has_gate)
-      : number_(number), missing_(count * (has_gate ? 3 : 2)), parts_(9 * count) {
-    layer_.in = layout_of(in);
-    layer_.out = layout_of(out);
+      : number_(number), missing_(count), weights_(count) {
+    layer_.in = layout_from(in);
+    layer_.out = layout_from(out);
     layer_.count = count;
     layer_.hidden = layer_.in.cols;
     layer_.intermediate = layer_.in.rows;
     layer_.has_gate = has_gate;
     layer_.activation = {static_cast<ActivationKind>(std::get<0>(activation)), std::get<1>(activation), std::get<2>(activation),
                          std::get<3>(activation)};
-    for (auto* matrices : {&layer_.gate, &layer_.up, &layer_.down}) matrices->assign(count, Matrix{});
+    for (auto* matrices : {&layer_.gate, &layer_.up, &layer_.down}) matrices->assign(count, nullptr);
   }
 
-  // Packed bytes at an address, which `owner` keeps there.
-  void set_part(int projection, int64_t expert, int part, uintptr_t address, nb::object owner) {
-    if (projection < (layer_.has_gate ? 0 : 1) || projection > 2 || expert < 0 || expert >= layer_.count || part < 0 || part > 2)
-      throw nb::index_error("no such part");
-    Matrix& matrix = (projection == 0 ? layer_.gate : projection == 1 ? layer_.up : layer_.down)[expert];
-    if (part == 0) missing_ += (matrix.weight ? 1 : 0) - (address ? 1 : 0);
-    (part == 0 ? matrix.weight : part == 1 ? matrix.scale : matrix.zero) = at<uint8_t>(address);
-    parts_[(projection * layer_.count + expert) * 3 + part] = std::move(owner);
+  // The packed matrices of one expert, back to back at an address, where `owner` keeps them.
+  void set_expert(int64_t expert, uintptr_t address, nb::object owner) {
+    if (expert < 0 || expert >= layer_.count) throw nb::index_error("no such expert");
+    missing_ -= layer_.up[expert] ? 0 : 1;
+    const uint8_t* matrix = at<uint8_t>(address);
+    if (layer_.has_gate) layer_.gate[expert] = std::exchange(matrix, matrix + layer_.in.bytes());
+    layer_.up[expert] = std::exchange(matrix, matrix + layer_.in.bytes());
+    layer_.down[expert] = matrix;
+    weights_[expert] = std::move(owner);
   }
 
   // Float32 [experts][rows, padded to panels] at an address, which `owner` keeps there; 0 and None for no bias. Waits for what is being computed.
@@ -114,9 +115,9 @@ class Layer {
   }
 
   int64_t number_;
-  int64_t missing_;  // weights that are not set
+  int64_t missing_;  // experts that are not set
   Experts layer_{};
-  std::vector<nb::object> parts_;
+  std::vector<nb::object> weights_;
   std::array<nb::object, 3> biases_;
 };
 
@@ -125,7 +126,7 @@ class Layer {
 void bind_layer(nb::module_& m) {
   nb::class_<Layer>(m, "Layer")
       .def(nb::init<int64_t, const LayoutTuple&, const LayoutTuple&, std::tuple<int, float, float, float>, int64_t, bool>())
-      .def("set_part", &Layer::set_part)
+      .def("set_expert", &Layer::set_expert)
       .def("set_bias", &Layer::set_bias, nb::arg(), nb::arg(), nb::arg().none())
       .def("handle", &Layer::handle)
       .def("forward", &Layer::forward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),

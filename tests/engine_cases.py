@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from streams import floats, matrix_of, take_apart
 from torch import Tensor
 
 from coterie import Experts, reference
-from coterie.formats import Format
+from coterie.formats import ENCODINGS, Format
 
 ACTIVATION_GROUP = 256  # columns of an activation that share one int8 scale
 BF16_ACTIVATIONS = ("avx512_bf16", "amx", "amx_emulated")  # the others compute bf16 weights with float32 activations
 TILES = ("amx", "amx_emulated")
-FUSED = ("avx2", "avx2_vnni")  # multiply and add in one rounding
-DECODED_FROM, DECODED_FROM_IN_TILES = 16, 8  # rows of an expert from which grouped int4 is decoded to int8
+DECODED_FROM, DECODED_FROM_IN_TILES = 16, 8  # rows of an expert from which 4-bit groups are decoded to int8
+TILE_ROWS = {"scalar": 4}  # rows, else 6, up to which other weights are not rounded to bf16
 
 FORMATS = (
     Format("bf16"),
     *(Format("int8", group) for group in (0, 32, 64, 128)),
     *(Format("int4", group, zero) for zero in (False, True) for group in (0, 32, 64, 128)),
+    *(Format(name, ENCODINGS[name].group_sizes[0]) for name in list(ENCODINGS)[3:]),
 )
 
 
@@ -31,6 +34,13 @@ def name_of(spec: Format) -> str:
 def options(spec: Format) -> dict:
     """The arguments of Experts.pack that ask for this format."""
     return {"format": spec.name, "group_size": spec.group_size, "zero_point": spec.zero_point}
+
+
+def matrix_shapes(spec: Format) -> list[tuple[int, int]]:
+    """Rows and columns of matrices whose last block is narrow, where the groups of both directions allow it."""
+    free = not spec.group_size or spec.encoding.tile_rows > 1
+    rows = (1, 70, 130) if free else (spec.group_size, 5 * spec.group_size, 7 * spec.group_size)
+    return list(zip(rows, (128, 256, 384), strict=True))
 
 
 @functools.cache
@@ -52,6 +62,14 @@ def packed(spec: Format, sizes: tuple[int, int, int]) -> Experts:
     """Packed once, and given out as if never trained."""
     experts = _packed(spec, sizes)
     experts.activations = "auto"
+    return experts
+
+
+def made_of(spec: Format, sizes: tuple[int, int, int], get: Callable[[int], Tensor]) -> Experts:
+    """Experts over packed bytes that lie where `get(expert)` says, as over those of a memory map."""
+    experts = Experts(*sizes, spec)
+    for e in range(sizes[0]):
+        experts._set_weights(e, get(e))
     return experts
 
 
@@ -89,30 +107,33 @@ def int8_grid(x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def decoded(experts: Experts, fused: bool) -> dict[str, Tensor]:
-    """Grouped int4 as the engine multiplies it by many rows: each row's codes times the ratio of their group's scale to
-    the largest of 256 columns, rounded to int8. Ratios that end in a half are common: `fused` says that the product is
-    rounded once."""
+def decoded(experts: Experts) -> dict[str, Tensor]:
+    """Grouped 4-bit weights as the engine multiplies them by many rows: each row's codes times the ratio of their group's
+    scale to the largest of 256 columns, rounded to int8."""
     spec, found = experts.spec, {}
-    steps = torch.tensor(15.0 if spec.zero_point else 8.0) / 127
-    scales = {(name, e): data for name, e, part, data in experts.parts() if part == "scale"}
+    unit = 1.0 if spec.name == "int4" else 0.5  # e2m1 is multiplied as whole halves
+    steps = torch.tensor((15.0 if spec.zero_point else 8.0) if spec.name == "int4" else 12.0) / 127
     for name in experts.projections:
         rows, cols = experts.shape(name)
         matrices = []
         for e in range(experts.num_experts):
-            scale = scales[name, e].view(torch.bfloat16).float().view(-(-rows // 16), -1, 16)
-            scale = scale.transpose(1, 2).flatten(0, 1)[:rows]
+            parts = take_apart(spec, rows, cols, matrix_of(experts, name, e))
+            scale, row_scale = floats(spec, parts), parts.row_scale
+            assert scale is not None
             per = ACTIVATION_GROUP // spec.group_size
             scale = torch.nn.functional.pad(scale, (0, -scale.shape[1] % per)).unflatten(1, (-1, per))
             step = scale.abs().amax(-1, keepdim=True) * steps
             inverse = torch.where(step > 0, 128 / step, 0)
-            ratio = (scale.double() * inverse).round().float() if fused else (scale * inverse).round()
+            ratio = (scale * inverse).round()
             ratio = ratio.flatten(1)[:, : cols // spec.group_size, None]
             scale = scale.flatten(1)[:, : cols // spec.group_size, None]
             values = experts.dequantize_projection(name, e).unflatten(1, (-1, spec.group_size))
-            codes = torch.where(scale != 0, values / scale, 0).round()
-            step = step.expand(-1, -1, per).flatten(1)[:, : cols // spec.group_size, None]
-            matrices.append((((codes * ratio + 64) / 128).floor() * step).flatten(1))
+            if row_scale is not None:
+                values = torch.where(row_scale[:, None, None] != 0, values / row_scale[:, None, None], 0)
+            codes = torch.where(scale != 0, values / scale / unit, 0).round()
+            step = step.expand(-1, -1, per).flatten(1)[:, : cols // spec.group_size, None] * unit
+            matrix = (((codes * ratio + 64) / 128).floor() * step).flatten(1)
+            matrices.append(matrix if row_scale is None else matrix * row_scale[:, None])
         found[name] = torch.stack(matrices)
     return found
 
@@ -123,30 +144,33 @@ def dense_of(experts: Experts) -> dict[str, Tensor]:
 
 
 def engine_truth(experts: Experts, isa: str, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """reference.forward with activations, and the weights of int4, rounded where the engine rounds them: what is left
-    is the order of sums."""
-    spec, biases = experts.spec, experts.biases()
+    """reference.forward with activations and weights rounded where the engine rounds them: what is left is the order of
+    sums."""
+    spec, biases, integer = experts.spec, experts.biases(), experts.spec.encoding.int8_activations
 
     def rounded(v: Tensor) -> Tensor:
-        if spec.name == "bf16":
-            return v.bfloat16().float() if isa in BF16_ACTIVATIONS else v
-        return int8_grid(v)
+        if integer:
+            return int8_grid(v)
+        return v.bfloat16().float() if isa in BF16_ACTIVATIONS else v
 
     x, out = rounded(x.float()), torch.zeros(x.shape)
     for e in range(experts.num_experts):
         t, k = (ids == e).nonzero(as_tuple=True)
         if not len(t):
             continue
+        matrices = dense_of(experts)
         from_rows = DECODED_FROM_IN_TILES if isa in TILES else DECODED_FROM
-        bytes_ = spec.name == "int4" and spec.group_size and len(t) >= from_rows
-        matrices = decoded(experts, isa in FUSED) if bytes_ else dense_of(experts)
+        if integer and spec.encoding.bits == 4 and spec.group_size and len(t) >= from_rows:
+            matrices = decoded(experts)
+        if not integer and len(t) > TILE_ROWS.get(isa, 6):
+            matrices = {name: matrix.bfloat16().float() for name, matrix in matrices.items()}
 
         def linear(name: str, v: Tensor, e: int = e, matrices: dict[str, Tensor] = matrices) -> Tensor:
             return torch.nn.functional.linear(v, matrices[name][e], biases[name][e] if name in biases else None)
 
         gate = linear("gate", x[t]) if experts.has_gate else None
         hidden = reference.act(experts.activation, gate, linear("up", x[t]))
-        if spec.name != "bf16":
+        if integer:
             hidden = hidden.bfloat16().float()
         out = out.index_add(0, t, linear("down", rounded(hidden)) * weights[t, k, None].float())
     return out
@@ -169,5 +193,5 @@ def assert_close(spec: Format, found: Tensor, truth: Tensor, case: object = None
     if not found.numel():
         return
     errors = token_errors(found, truth)
-    assert errors.max() < (2e-3 if spec.name == "bf16" else 2e-2), (case, errors.max())
+    assert errors.max() < (2e-2 if spec.encoding.int8_activations else 2e-3), (case, errors.max())
     assert len(errors) < 5 or errors.median() < 1e-5, (case, errors.median())

@@ -86,7 +86,7 @@ def test_int8_is_not_for_training(spec):
 def test_what_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ArgumentError, match="expected one of auto, bf16, int8, found 'fp8'"):
         made(FORMATS[1], "fp8")
-    with pytest.raises(ArgumentError, match="needs int8 or int4 weights"):
+    with pytest.raises(ArgumentError, match="needs weights of int8, int4, mxfp4, nvfp4"):
         made(FORMATS[0], "int8")
     made(FORMATS[1], "bf16").save(tmp_path)
     assert Experts.open(tmp_path).activations == "auto"

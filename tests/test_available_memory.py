@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine_cases import made_of
 
 from coterie import Experts, memory
 from coterie.errors import DeviceError
@@ -69,11 +70,10 @@ def test_experts_that_do_not_fit(system, monkeypatch):
 
 def test_bytes_that_stay_in_a_file_need_no_memory(system, monkeypatch):
     experts = Experts.pack(*torch.randn(3, 2, 64, 64), format="int8")
-    parts = {(name, e, part): data for name, e, part, data in experts.parts()}
     monkeypatch.setenv("COTERIE_RAM", "1KB")
-    Experts.from_parts(2, 64, 64, experts.spec, lambda *key: parts[key], copy=False)
+    made_of(experts.spec, (2, 64, 64), experts.packed)
     with pytest.raises(DeviceError):
-        Experts.from_parts(2, 64, 64, experts.spec, lambda *key: parts[key])
+        Experts.empty(2, 64, 64, format="int8")
 
 
 def test_what_the_system_refuses_all_the_same(system, monkeypatch):

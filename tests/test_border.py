@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from engine_cases import FORMATS, Batch, dense, name_of, options
+from engine_cases import FORMATS, Batch, dense, made_of, name_of, options
 from gradient_cases import gradients, random_batch, random_lora
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -148,13 +148,13 @@ def test_traces_record_the_operator(experts):
 @pytest.mark.parametrize("wrap", [Wrapper, lambda t: t.to("meta"), lambda t: FakeTensorMode().from_tensor(t)])
 def test_weights_must_be_plain(wrap):
     gate, up, down = dense(SIZES)
+    experts = Experts.pack(gate, up, down, format="int8")
     with pytest.raises(ArgumentError, match="up: expected a CPU tensor, found"):
         Experts.pack(gate, wrap(up), down)
     with pytest.raises(ArgumentError, match="up_bias: expected a plain float tensor on the CPU, found"):
         Experts.pack(gate, up, down, up_bias=wrap(torch.zeros(4, 96)))
-    with pytest.raises(ArgumentError, match="expected 6144 contiguous uint8 bytes on the CPU"):
-        spec = FORMATS[1]
-        Experts.from_parts(*SIZES, spec, lambda *_: wrap(torch.zeros(6144, dtype=torch.uint8)))
+    with pytest.raises(ArgumentError, match="expert 0: expected a plain CPU tensor"):
+        made_of(FORMATS[1], SIZES, lambda _: wrap(experts.packed(0)))
 
 
 def freed() -> torch.Tensor:

@@ -12,7 +12,7 @@ import textwrap
 
 import pytest
 import torch
-from engine_cases import FORMATS, Batch, dense, name_of, packed
+from engine_cases import FORMATS, Batch, dense, made_of, name_of, packed
 
 from coterie import Activation, Experts
 from coterie.errors import ArgumentError
@@ -20,47 +20,50 @@ from coterie.errors import ArgumentError
 SIZES = (3, 128, 256)
 
 
-def parts_of(experts):
-    return {(name, e, part): data for name, e, part, data in experts.parts()}
+def all_of(experts):
+    return [experts.packed(e) for e in range(experts.num_experts)]
 
 
-@pytest.mark.parametrize("copy", [True, False])
 @pytest.mark.parametrize("spec", FORMATS, ids=name_of)
-def test_from_parts(spec, copy):
+def test_bytes_are_used_where_they_lie(spec):
     original, inputs = packed(spec, SIZES), Batch(20, 2).tensors(SIZES)
-    given = {key: data.clone() for key, data in parts_of(original).items()}
-    made = Experts.from_parts(*SIZES, spec, lambda *key: given[key], copy=copy)
+    given = [data.clone() for data in all_of(original)]
+    made = made_of(spec, SIZES, lambda e: given[e])
     assert repr(made) == repr(original) and made.nbytes == original.nbytes
-    assert all(torch.equal(data, parts_of(original)[key]) for key, data in parts_of(made).items())
-    assert all((data.data_ptr() == given[key].data_ptr()) is not copy for key, data in parts_of(made).items())
+    assert all(data.data_ptr() == same.data_ptr() for data, same in zip(all_of(made), given, strict=True))
     given.clear()
     gc.collect()
     assert torch.equal(made(*inputs), original(*inputs))
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4])
-@pytest.mark.parametrize("spec", [FORMATS[0], FORMATS[1], FORMATS[6], FORMATS[10]], ids=name_of)
-def test_parts_need_no_alignment(isa, spec, offset):
+@pytest.mark.parametrize("spec", FORMATS, ids=name_of)
+def test_packed_bytes_need_no_alignment(isa, spec, offset):
     """A memory map may begin anywhere."""
 
-    def shifted(*key):
-        data = parts_of(packed(spec, SIZES))[key]
+    def shifted(e):
+        data = packed(spec, SIZES).packed(e)
         memory = torch.empty(data.numel() + offset, dtype=torch.uint8)
         return memory[offset:].copy_(data)
 
-    made, inputs = Experts.from_parts(*SIZES, spec, shifted, copy=False), Batch(20, 2).tensors(SIZES)
+    made, inputs = made_of(spec, SIZES, shifted), Batch(20, 2).tensors(SIZES)
     assert torch.equal(made(*inputs), packed(spec, SIZES)(*inputs))
     assert torch.equal(made.dequantize_projection("up", 1), packed(spec, SIZES).dequantize_projection("up", 1))
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [lambda d: d[:-1], lambda d: d.view(torch.int8), lambda d: torch.stack([d, d], 1)[:, 0], lambda d: d.to("meta")],
+    ("wrong", "message"),
+    [
+        (lambda d: d[:-1], r"expected shape \[102400\], found \[102399\]"),
+        (lambda d: d.view(torch.int8), "found torch.int8"),
+        (lambda d: torch.stack([d, d], 1)[:, 0], "expected values adjacent in memory"),
+        (lambda d: d.to("meta"), "expected a plain CPU tensor, found Tensor on meta"),
+    ],
 )
-def test_from_parts_refuses(wrong):
+def test_bytes_that_are_refused(wrong, message):
     spec = FORMATS[1]
-    with pytest.raises(ArgumentError, match=r"gate weight of expert 0: expected 32768 contiguous uint8 bytes"):
-        Experts.from_parts(*SIZES, spec, lambda *key: wrong(parts_of(packed(spec, SIZES))[key]))
+    with pytest.raises(ArgumentError, match=f"expert 0: {message}"):
+        made_of(spec, SIZES, lambda e: wrong(packed(spec, SIZES).packed(e)))
 
 
 def test_pack_is_empty_and_then_each_projection():
@@ -69,8 +72,8 @@ def test_pack_is_empty_and_then_each_projection():
     for e in reversed(range(SIZES[0])):
         for name, weights in (("down", down), ("gate", gate), ("up", up)):
             experts.pack_projection(name, e, weights[e])
-    expected = parts_of(packed(FORMATS[1], SIZES))
-    assert all(torch.equal(data, expected[key]) for key, data in parts_of(experts).items())
+    expected = packed(FORMATS[1], SIZES)
+    assert all(torch.equal(a, b) for a, b in zip(all_of(experts), all_of(expected), strict=True))
 
 
 def test_empty_answers_zero():
@@ -92,7 +95,7 @@ GATE, UP, DOWN = dense(SIZES)
         ({"up": UP.mT.contiguous().mT}, r"up.*: expected columns adjacent in memory.*call .contiguous\(\)"),
         ({"up": UP[:0], "gate": GATE[:0], "down": DOWN[:0]}, "num_experts: expected at least 1, found 0"),
         ({"format": "fp7"}, "unknown format 'fp7'"),
-        ({"group_size": 48}, "group_size: expected"),
+        ({"group_size": 48}, "group_size of int4: expected"),
         ({"up_bias": torch.zeros(3, 128)}, r"up_bias: expected shape \[3, 256\], found \[3, 128\]"),
         ({"down_bias": torch.zeros(128)}, r"down_bias: expected shape \[3, 128\], found \[128\]"),
         ({"gate": None, "gate_bias": torch.zeros(3, 256)}, "gate_bias: these experts have no gate"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from engine_cases import FORMATS, name_of, options
+import torch
+from engine_cases import FORMATS, matrix_shapes, name_of, options
+from streams import floats, matrix_of, take_apart
 
 from coterie import Experts
 from coterie.errors import ArgumentError
-from coterie.formats import Format, resolve
+from coterie.formats import Format, resolve, round_up
+from coterie.reference import E2M1
 
 
 def test_defaults():
@@ -22,9 +25,10 @@ def test_defaults():
     [
         (("int5",), "unknown format 'int5': expected one of bf16, int8, int4"),
         (("INT4",), "unknown format 'INT4'"),
-        (("bf16", 32), "bf16 has no scales"),
-        (("int4", 33), r"group_size: expected 0 \(per row\) or one of \(32, 64, 128\), found 33"),
-        (("int8", -32), "group_size: .* found -32"),
+        (("bf16", 32), "bf16 has no groups: expected group_size 0 or None, found 32"),
+        (("int4", 33), r"group_size of int4: expected 0 \(per row\), 32, 64, 128, found 33"),
+        (("int8", -32), "group_size of int8: .* found -32"),
+        (("mxfp4", 0), "group_size of mxfp4: expected 32, found 0"),
         (("int8", None, True), "zero_point is an option of int4, found with int8"),
         (("bf16", None, True), "zero_point is an option of int4, found with bf16"),
     ],
@@ -35,24 +39,55 @@ def test_what_does_not_exist_is_refused(given, message):
 
 
 def test_bytes_of_a_matrix():
-    assert Format("bf16").matrix_nbytes(16, 64) == {"weight": 2048}
-    assert Format("bf16").matrix_nbytes(1, 1) == {"weight": 2048}
-    assert Format("int8").matrix_nbytes(17, 65) == {"weight": 32 * 128, "scale": 32 * 4}
-    assert Format("int8", 64).matrix_nbytes(16, 192) == {"weight": 16 * 192, "scale": 16 * 3 * 2}
-    assert Format("int4", 32).matrix_nbytes(16, 96) == {"weight": 16 * 64, "scale": 16 * 4 * 2}
-    assert Format("int4", 32, True).matrix_nbytes(16, 64) == {"weight": 512, "scale": 64, "zero": 32}
-    assert Format("int4", 0, True).matrix_nbytes(16, 64) == {"weight": 512, "scale": 64, "zero": 16}
+    assert Format("bf16").matrix_nbytes(16, 64) == 2048
+    assert Format("bf16").matrix_nbytes(1, 1) == 2048
+    assert Format("int8").matrix_nbytes(17, 65) == 32 * 128 + 32 * 4
+    assert Format("int8", 64).matrix_nbytes(16, 192) == 16 * 192 + 16 * 3 * 2 + 32  # up to a whole line
+    assert Format("int4", 32).matrix_nbytes(64, 96) == 64 * 64 + 64 * 4 * 2
+    assert Format("int4", 32, True).matrix_nbytes(64, 64) == 2048 + 256 + 128
+    assert Format("int4", 0, True).matrix_nbytes(64, 64) == 2048 + 256 + 64
+    assert Format("fp8_block", 128).matrix_nbytes(65, 129) == (64 + 16) * 256 + 2 * 2 * 64
+    assert Format("nvfp4", 16).matrix_nbytes(64, 64) == 2048 + 64 * 4 + 64 * 4
 
 
 @pytest.mark.parametrize("spec", FORMATS, ids=name_of)
 def test_experts_take_these_bytes(spec):
     experts = Experts.empty(2, 128, 256, **options(spec))
-    parts = list(experts.parts())
     up, down = spec.matrix_nbytes(256, 128), spec.matrix_nbytes(128, 256)
-    assert [(name, e, part) for name, e, part, _ in parts] == [
-        (name, e, part) for name in ("gate", "up", "down") for e in range(2) for part in up
-    ]
-    assert experts.nbytes == sum(data.numel() for *_, data in parts) == 2 * (2 * sum(up.values()) + sum(down.values()))
+    assert experts.expert_nbytes == round_up(2 * up + down, 4096) == experts.packed(1).numel()
+    assert experts.nbytes == 2 * experts.expert_nbytes
+    assert experts.packed(1).data_ptr() - experts.packed(0).data_ptr() == experts.expert_nbytes
+    assert experts.packed(0).data_ptr() % 4096 == 0
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=name_of)
+def test_the_stream_is_as_documented(spec):
+    """What another reader finds in the bytes stands for what the engine says the matrix is."""
+    for rows, cols in matrix_shapes(spec):
+        experts = Experts.empty(1, cols, rows, **options(spec), has_gate=False)
+        experts.pack_projection("up", 0, torch.randn(rows, cols, generator=torch.Generator().manual_seed(rows)))
+        parts = take_apart(spec, rows, cols, matrix_of(experts, "up", 0))
+        assert torch.equal(value_of(spec, parts), experts.dequantize_projection("up", 0)), (rows, cols)
+
+
+def value_of(spec, parts):
+    if spec.name == "bf16":
+        return parts.codes.view(torch.bfloat16).float()
+    if spec.encoding.codes == torch.float8_e4m3fn:
+        values = parts.codes.view(torch.float8_e4m3fn).float()
+    elif spec.name in ("mxfp4", "nvfp4"):
+        values = torch.tensor([*E2M1, *(-v for v in E2M1)])[parts.codes.long()]
+    else:
+        zero = 128 if spec.name == "int8" else 8
+        if parts.zero is not None:
+            zero = parts.zero.float()
+            zero = zero.repeat_interleave(spec.group_size, 1) if spec.group_size else zero[:, None]
+        values = parts.codes.float() - zero
+    scale, row_scale = floats(spec, parts), parts.row_scale
+    factor = torch.ones(()) if row_scale is None else row_scale[:, None]
+    if scale is not None:
+        factor = factor * scale.repeat_interleave(spec.group_size, 1)[:, : values.shape[1]]
+    return values * factor
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])

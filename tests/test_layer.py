@@ -59,7 +59,7 @@ def test_experts_live_until_the_backward_pass(compiled):
 def test_nothing_else_keeps_experts_alive():
     experts = Experts.pack(*dense(SIZES))
     experts(*Batch(3, 2).tensors(SIZES))
-    layer, weight = weakref.ref(experts._layer), weakref.ref(experts._parts["up", 0, "weight"])
+    layer, weight = weakref.ref(experts._layer), weakref.ref(experts._weights[0])
     gc.collect()
     gc.disable()
     try:

@@ -9,6 +9,7 @@ import torch
 from engine_cases import Batch, dense
 
 from coterie import Activation, reference
+from coterie.formats import Format
 
 
 def test_one_token_by_hand():
@@ -46,8 +47,9 @@ def test_relu2_without_a_gate():
 
 def test_quantise_by_hand():
     weight = torch.tensor([[-8.0, 7.0, 3.4, 0.0]])
-    assert reference.quantise(weight, 4).tolist() == [[-8, 7, 3, 0]]
-    assert reference.quantise(torch.tensor([[8.0, -7.0, 3.4, 0.0]]), 4).tolist() == [[8, -7, 3, 0]]
-    assert reference.quantise(torch.tensor([[0.0, 15.0, 7.4, 3.6]]), 4, zero_point=True).tolist() == [[0, 15, 7, 4]]
-    assert reference.quantise(torch.tensor([[127.0, -127.0, 0.6]]), 8).tolist() == [[127, -127, 1]]
-    assert not reference.quantise(torch.zeros(2, 4), 4, zero_point=True).any()
+    assert reference.quantise(weight, Format("int4")).tolist() == [[-8, 7, 3, 0]]
+    assert reference.quantise(torch.tensor([[8.0, -7.0, 3.4, 0.0]]), Format("int4")).tolist() == [[8, -7, 3, 0]]
+    shifted = Format("int4", zero_point=True)
+    assert reference.quantise(torch.tensor([[0.0, 15.0, 7.4, 3.6]]), shifted).tolist() == [[0, 15, 7, 4]]
+    assert reference.quantise(torch.tensor([[127.0, -127.0, 0.6]]), Format("int8")).tolist() == [[127, -127, 1]]
+    assert not reference.quantise(torch.zeros(2, 4), shifted).any()

@@ -1,44 +1,68 @@
-// The packed layout of one weight matrix [rows, cols]: panels of 16 rows, columns padded to 64. docs/format.md has it byte by byte.
+// A packed weight matrix [rows, cols] as one stream of bytes. docs/format.md has it byte by byte.
 #pragma once
 #include <cstdint>
 
 namespace coterie {
 
-enum class Format : int { bf16 = 0, int8 = 1, int4 = 2 };
-
 constexpr int kPanelRows = 16;    // rows of a panel: one 512-bit vector of 32-bit lanes
-constexpr int kColumnAlign = 64;  // columns are padded to a multiple of this
+constexpr int kBlockPanels = 4;   // panels of a block; the last block of a matrix may have fewer
+constexpr int kBlockRows = kBlockPanels * kPanelRows;
+constexpr int kColumnAlign = 64;  // columns are padded to a multiple of this, and to whole steps
 constexpr int kLine = 64;         // bytes that feed one dot-product instruction
+constexpr int kScaleTileRows = 128;  // rows that share a scale where one is kept for a tile of rows and columns
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// A matrix is blocks of 64 rows; a block is steps and, behind them, what its rows have once; a step is a few columns: lines of codes, those of the
+// block's panels side by side, and behind them what its columns share. Made by layout_of in formats/encodings.h.
 struct Layout {
-  Format format;
+  int encoding;      // its number in formats/encodings.h
   int64_t rows, cols;
-  int64_t group;  // columns sharing a scale; 0 = one scale per row
-  bool zero_point;
+  int64_t group;     // columns that share a scale; 0: none, or one per row
+  bool zero_point;   // stored ones
 
-  int64_t padded_cols() const { return round_up(cols, kColumnAlign); }
+  int64_t step;          // columns of a step
+  int line_columns;      // columns of a line of codes: 2, 4 or 8
+  int step_row_bytes;    // behind the codes of a step, for each row
+  int step_block_bytes;  // behind the codes of a step, for the block
+  int block_row_bytes;   // at the end of a block, for each row
+  bool needs_largest;    // to be packed from floats: the largest magnitudes of tiles of the matrix, first
+  bool integer;          // can be multiplied with int8 activations
+  int code_offset;       // what is added to codes to make them unsigned bytes, there
+  float code_unit;       // and what a step of them stands for
+
+  int64_t padded_cols() const { return round_up(cols, step > kColumnAlign ? step : kColumnAlign); }
   int64_t panels() const { return round_up(rows, kPanelRows) / kPanelRows; }
-  int64_t groups() const { return group ? padded_cols() / group : 1; }
-  bool has_scale() const { return format != Format::bf16; }
+  int64_t blocks() const { return (panels() + kBlockPanels - 1) / kBlockPanels; }
+  int panels_of(int64_t block) const {
+    const int64_t left = panels() - block * kBlockPanels;
+    return static_cast<int>(left < kBlockPanels ? left : kBlockPanels);
+  }
 
-  int64_t columns_per_line() const { return format == Format::bf16 ? 2 : format == Format::int8 ? 4 : 8; }
-  int64_t weight_panel_bytes() const { return padded_cols() / columns_per_line() * kLine; }
-  // Grouped scales are bf16, scales per row are f32.
-  int64_t scale_panel_bytes() const { return has_scale() ? groups() * kPanelRows * (group ? 2 : 4) : 0; }
-  int64_t zero_panel_bytes() const { return zero_point ? groups() * kPanelRows : 0; }
+  int64_t step_code_bytes(int panels) const { return step / line_columns * kLine * panels; }
+  int64_t step_bytes(int panels) const { return step_code_bytes(panels) + panels * kPanelRows * step_row_bytes + step_block_bytes; }
+  int64_t steps() const { return padded_cols() / step; }
+  int64_t block_bytes(int panels) const { return steps() * step_bytes(panels) + panels * kPanelRows * block_row_bytes; }
+  int64_t block_start(int64_t block) const { return block * block_bytes(kBlockPanels); }
+  // Of the whole matrix, padded to whole lines.
+  int64_t bytes() const {
+    const int64_t last = blocks() - 1;
+    return round_up(block_start(last) + block_bytes(panels_of(last)), kLine);
+  }
 };
 
-// One packed matrix: its parts, each a run of panels.
-struct Matrix {
-  const uint8_t* weight = nullptr;
-  const uint8_t* scale = nullptr;
-  const uint8_t* zero = nullptr;
+// Some bytes of a matrix that has a layout: one block.
+struct Block {
+  const uint8_t* data;
+  int panels;
 };
+
+inline Block block_at(const Layout& layout, const uint8_t* matrix, int64_t block) {
+  return {matrix + layout.block_start(block), layout.panels_of(block)};
+}
 
 // Where column k of a quad goes in an 8-bit line, and in either nibble half of a 4-bit line: k0 k2 k1 k3, so that
-// even and odd bytes are natural bf16 pairs.
+// even and odd bytes are natural bf16 pairs. The order is its own inverse.
 constexpr int kQuadOrder[4] = {0, 2, 1, 3};
 
 }  // namespace coterie

@@ -1,28 +1,15 @@
 // act(gate, up) of an expert, in plain C for the compiler to vectorise. Formulas: Activation in src/coterie/activations.py.
 #pragma once
 #include <cstdint>
-#include <cstring>
 
+#include "formats/lanes.h"
 #include "layer/experts.h"
 
 namespace coterie {
 namespace {
 
-inline float bits_to_float(uint32_t u) {
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-
-inline uint32_t float_to_bits(float f) {
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  return u;
-}
-
 // e^x to 2e-7; 0 below -87, infinity above 88.7, NaN through.
 inline float exp_f32(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   float y = x < -87.0f ? -87.0f : x;
   y = y > 88.5f ? 88.5f : y;
   const float shifted = y * 1.44269504f + kRound;

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "isa/activation.h"
+#include "isa/decode.h"
 #include "isa/pairs.h"
 #include "isa/kernels.h"
 #include "isa/pack.h"
@@ -11,95 +12,42 @@
 namespace coterie {
 namespace {
 
-// A block of weights, made ready for its rows: as packed, or decoded to bytes or to bf16 pairs.
-enum class Form { packed, bytes, pairs };
-
-struct Ready {
-  Block block;
-  Form form;
-};
-
 // Rows from which decoding 4-bit codes to bytes once costs less than unpacking them in every tile.
 constexpr int64_t kDecodeFrom = 16;
+// Rows whose gate products wait for those of up.
+constexpr int64_t kPairRows = 128;
 
 template <class Isa>
 struct Engine {
-  static Ready ready(const Layout& layout, const Block& block, int64_t count, bool integer, bool tiles, uint8_t* scratch) {
-    if (layout.format == Format::bf16) return {block, Form::pairs};
-    const bool bytes = layout.format == Format::int4 && layout.group && (tiles || (layout.group < kActivationGroup && count >= kDecodeFrom));
-    if (integer && !bytes) return {block, Form::packed};
-    Ready r{block, integer ? Form::bytes : Form::pairs};
-    const int64_t cols = layout.padded_cols(), weight_bytes = cols * kPanelRows * (integer ? 1 : 2);
-    const int64_t scale_bytes = integer ? round_up(cols, kActivationGroup) / kActivationGroup * kPanelRows * 4 : 0;
-    for (int p = 0; p < kBlockPanels; p++) {
-      uint8_t* weight = scratch + p * (weight_bytes + scale_bytes);
-      uint8_t* scale = weight + weight_bytes;
-      const bool repeated = p > 0 && block.weight[p] == block.weight[0];
-      if (!repeated && integer) Isa::decode_panel(layout, block.weight[p], block.scale[p], block.zero[p], weight, reinterpret_cast<float*>(scale));
-      if (!repeated && !integer) decode_pairs<Isa>(layout, block.weight[p], block.scale[p], block.zero[p], 0, cols, weight);
-      r.block.weight[p] = repeated ? r.block.weight[0] : weight;
-      r.block.scale[p] = repeated ? r.block.scale[0] : scale;
-    }
-    return r;
-  }
-
-  // M rows times NP panels of a block, from `panel` on.
-  template <int M, int NP, class Ahead>
-  static void tile(const Layout& layout, const Ready& r, int panel, const Staged& x, const Rows<M>& rows, float* out, const Ahead& ahead) {
-    const int64_t cols = layout.padded_cols();
-    const Block& b = r.block;
-    if (r.form == Form::pairs)
-      bf16_tile<Isa, M, NP>(b.weight + panel, rows, cols / 2, out, ahead);
-    else if (r.form == Form::bytes)
-      integer_tile<Isa, M, NP, Codes::bytes, Scales::decoded, false>(b, panel, rows, cols, kActivationGroup, out, ahead);
-    else if (layout.format == Format::int8)
-      layout.group ? integer_tile<Isa, M, NP, Codes::bytes, Scales::group, false>(b, panel, rows, cols, x.unit, out, ahead)
-                   : integer_tile<Isa, M, NP, Codes::bytes, Scales::row, false>(b, panel, rows, cols, x.unit, out, ahead);
-    else if (layout.zero_point)
-      layout.group ? integer_tile<Isa, M, NP, Codes::nibbles, Scales::group, true>(b, panel, rows, cols, x.unit, out, ahead)
-                   : integer_tile<Isa, M, NP, Codes::nibbles, Scales::row, true>(b, panel, rows, cols, x.unit, out, ahead);
-    else
-      layout.group == 32 ? integer_tile<Isa, M, NP, Codes::nibbles, Scales::group, false, 32>(b, panel, rows, cols, 32, out, ahead)
-      : layout.group     ? integer_tile<Isa, M, NP, Codes::nibbles, Scales::group, false>(b, panel, rows, cols, x.unit, out, ahead)
-                         : integer_tile<Isa, M, NP, Codes::nibbles, Scales::row, false>(b, panel, rows, cols, x.unit, out, ahead);
-  }
-
-  // Up to M rows times a whole block that is read once, as packed.
-  template <int M>
-  static void multiply_once(int64_t count, const Layout& layout, const Ready& r, const Staged& x, const int32_t* index, float* out,
-                            const Block& next) {
-    if constexpr (M > 1) {
-      if (count < M) return multiply_once<M - 1>(count, layout, r, x, index, out, next);
-    }
+  // M rows times every panel of a block: all four at once where the tile is wide enough, or else one by one.
+  template <class E, int M>
+  static void sweep(const Layout& layout, const Block& block, const Staged& x, const int32_t* index, float* out, const Ahead& ahead) {
     constexpr int NP = Isa::tile_panels(M);
-    const Rows<M> rows(x, index, false);
-    for (int p = 0; p < kBlockPanels; p += NP) {
-      const Block& then = p + NP < kBlockPanels ? r.block : next;
-      FetchSoon<NP> ahead;
-      for (int i = 0; i < NP; i++) {
-        ahead.now[i] = r.block.weight[p + i];
-        ahead.next[i] = then.weight[(p + NP) % kBlockPanels + i];
-      }
-      ahead.bytes = layout.weight_panel_bytes();
-      tile<M, NP>(layout, r, p, x, rows, out + p * kPanelRows, ahead);
+    constexpr bool kDecoded = std::is_same_v<E, Bytes>;
+    const Rows<M> rows(x, index, kDecoded);
+    int panel = 0;
+    for (; panel + NP <= block.panels; panel += NP) tile<E, M, NP>(layout, block, panel, x, rows, out + panel * kPanelRows, panel ? Ahead{} : ahead);
+    if constexpr (NP > 1)
+      for (; panel < block.panels; panel++) tile<E, M, 1>(layout, block, panel, x, rows, out + panel * kPanelRows, Ahead{});
+  }
+
+  template <class E, int M, int NP>
+  static void tile(const Layout& layout, const Block& block, int panel, const Staged& x, const Rows<M>& rows, float* out, const Ahead& ahead) {
+    if (x.integer) {
+      if constexpr (E::Codes::kInteger)
+        quads_tile<Isa, E, M, NP>(block, panel, rows, x.cols, std::is_same_v<E, Bytes> ? kActivationGroup : x.unit, out, ahead);
+    } else if constexpr (E::kFused && !std::is_same_v<E, Bytes>) {
+      pairs_tile<Isa, E, M, NP>(layout, block, panel, rows, x.cols, out, ahead);
     }
   }
 
-  // Up to M rows times a whole block; `from` holds `Runs` runs to fetch meanwhile.
-  template <int M, int Runs>
-  static void multiply_rows(int64_t count, const Layout& layout, const Ready& r, const Staged& x, const int32_t* index, float* out,
-                            const uint8_t* const* from, int shift) {
+  // Up to M rows times a block.
+  template <class E, int M = Isa::kTileRows>
+  static void rows_of(int64_t count, const Layout& layout, const Block& block, const Staged& x, const int32_t* index, float* out, const Ahead& ahead) {
     if constexpr (M > 1) {
-      if (count < M) return multiply_rows<M - 1, Runs>(count, layout, r, x, index, out, from, shift);
+      if (count < M) return rows_of<E, M - 1>(count, layout, block, x, index, out, ahead);
     }
-    constexpr int NP = Isa::tile_panels(M), kSweeps = kBlockPanels / NP, kRuns = (Runs + kSweeps - 1) / kSweeps;
-    const Rows<M> rows(x, index, r.form == Form::bytes);
-    for (int sweep = 0; sweep < kSweeps; sweep++) {
-      FetchRuns<kRuns> ahead;
-      for (int i = 0; i < kRuns; i++) ahead.from[i] = from[sweep * kRuns + i];
-      ahead.shift = shift;
-      tile<M, NP>(layout, r, sweep * NP, x, rows, out + sweep * NP * kPanelRows, ahead);
-    }
+    sweep<E, M>(layout, block, x, index, out, ahead);
   }
 
   // Tile registers want rows next to each other: those of an expert, copied once for all its panels. Null where tiles are not used.
@@ -114,74 +62,58 @@ struct Engine {
     return nullptr;
   }
 
-  // Where the next block lies, cut into 4 << shift pieces, from `piece` on.
-  struct Pieces {
-    const uint8_t* from[kBlockPanels];
-
-    Pieces(const Layout& layout, const Block& next, int64_t piece, int shift) {
-      const int64_t size = layout.weight_panel_bytes() >> shift;
-      for (int a = 0; a < kBlockPanels; a++) {
-        const int64_t i = (piece + a) % (kBlockPanels << shift);
-        from[a] = next.weight[i >> shift] + (i & ((1 << shift) - 1)) * size;
-      }
-    }
-  };
-
-  // Every row of `tokens` times one block, a tile at a time; `finish(first, rows, out)` takes each tile's [rows][64] products.
-  // The tiles fetch `next`, the block that comes after, meanwhile.
+  // Every row of `tokens` times one block; `finish(first, rows, out)` takes the [rows][64] products of some of them. What lies at `next`, as much as the
+  // block has, is fetched meanwhile.
   template <class Finish>
-  static void multiply(const Layout& layout, const Block& block, const Staged& x, const Tokens& tokens, const uint8_t* gathered, uint8_t* scratch,
-                       const Block& next, const Finish& finish) {
-    const Ready r = ready(layout, block, tokens.count, x.integer, gathered != nullptr, scratch);
-    alignas(64) float out[Isa::kTileRows * kBlockPanels * kPanelRows];
-    for (int p = 0; p < kBlockPanels; p++) {
-      for (int64_t i = 0; i < layout.scale_panel_bytes(); i += kLine) Isa::prefetch(next.scale[p] + i);
-      for (int64_t i = 0; i < layout.zero_panel_bytes(); i += kLine) Isa::prefetch(next.zero[p] + i);
-    }
+  static void multiply_block(const Layout& layout, const Block& block, const Staged& x, const Tokens& tokens, const uint8_t* gathered, uint8_t* scratch,
+                             const uint8_t* next, const Finish& finish) {
+    with_encoding(layout, [&](auto encoding) {
+      using E = decltype(encoding);
+      constexpr bool kNarrow = E::Codes::kBits == 4 && E::kStepScale;
+      if (x.integer) {
+        if constexpr (kNarrow)
+          if (gathered || (layout.step < kActivationGroup && tokens.count >= kDecodeFrom)) {
+            decode_bytes<Isa, E>(layout, block, scratch);
+            return tiles<Bytes>(layout, {scratch, block.panels}, x, tokens, gathered, next, finish);
+          }
+      } else if constexpr (!std::is_same_v<E, Pairs>) {
+        if (!E::kFused || gathered || tokens.count > Isa::kTileRows) {
+          decode_pairs<Isa, E>(layout, block, 0, layout.padded_cols(), scratch);
+          return tiles<Pairs>(layout, {scratch, block.panels}, x, tokens, gathered, next, finish);
+        }
+      }
+      tiles<E>(layout, block, x, tokens, gathered, next, finish);
+    });
+  }
+
+  template <class E, class Finish>
+  static void tiles(const Layout& layout, const Block& block, const Staged& x, const Tokens& tokens, const uint8_t* gathered, const uint8_t* next,
+                    const Finish& finish) {
     if constexpr (Isa::kTiles) {
       if (gathered) {
-        alignas(64) float out[Isa::kTileChunk * kBlockPanels * kPanelRows];
+        alignas(64) float out[Isa::kTileChunk * kBlockRows];
         for (int64_t first = 0; first < tokens.count; first += Isa::kTileChunk) {
           const int64_t rows = tokens.count - first < Isa::kTileChunk ? tokens.count - first : Isa::kTileChunk;
-          Isa::multiply_tiles(layout, r.block.weight, r.block.scale, r.form == Form::bytes, x, gathered + first * x.row_bytes, tokens.input + first,
-                              static_cast<int>(rows), out);
+          Isa::template multiply_tiles<E>(layout, block, x, gathered + first * x.row_bytes, tokens.input + first, static_cast<int>(rows), out);
           finish(first, rows, out);
         }
         return;
       }
     }
-    if (tokens.count <= Isa::kTileRows && r.block.weight[0] == block.weight[0]) {
-      multiply_once<Isa::kTileRows>(tokens.count, layout, r, x, tokens.input, out, next);
-      return finish(0, tokens.count, out);
-    }
-    // A decoded block has 2^denser times the lines of the packed one that is to be fetched meanwhile.
-    const int denser = r.form == Form::packed || layout.format == Format::bf16 ? 0 : layout.format == Format::int4 && !x.integer ? 2 : 1;
-    const int64_t tiles = (tokens.count + Isa::kTileRows - 1) / Isa::kTileRows;
-    const int shift = tiles < 8 ? 0 : tiles < 16 ? 1 : 2;
-    for (int64_t t = 0; t < tiles; t++) {
-      const int64_t first = tokens.count * t / tiles, rows = tokens.count * (t + 1) / tiles - first;
-      const int32_t* index = tokens.input + first;
-      if (tiles == 1)
-        multiply_rows<Isa::kTileRows, 4>(rows, layout, r, x, index, out, Pieces(layout, next, 0, 0).from, denser);
-      else if (tiles < 4)
-        multiply_rows<Isa::kTileRows, 2>(rows, layout, r, x, index, out, Pieces(layout, next, 2 * (t % 2), 0).from, denser);
-      else
-        multiply_rows<Isa::kTileRows, 1>(rows, layout, r, x, index, out, Pieces(layout, next, t, shift).from, shift + denser);
+    alignas(64) float out[Isa::kTileRows * kBlockRows];
+    const int64_t count = (tokens.count + Isa::kTileRows - 1) / Isa::kTileRows;
+    // Each tile fetches its share of the lines to come, spread over its own.
+    const int64_t lines = x.cols / E::kLineColumns, ahead_lines = layout.block_bytes(block.panels) / kLine;
+    const int64_t share = count > 1 ? ahead_lines / count : 0;
+    Ahead ahead;
+    while (ahead.runs < kBlockPanels && share > ahead.runs * lines) ahead.runs++;
+    while (share && (lines >> (ahead.shift + 1)) * ahead.runs >= share) ahead.shift++;
+    for (int64_t t = 0; t < count; t++) {
+      const int64_t first = tokens.count * t / count, rows = tokens.count * (t + 1) / count - first;
+      ahead.from = next + share * t * kLine;
+      rows_of<E>(rows, layout, block, x, tokens.input + first, out, ahead);
       finish(first, rows, out);
     }
-  }
-
-  static Block block_of(const Layout& layout, const Matrix& a, int64_t panel_a, int64_t count_a, const Matrix& b, int64_t panel_b, int64_t count_b) {
-    Block block;
-    for (int p = 0; p < kBlockPanels; p++) {
-      bool second = p >= count_a && p < count_a + count_b;
-      const Matrix& from = second ? b : a;
-      int64_t panel = second ? panel_b + p - count_a : panel_a + (p < count_a ? p : 0);
-      block.weight[p] = from.weight + panel * layout.weight_panel_bytes();
-      block.scale[p] = from.scale + panel * layout.scale_panel_bytes();
-      block.zero[p] = from.zero + panel * layout.zero_panel_bytes();
-    }
-    return block;
   }
 
   static void store_bf16(const float* values, int64_t count, uint16_t* to) {
@@ -196,121 +128,127 @@ struct Engine {
       store_bf16(values, count, reinterpret_cast<uint16_t*>(row) + column);
   }
 
-  // Rows of B that belong to a block, as panels of bf16 pairs over the rank.
+  // Rows of B that belong to a block, as a block of bf16 pairs over the rank.
   struct LoraBlock {
-    const uint8_t* panel[kBlockPanels] = {};
+    Block block{};
+    int64_t cols = 0;
 
-    void fill(const LoraFactor& f, int64_t expert, int64_t out, int64_t first_panel, int64_t count, int64_t at) {
-      if (!f.rank || !count) return;
-      static thread_local std::vector<uint8_t> memory[kBlockPanels];
-      const int64_t element = f.b_type == DType::f32 ? 4 : 2, lines = f.padded_rank() / 2;
-      for (int64_t p = 0; p < count; p++) {
-        const int64_t row = (first_panel + p) * kPanelRows;
-        memory[at + p].resize(lines * kLine);
-        pack_pairs<Isa>(static_cast<const uint8_t*>(f.b) + (expert * out + row) * f.rank * element, f.b_type, f.rank, 1, out - row, f.rank, lines,
-                   memory[at + p].data());
-        panel[at + p] = memory[at + p].data();
+    LoraBlock(const LoraTerm& term, int64_t expert, int64_t rows, int64_t number, int panels, std::vector<uint8_t>& memory) {
+      if (!term.factor || !term.factor->rank) return;
+      const LoraFactor& f = *term.factor;
+      const int64_t element = f.b_type == DType::f32 ? 4 : 2, stride = panels * kLine;
+      cols = f.padded_rank();
+      memory.resize(cols / 2 * stride);
+      for (int p = 0; p < panels; p++) {
+        const int64_t row = number * kBlockRows + p * kPanelRows;
+        pack_pairs<Isa>(static_cast<const uint8_t*>(f.b) + (expert * rows + row) * f.rank * element, f.b_type, f.rank, 1, rows - row, f.rank, cols / 2,
+                        memory.data() + p * kLine, stride);
       }
+      block = {memory.data(), panels};
     }
   };
 
-  // out[m][panels at ..] += B low[index[m]]
-  static void add_low_rank(const LoraFactor& f, const LoraBlock& block, int64_t at, int64_t count, const Staged& low, const int32_t* index,
-                           int64_t rows, float* out) {
-    if (!f.rank) return;
-    const int64_t lines = f.padded_rank() / 2;
-    if (count == 4) return add_pairs<4>(block.panel, lines, low, index, rows, out, true);
-    if (count == 2) return add_pairs<2>(block.panel + at, lines, low, index, rows, out + at * kPanelRows, true);
-    for (int64_t p = at; p < at + count; p++) add_pairs<1>(block.panel + p, lines, low, index, rows, out + p * kPanelRows, true);
+  // out[m] += B low[index[m]]
+  static void add_low_rank(const LoraBlock& lora, const LoraTerm& term, const Tokens& tokens, int64_t first, int64_t rows, float* out) {
+    if (lora.cols) add_pairs(lora.block, lora.cols, term.low, (term.by_input ? tokens.input : tokens.output) + first, rows, out, true);
   }
 
-  // out[m][..] = or += pairs times staged rows, NP panels wide, for any number of rows.
-  template <int NP>
-  static void add_pairs(const uint8_t* const* weight, int64_t lines, const Staged& x, const int32_t* index, int64_t rows, float* out, bool add) {
+  // out[m][..] = or += pairs times staged rows, for any number of rows.
+  static void add_pairs(const Block& block, int64_t cols, const Staged& x, const int32_t* index, int64_t rows, float* out, bool add) {
     constexpr int kRows = Isa::kTileRows;
     const int64_t tiles = (rows + kRows - 1) / kRows;
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t first = rows * t / tiles;
-      pairs_of<kRows, NP>(rows * (t + 1) / tiles - first, weight, lines, x, index + first, out + first * kBlockRows, add);
+      pairs_of<kRows>(rows * (t + 1) / tiles - first, block, cols, x, index + first, out + first * kBlockRows, add);
     }
   }
 
-  template <int M, int NP>
-  static void pairs_of(int64_t rows, const uint8_t* const* weight, int64_t lines, const Staged& x, const int32_t* index, float* out, bool add) {
+  template <int M>
+  static void pairs_of(int64_t rows, const Block& block, int64_t cols, const Staged& x, const int32_t* index, float* out, bool add) {
     if constexpr (M > 1) {
-      if (rows < M) return pairs_of<M - 1, NP>(rows, weight, lines, x, index, out, add);
+      if (rows < M) return pairs_of<M - 1>(rows, block, cols, x, index, out, add);
     }
-    constexpr int kWidth = Isa::tile_panels(M) < NP ? Isa::tile_panels(M) : NP;
-    const Rows<M> block(x, index, false);
-    for (int p = 0; p < NP; p += kWidth) bf16_tile<Isa, M, kWidth>(weight + p, block, lines, out + p * kPanelRows, FetchNothing{}, add);
+    constexpr int NP = Isa::tile_panels(M);
+    const Rows<M> all(x, index, false);
+    int panel = 0;
+    for (; panel + NP <= block.panels; panel += NP) pairs_tile<Isa, Pairs, M, NP>(Layout{}, block, panel, all, cols, out + panel * kPanelRows, Ahead{}, add);
+    if constexpr (NP > 1)
+      for (; panel < block.panels; panel++) pairs_tile<Isa, Pairs, M, 1>(Layout{}, block, panel, all, cols, out + panel * kPanelRows, Ahead{}, add);
   }
 
-  static void gate_up(const Experts& layer, const Work& work, const Staged& x, const Tokens& tokens, uint8_t* hidden, int64_t hidden_row_bytes,
-                      uint8_t* scratch, const GateUpTraining* training) {
-    const Layout& layout = layer.in;
-    const int64_t step = layer.has_gate ? kBlockPanels / 2 : kBlockPanels;
-    const uint8_t* gathered = gather(layout, x, tokens);
-    auto block_at = [&](int64_t e, int64_t panel) {
-      const int64_t left = layout.panels() - panel, n = left < step ? left : step;
-      return layer.has_gate ? block_of(layout, layer.gate[e], panel, n, layer.up[e], panel, n) : block_of(layout, layer.up[e], panel, n, layer.up[e], 0, 0);
-    };
-    const float* gate_bias = layer.gate_bias ? layer.gate_bias + work.expert * layout.panels() * kPanelRows : nullptr;
-    const float* up_bias = layer.up_bias ? layer.up_bias + work.expert * layout.panels() * kPanelRows : nullptr;
-    for (int64_t panel = work.begin; panel < work.end; panel += step) {
-      const int64_t n = work.end - panel < step ? work.end - panel : step, columns = n * kPanelRows, column = panel * kPanelRows;
-      const Block next = panel + step < work.end ? block_at(work.expert, panel + step) : block_at(work.next_expert, work.next_begin);
-      LoraBlock lora;
-      if (training && training->lora) {
-        lora.fill(training->lora->gate, work.expert, layout.rows, panel, layer.has_gate ? n : 0, 0);
-        lora.fill(training->lora->up, work.expert, layout.rows, panel, n, layer.has_gate ? n : 0);
+  static void multiply(const Product& product, int64_t begin, int64_t end, const uint8_t* next, uint8_t* scratch) {
+    const uint8_t* gathered = gather(*product.layout, product.x, product.tokens);
+    for (int64_t block = begin; block < end; block++) {
+      const uint8_t* then = block + 1 < end ? product.matrix[0] + product.layout->block_start(block + 1) : next;
+      product.activated.activation ? activated_block(product, block, gathered, then, scratch) : summed_block(product, block, gathered, then, scratch);
+    }
+  }
+
+  static void activated_block(const Product& product, int64_t number, const uint8_t* gathered, const uint8_t* next, uint8_t* scratch) {
+    static thread_local std::vector<uint8_t> lora_memory[2];
+    const Layout& layout = *product.layout;
+    const bool has_gate = product.matrix[1] != nullptr;
+    const int panels = layout.panels_of(number);
+    const int64_t column = number * kBlockRows, columns = panels * kPanelRows, there = columns < layout.rows - column ? columns : layout.rows - column;
+    const LoraBlock lora[2] = {{product.lora[0], product.expert, layout.rows, number, panels, lora_memory[0]},
+                               {product.lora[1], product.expert, layout.rows, number, panels, lora_memory[1]}};
+    const Activated& to = product.activated;
+    alignas(64) float gates[kPairRows * kBlockRows];
+    for (int64_t first = 0; first < product.tokens.count; first += kPairRows) {
+      const int64_t left = product.tokens.count - first;
+      const Tokens tokens{product.tokens.input + first, product.tokens.output + first, nullptr, left < kPairRows ? left : kPairRows};
+      const uint8_t* rows_of_tokens = gathered ? gathered + first * product.x.row_bytes : nullptr;
+      for (int i = 0; i <= has_gate; i++) {
+        const bool last = i == has_gate;
+        const uint8_t* then = last ? next : product.matrix[1] + layout.block_start(number);
+        multiply_block(layout, block_at(layout, product.matrix[i], number), product.x, tokens, rows_of_tokens, scratch, then,
+                       [&](int64_t start, int64_t rows, float* out) {
+                         add_low_rank(lora[i], product.lora[i], tokens, start, rows, out);
+                         for (int64_t m = 0; m < rows; m++) {
+                           float *product_row = out + m * kBlockRows, *gate = gates + (start + m) * kBlockRows;
+                           if (product.bias[i]) add(product_row, product.bias[i] + column, columns);
+                           if (last)
+                             activate_row(to, layout, has_gate, gate, product_row, column, columns, there, tokens.output[start + m], product.x.integer);
+                           else
+                             memcpy(gate, product_row, columns * sizeof(float));
+                         }
+                       });
       }
-      multiply(layout, block_at(work.expert, panel), x, tokens, gathered, scratch, next, [&](int64_t first, int64_t rows, float* out) {
-        if (training && training->lora) {
-          if (layer.has_gate) add_low_rank(training->lora->gate, lora, 0, n, training->low_gate, tokens.output + first, rows, out);
-          add_low_rank(training->lora->up, lora, layer.has_gate ? n : 0, n, training->low_up, tokens.output + first, rows, out);
-        }
-        for (int64_t m = 0; m < rows; m++) {
-          float* product = out + m * kBlockRows;
-          float* up = layer.has_gate ? product + columns : product;
-          if (gate_bias) add(product, gate_bias + column, columns);
-          if (up_bias) add(up, up_bias + column, columns);
-          if (training && training->up) {
-            const int64_t at = training->row[tokens.output[first + m]] * layout.rows + column, there = columns < layout.rows - column ? columns : layout.rows - column;
-            if (layer.has_gate) store_bf16(product, there, training->gate + at);
-            store_bf16(up, there, training->up + at);
-          }
-          activate(layer.activation, layer.has_gate, product, up, columns);
-          store_hidden(x.integer, product, columns, hidden + tokens.output[first + m] * hidden_row_bytes, column);
-        }
-      });
     }
   }
 
-  static void down(const Experts& layer, const Work& work, const Staged& hidden, const Tokens& tokens, float* result, int64_t stride,
-                   uint8_t* scratch, const DownTraining* training) {
-    const Layout& layout = layer.out;
-    const uint8_t* gathered = gather(layout, hidden, tokens);
-    auto block_at = [&](int64_t e, int64_t panel) {
-      const int64_t left = layout.panels() - panel;
-      return block_of(layout, layer.down[e], panel, left < kBlockPanels ? left : kBlockPanels, layer.down[e], 0, 0);
-    };
-    const float* bias = layer.down_bias ? layer.down_bias + work.expert * layout.panels() * kPanelRows : nullptr;
-    for (int64_t panel = work.begin; panel < work.end; panel += kBlockPanels) {
-      const int64_t n = work.end - panel < kBlockPanels ? work.end - panel : kBlockPanels, columns = n * kPanelRows;
-      const Block next = panel + kBlockPanels < work.end ? block_at(work.expert, panel + kBlockPanels) : block_at(work.next_expert, work.next_begin);
-      LoraBlock lora;
-      if (training && training->lora) lora.fill(training->lora->down, work.expert, layout.rows, panel, n, 0);
-      multiply(layout, block_at(work.expert, panel), hidden, tokens, gathered, scratch, next, [&](int64_t first, int64_t rows, float* out) {
-        if (training && training->lora) add_low_rank(training->lora->down, lora, 0, n, training->low, tokens.input + first, rows, out);
-        for (int64_t m = 0; m < rows; m++) {
-          float* product = out + m * kBlockRows;
-          if (bias) add(product, bias + panel * kPanelRows, columns);
-          float* to = result + tokens.output[first + m] * stride + (panel - work.begin) * kPanelRows;
-          const float w = tokens.weight[first + m];
-          for (int64_t i = 0; i < columns; i++) to[i] += w * product[i];
-        }
-      });
+  // `gate` and `up` are the products of one row.
+  static void activate_row(const Activated& to, const Layout& layout, bool has_gate, float* gate, float* up, int64_t column, int64_t columns,
+                           int64_t there, int64_t row, bool integer) {
+    if (to.up) {
+      const int64_t at = to.kept_row[row] * layout.rows + column;
+      if (has_gate) store_bf16(gate, there, to.gate + at);
+      store_bf16(up, there, to.up + at);
     }
+    float* result = has_gate ? gate : up;
+    activate(*to.activation, has_gate, result, up, columns);
+    store_hidden(integer, result, columns, to.rows + row * to.row_bytes, column);
+  }
+
+  static void summed_block(const Product& product, int64_t number, const uint8_t* gathered, const uint8_t* next, uint8_t* scratch) {
+    static thread_local std::vector<uint8_t> lora_memory;
+    const Layout& layout = *product.layout;
+    const Tokens& tokens = product.tokens;
+    const int panels = layout.panels_of(number);
+    const int64_t columns = panels * kPanelRows;
+    const LoraBlock lora(product.lora[0], product.expert, layout.rows, number, panels, lora_memory);
+    float* const result = product.summed.result + (number - product.summed.first) * kBlockRows;
+    multiply_block(layout, block_at(layout, product.matrix[0], number), product.x, tokens, gathered, scratch, next,
+                   [&](int64_t first, int64_t rows, float* out) {
+                     add_low_rank(lora, product.lora[0], tokens, first, rows, out);
+                     for (int64_t m = 0; m < rows; m++) {
+                       float* from = out + m * kBlockRows;
+                       if (product.bias[0]) add(from, product.bias[0] + number * kBlockRows, columns);
+                       float* to = result + tokens.output[first + m] * product.summed.stride;
+                       const float w = tokens.weight[first + m];
+                       for (int64_t i = 0; i < columns; i++) to[i] += w * from[i];
+                     }
+                   });
   }
 
   // The codes of a NaN or Inf are arbitrary; sums of them may overflow, and are not used.
@@ -319,8 +257,7 @@ struct Engine {
 
   // Int8 codes of one row, a scale per group of columns, and what undoes the offset of the weights' codes. A NaN or Inf makes its group's scale NaN.
   static void quantise_row(const Layout& weights, const float* row, const Staged& to, int64_t index) {
-    // Codes are stored as q + 128, or q + 8; with a zero point the kernel multiplies by it.
-    const int32_t code_offset = weights.format == Format::int8 ? 128 : weights.zero_point ? 1 : 8;
+    const int32_t code_offset = weights.code_offset;
     uint8_t* codes = to.data + index * to.row_bytes;
     for (int64_t g = 0; g < to.groups(); g++) {
       const int64_t begin = g * kActivationGroup, end = begin + kActivationGroup < to.cols ? begin + kActivationGroup : to.cols;
@@ -372,17 +309,14 @@ struct Engine {
       for (int64_t i = 0; i < count; i++) static_cast<uint16_t*>(to)[i] = float_to_bf16(result[i]);
   }
 
+  // One sequential stream, as kernels read weights.
   static uint64_t read(const uint8_t* from, int64_t bytes) {
-    constexpr int kStreams = 4;
-    constexpr int64_t kAhead = 1024;
-    const int64_t part = bytes / kStreams / kLine * kLine;
-    typename Isa::I acc[kStreams] = {Isa::integer_zero(), Isa::integer_zero(), Isa::integer_zero(), Isa::integer_zero()};
-    for (int64_t i = 0; i < part; i += kLine)
-      for (int s = 0; s < kStreams; s++) {
-        const uint8_t* line = from + s * part + i;
-        Isa::prefetch(line + kAhead);
-        acc[s] = Isa::add(acc[s], Isa::load_integers(line));
-      }
+    constexpr int kLines = 4;
+    typename Isa::I acc[kLines];
+    for (auto& a : acc) a = Isa::integer_zero();
+    for (int64_t i = 0; i < bytes / kLine / kLines; i++)
+#pragma GCC unroll 4
+      for (int l = 0; l < kLines; l++) acc[l] = Isa::add(acc[l], Isa::load_integers(from + (i * kLines + l) * kLine));
     return Isa::reduce_add(Isa::add(Isa::add(acc[0], acc[1]), Isa::add(acc[2], acc[3])));
   }
 };

@@ -8,8 +8,6 @@ namespace coterie {
 
 enum class DType : int { bf16 = 0, f32 = 1, f16 = 2 };
 
-constexpr int kBlockPanels = 4;       // panels a matmul works on at a time
-constexpr int kBlockRows = kBlockPanels * kPanelRows;
 constexpr int kActivationGroup = 256;  // columns of an activation row that share one int8 scale
 
 // Activations in the form the dot products of an instruction set read.
@@ -36,12 +34,6 @@ struct Tokens {
   int64_t count;
 };
 
-// A run of panels of one expert, and where the thread will probably go on: so that its weights are under way by then.
-struct Work {
-  int64_t expert, begin, end;
-  int64_t next_expert, next_begin;
-};
-
 // LoRA of one projection: y += scaling * B (A x), A [experts][rank][in], B [experts][out][rank]. Rank 0: none.
 struct LoraFactor {
   const void *a, *b;
@@ -58,18 +50,40 @@ struct Lora {
   bool shared_a;  // gate and up have one A; its gradient goes to the gate's
 };
 
-// What LoRA and training add to the forward: low = scaling * A x per slot, staged; and pre-activations kept as bf16 [*][intermediate], that of a slot
-// in row `row[slot]`; null where nothing is kept.
-struct GateUpTraining {
-  const Lora* lora;
-  Staged low_gate, low_up;
-  uint16_t *gate, *up;
-  const int64_t* row;
+// What LoRA adds to a product: B low[row], low = scaling * A x, staged by the rows that `tokens` name. Null: nothing.
+struct LoraTerm {
+  const LoraFactor* factor;
+  Staged low;
+  bool by_input;  // rows of the input, or of the output
 };
 
-struct DownTraining {
-  const Lora* lora;
-  Staged low;
+// Hidden activations: act(gate, up) in row `output`, staged, or bf16 to be quantised; and what training keeps, bf16 [*][intermediate], that of row r in
+// row kept_row[r]; null where nothing is kept.
+struct Activated {
+  const Activation* activation;
+  uint8_t* rows;
+  int64_t row_bytes;
+  uint16_t *gate, *up;
+  const int64_t* kept_row;
+};
+
+// Sums: result[output] += weight * product, f32 [*][stride], its first column being the first row of block `first`.
+struct Summed {
+  float* result;
+  int64_t stride, first;
+};
+
+// The rows of `tokens` times one matrix, or times two of one layout that meet in the activation; an epilogue takes the results.
+struct Product {
+  const Layout* layout;
+  int64_t expert;                      // whose LoRA it is
+  const uint8_t* matrix[2];            // gate and up; or one and null
+  const float* bias[2];                // rows padded to panels; or null
+  LoraTerm lora[2];
+  Staged x;
+  Tokens tokens;
+  Activated activated;                 // where `activation` is set
+  Summed summed;                       // elsewhere
 };
 
 // Buffers of a backward pass, all by slot but for what the forward kept.
@@ -89,6 +103,12 @@ struct Backward {
 
 enum class LoraGradient { gate_a, gate_b, up_a, up_b, down_a, down_b };
 
+struct PackOptions {
+  bool search;
+  const float* tiles;  // layouts that need it: the largest magnitude of each tile of 128 rows and a step's columns
+  float largest;       // of the matrix
+};
+
 // Squared distance between weights and what they were packed into, and the weights' sum of squares (0 where nothing is lost).
 struct PackError {
   double difference = 0, total = 0;
@@ -101,17 +121,14 @@ struct Kernels {
 
   // Rows [begin, end) of `source` [*, cols] (any float dtype) into staged form.
   void (*stage)(const Layout& weights, const void* source, DType dtype, int64_t stride, int64_t cols, int64_t begin, int64_t end, const Staged& to);
-  // hidden[token] = act(gate x, up x); `hidden` is staged (bf16 path) or bf16 rows (integer path).
-  void (*gate_up)(const Experts&, const Work&, const Staged& x, const Tokens&, uint8_t* hidden, int64_t hidden_row_bytes, uint8_t* scratch,
-                  const GateUpTraining* training);
-  // result[token] += weight * (down hidden); `result` is f32 [*][stride], its first column being panel `begin`.
-  void (*down)(const Experts&, const Work&, const Staged& hidden, const Tokens&, float* result, int64_t stride, uint8_t* scratch,
-               const DownTraining* training);
+  // Blocks [begin, end) of a product; meanwhile what lies at `next` is fetched.
+  void (*multiply)(const Product&, int64_t begin, int64_t end, const uint8_t* next, uint8_t* scratch);
   void (*store)(const float* result, int64_t count, void* to, DType dtype);
 
   // Panel `panel` of a matrix from rows of `source` (row stride in elements); false if a NaN or Inf cannot be packed.
-  bool (*pack_panel)(const Layout&, int64_t panel, const void* source, DType dtype, int64_t stride, bool search, uint8_t* weight, uint8_t* scale,
-                     uint8_t* zero, float* scratch, PackError& error);
+  bool (*pack_panel)(const Layout&, int64_t panel, const void* source, DType dtype, int64_t stride, const PackOptions&, uint8_t* matrix, float* scratch,
+                     PackError& error);
+  void (*largest_of_tiles)(const Layout&, int64_t tile, const void* source, DType dtype, int64_t stride, float* tiles);
 
   // low[token.output] = scaling * A x, or with `transposed` scaling * B^T x, into columns from `column` on of staged rows.
   void (*low_rank)(const LoraFactor&, int64_t expert, int64_t in, int64_t out, bool transposed, const Staged& x, const Tokens&, const Staged& low,
@@ -129,16 +146,13 @@ struct Kernels {
   int64_t macs_per_float_dot, macs_per_integer_dot;
 };
 
-// Scratch bytes one thread needs for gate_up and down.
-inline int64_t block_scratch_bytes(const Layout& layout) {
-  int64_t cols = layout.padded_cols();
-  return kBlockPanels * cols * kPanelRows * 2;  // bf16; bytes and their scales are less
-}
+// Scratch bytes one thread needs for a block of a product: bf16 pairs; bytes and their scales are less.
+inline int64_t block_scratch_bytes(const Layout& layout) { return kBlockRows * layout.padded_cols() * 2; }
 
 // The same for the backward functions: a block of both transposed matrices and of LoRA's.
-inline int64_t backward_scratch_bytes(const Experts& layer, const Backward& b) {
-  const int64_t columns = round_up(layer.hidden, kColumnAlign) > b.grads.cols ? round_up(layer.hidden, kColumnAlign) : b.grads.cols;
-  return kBlockRows * columns * 2 + kBlockRows * kColumnAlign;
+inline int64_t backward_scratch_bytes(const Backward& b) {
+  const int64_t columns = b.grad_out.cols > b.grads.cols ? b.grad_out.cols : b.grads.cols;
+  return kBlockRows * columns * 2;
 }
 
 extern const Kernels kScalar, kAvx2, kAvx2Vnni, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated;

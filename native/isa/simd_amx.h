@@ -14,9 +14,8 @@ struct Amx : Avx512Bf16 {
   static constexpr int64_t kFloatMacs = 32;  // `dots` measures the AVX512 rate
 
   static bool supports(const Layout& layout, bool integer) {
-    if (!integer) return layout.format == Format::bf16;
-    if (layout.format == Format::int8) return layout.group % kTileCols == 0;
-    return layout.group != 0;
+    if (!integer || layout.line_columns == 8) return !integer || layout.step_row_bytes;  // they are decoded
+    return layout.step % kTileCols == 0;
   }
 
   // Accumulators 0-3 (row half, panel), activations 4-5 (row half), weights 6-7 (panel).
@@ -29,16 +28,16 @@ struct Amx : Avx512Bf16 {
     Tiles::configure(config);
   }
 
-  // out += tiles over `steps` lines of 16 column groups; `x` rows are `stride` bytes apart.
+  // out += tiles over `steps` times 16 lines of panels w0 and w1, the lines `line_stride` bytes apart; `x` rows are `stride` bytes apart.
   template <bool Two, bool Integer>
-  static void accumulate(const uint8_t* x, int64_t stride, const uint8_t* w0, const uint8_t* w1, int64_t steps) {
+  static void accumulate(const uint8_t* x, int64_t stride, const uint8_t* w0, const uint8_t* w1, int64_t line_stride, int64_t steps) {
     Tiles::template zero<0>();
     Tiles::template zero<1>();
     if (Two) Tiles::template zero<2>(), Tiles::template zero<3>();
     for (int64_t s = 0; s < steps; s++) {
       Tiles::template load<4>(x + s * 64, stride);
-      Tiles::template load<6>(w0 + s * 16 * kLine, kLine);
-      Tiles::template load<7>(w1 + s * 16 * kLine, kLine);
+      Tiles::template load<6>(w0 + s * 16 * line_stride, line_stride);
+      Tiles::template load<7>(w1 + s * 16 * line_stride, line_stride);
       tile_dot<0, 4, 6, Integer>();
       tile_dot<1, 4, 7, Integer>();
       if (Two) {
@@ -68,61 +67,61 @@ struct Amx : Avx512Bf16 {
     }
   }
 
-  // Rows first..first+count (count <= 32) of `x`, contiguous at `data`, times four panels: out[m][64].
-  // `scale`, per panel: of decoded bytes f32 per activation group, else bf16 per group of weights or f32 for the whole row.
-  template <bool Two>
-  static void run(const Layout& layout, const uint8_t* const* weight, const uint8_t* const* scale, bool decoded, const Staged& x, const uint8_t* data,
-                  const int32_t* index, int count, float* out) {
-    configure(count < 16 ? count : 16, count - 16);
-    const bool grouped = !decoded && layout.group;
-    const int64_t unit = grouped ? layout.group : kActivationGroup, units = (x.cols + unit - 1) / unit;
-    const int32_t* offset = grouped ? x.offset : x.group_offset;
-    const int64_t steps = layout.format == Format::bf16 ? x.cols / 32 : x.cols / kTileCols, row = kBlockPanels * kPanelRows;
-    for (int p = 0; p < kBlockPanels; p += 2) {
-      float* to = out + p * kPanelRows;
-      if (layout.format == Format::bf16) {
-        accumulate<Two, false>(data, x.row_bytes, weight[p], weight[p + 1], steps);
-        store_tiles<Two>(to, row * 4);
-        continue;
-      }
-      for (int m = 0; m < count; m++)
-        for (int q = 0; q < 2; q++) Avx512::store(to + m * row + q * kPanelRows, Avx512::zero());
-      for (int64_t u = 0; u < units; u++) {
-        alignas(64) int32_t sums[kTileChunk][2 * kPanelRows];
-        const int64_t begin = u * (unit / kTileCols), left = steps - begin, there = left < unit / kTileCols ? left : unit / kTileCols;
-        accumulate<Two, true>(data + begin * 64, x.row_bytes, weight[p] + begin * 16 * kLine, weight[p + 1] + begin * 16 * kLine, there);
-        store_tiles<Two>(sums, sizeof sums[0]);
-        for (int q = 0; q < 2; q++) {
-          F ws = Avx512::set1(1.0f);
-          if (decoded) ws = Avx512::load(reinterpret_cast<const float*>(scale[p + q]) + u * kPanelRows);
-          if (grouped) ws = Avx512::load_bf16(scale[p + q] + u * kPanelRows * 2);
-          for (int m = 0; m < count; m++) {
-            const int64_t i = index[m];
-            const I sum = Avx512::add(_mm512_load_si512(sums[m] + q * kPanelRows), Avx512::integer_set1(offset[i * units + u]));
-            float* total = to + m * row + q * kPanelRows;
-            const F s = Avx512::mul(ws, Avx512::set1(x.scale[i * x.groups() + u * unit / kActivationGroup]));
-            Avx512::store(total, Avx512::fma(Avx512::to_float(sum), s, Avx512::load(total)));
-          }
-        }
-      }
-      if (!decoded && !layout.group)
-        for (int q = 0; q < 2; q++) {
-          const F ws = Avx512::load(reinterpret_cast<const float*>(scale[p + q]));
-          for (int m = 0; m < count; m++) {
-            float* total = to + m * row + q * kPanelRows;
-            Avx512::store(total, Avx512::mul(Avx512::load(total), ws));
-          }
-        }
+  // Two panels of a block from `panel` on; of an odd last one the second is the first again, and overwritten or unused.
+  template <class E, bool Two>
+  static void two_panels(const Layout& layout, const Block& block, int panel, const Staged& x, const uint8_t* data, const int32_t* index, int count,
+                         float* out) {
+    constexpr bool kInteger = !std::is_same_v<E, Pairs>, kDecoded = std::is_same_v<E, Bytes>;
+    const int64_t stride = block.panels * kLine;
+    const int second = panel + 1 < block.panels ? 1 : 0;
+    const uint8_t* at = block.data + panel * kLine;
+    if constexpr (!kInteger) {
+      accumulate<Two, false>(data, x.row_bytes, at, at + second * kLine, stride, x.cols / 32);
+      return store_tiles<Two>(out, kBlockRows * 4);
     }
-    Tiles::release();
+    for (int m = 0; m < count; m++)
+      for (int q = 0; q < 2; q++) Avx512::store(out + m * kBlockRows + q * kPanelRows, Avx512::zero());
+    const int64_t unit = kDecoded || !E::kStepScale ? kActivationGroup : layout.step, units = (x.cols + unit - 1) / unit;
+    const int32_t* offset = kDecoded ? x.group_offset : x.offset;
+    for (int64_t u = 0; u < units; u++) {
+      alignas(64) int32_t sums[kTileChunk][2 * kPanelRows];
+      const int64_t left = x.cols - u * unit, there = left < unit ? left : unit;
+      accumulate<Two, true>(data + u * unit, x.row_bytes, at, at + second * kLine, stride, there / kTileCols);
+      store_tiles<Two>(sums, sizeof sums[0]);
+      at += there / 4 * stride;
+      for (int q = 0; q < 2; q++) {
+        F ws = Avx512::set1(1.0f);
+        if constexpr (E::kStepScale) ws = E::Scale::template load<Avx512>(E::step_scale(at - panel * kLine, panel + q * second));
+        for (int m = 0; m < count; m++) {
+          const int64_t i = index[m];
+          const I sum = Avx512::add(_mm512_load_si512(sums[m] + q * kPanelRows), Avx512::integer_set1(offset[i * units + u]));
+          float* total = out + m * kBlockRows + q * kPanelRows;
+          const F s = Avx512::mul(ws, Avx512::set1(x.scale[i * x.groups() + u * unit / kActivationGroup]));
+          Avx512::store(total, Avx512::fma(Avx512::to_float(sum), s, Avx512::load(total)));
+        }
+      }
+      if constexpr (E::kStepScale) at += block.panels * kPanelRows * E::Scale::kRowBytes;
+    }
+    if constexpr (E::kRowScale)
+      for (int q = 0; q < 2; q++) {
+        const F ws = Avx512::load(reinterpret_cast<const float*>(E::row_scale(at - panel * kLine, panel + q * second)));
+        for (int m = 0; m < count; m++) {
+          float* total = out + m * kBlockRows + q * kPanelRows;
+          Avx512::store(total, Avx512::mul(Avx512::load(total), ws));
+        }
+      }
   }
 
-  static void multiply_tiles(const Layout& layout, const uint8_t* const* weight, const uint8_t* const* scale, bool decoded, const Staged& x,
-                             const uint8_t* data, const int32_t* index, int count, float* out) {
-    if (count > 16)
-      run<true>(layout, weight, scale, decoded, x, data, index, count, out);
-    else
-      run<false>(layout, weight, scale, decoded, x, data, index, count, out);
+  // Rows first..first+count (count <= 32) of `x`, contiguous at `data`, times a block: out[m][64].
+  template <class E>
+  static void multiply_tiles(const Layout& layout, const Block& block, const Staged& x, const uint8_t* data, const int32_t* index, int count, float* out) {
+    if constexpr (E::Codes::kBits != 4 && (E::Codes::kInteger || std::is_same_v<E, Pairs>)) {
+      configure(count < 16 ? count : 16, count - 16);
+      for (int panel = 0; panel < block.panels; panel += 2)
+        count > 16 ? two_panels<E, true>(layout, block, panel, x, data, index, count, out + panel * kPanelRows)
+                   : two_panels<E, false>(layout, block, panel, x, data, index, count, out + panel * kPanelRows);
+      Tiles::release();
+    }
   }
 };
 

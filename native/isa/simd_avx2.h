@@ -16,9 +16,10 @@ struct Avx2 {
     __m256i a, b;
   };
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
-  static constexpr bool kTiles = false;
+  static constexpr bool kTiles = false, kLooksUpPairs = false;
+  static constexpr int kRegistersPerVector = 2;
   static constexpr int kTileRows = 6;
-  static constexpr int tile_panels(int rows) { return rows <= 1 || rows > 3 ? 1 : 2; }
+  static constexpr int tile_panels(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
   static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 32;
 
   static F zero() { return set1(0.0f); }
@@ -93,6 +94,7 @@ struct Avx2 {
     return {{_mm256_castsi256_ps(_mm256_slli_epi32(w.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(w.b, 16))},
             {_mm256_castsi256_ps(_mm256_and_si256(w.a, high)), _mm256_castsi256_ps(_mm256_and_si256(w.b, high))}};
   }
+  static Pair pair_of(F even, F odd) { return {even, odd}; }
   struct PairOf1 {
     __m256 even, odd;
   };
@@ -108,11 +110,10 @@ struct Avx2 {
   struct Quad {
     I even, odd;
   };
-  static Quad split(I w) {
+  static Quad quad_of(I w) {
     const __m256i low = _mm256_set1_epi16(0xff);
     return {{_mm256_and_si256(w.a, low), _mm256_and_si256(w.b, low)}, {_mm256_srli_epi16(w.a, 8), _mm256_srli_epi16(w.b, 8)}};
   }
-  static Quad load_quad(const uint8_t* p) { return split(load_integers(p)); }
   static I low_nibbles(const uint8_t* p) {
     const I w = load_integers(p);
     const __m256i mask = _mm256_set1_epi8(15);
@@ -123,8 +124,66 @@ struct Avx2 {
     const __m256i mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(_mm256_srli_epi16(w.a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(w.b, 4), mask)};
   }
-  static Quad load_low_nibbles(const uint8_t* p) { return split(low_nibbles(p)); }
-  static Quad load_high_nibbles(const uint8_t* p) { return split(high_nibbles(p)); }
+  static I lookup_bytes(I index, const uint8_t* table) {
+    const __m256i t = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table));
+    return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
+  }
+  static F lookup(I index, const int8_t* table) {
+    const __m128i t = _mm_loadu_si128((const __m128i*)table);
+    const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(t)), high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(t, 8)));
+    auto half = [&](__m256i i) {
+      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, i), _mm256_permutevar8x32_ps(high, i), _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+    };
+    return {half(index.a), half(index.b)};
+  }
+  static F e4m3(I code) {
+    auto half = [](__m256i c) {
+      const __m256i magnitude = _mm256_and_si256(c, _mm256_set1_epi32(0x7f)), sign = _mm256_slli_epi32(_mm256_and_si256(c, _mm256_set1_epi32(0x80)), 24);
+      const __m256 normal = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_slli_epi32(magnitude, 20), _mm256_set1_epi32(120 << 23)));
+      const __m256 small = _mm256_mul_ps(_mm256_cvtepi32_ps(magnitude), _mm256_set1_ps(1.0f / 512.0f));
+      const __m256 is_small = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude));
+      return _mm256_or_ps(_mm256_blendv_ps(normal, small, is_small), _mm256_castsi256_ps(sign));
+    };
+    return {half(code.a), half(code.b)};
+  }
+  static I load_byte_integers(const uint8_t* p) {
+    const __m128i v = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))};
+  }
+  static F load_e8m0(const uint8_t* p) {
+    const I v = load_byte_integers(p);
+    auto half = [](__m256i i) { return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(i, 23), _mm256_set1_epi32(0x00400000))); };
+    return {half(v.a), half(v.b)};
+  }
+  // a / v, zero where v is zero.
+  static F ratio(float a, F v) {
+    auto half = [a](__m256 x) { return _mm256_and_ps(_mm256_div_ps(_mm256_set1_ps(a), x), _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_OQ)); };
+    return {half(v.a), half(v.b)};
+  }
+
+  // Bytes of a line, less their zero, times ratios in units of 1/128, plus 128.
+  struct Rescale {
+    I ratios, centre;
+    Rescale(F ratio, const uint8_t* zero, int offset) {
+      auto twice = [](__m256i r) { return _mm256_or_si256(_mm256_and_si256(r, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32(r, 16)); };
+      ratios = {twice(_mm256_cvtps_epi32(ratio.a)), twice(_mm256_cvtps_epi32(ratio.b))};
+      const I z = zero ? load_byte_integers(zero) : integer_set1(offset);
+      auto high = [](__m256i v) { return _mm256_or_si256(_mm256_slli_epi32(v, 8), _mm256_slli_epi32(v, 24)); };
+      centre = {high(z.a), high(z.b)};
+    }
+    void operator()(I bytes, uint8_t* to) const {
+      half(bytes.a, ratios.a, centre.a, to);
+      half(bytes.b, ratios.b, centre.b, to + 32);
+    }
+    // (q << 8) * ratio >> 15, rounded: q times the true ratio.
+    static void half(__m256i bytes, __m256i ratios, __m256i centre, uint8_t* to) {
+      auto scaled = [&](__m256i high) { return _mm256_mulhrs_epi16(_mm256_sub_epi16(high, centre), ratios); };
+      const __m256i low = _mm256_set1_epi16(0xff);
+      const __m256i even = scaled(_mm256_slli_epi16(bytes, 8)), odd = scaled(_mm256_andnot_si256(low, bytes));
+      const __m256i merged = _mm256_or_si256(_mm256_and_si256(even, low), _mm256_slli_epi16(odd, 8));
+      _mm256_storeu_si256((__m256i*)to, _mm256_xor_si256(merged, _mm256_set1_epi8(int8_t(0x80))));
+    }
+  };
   struct QuadOf1 {
     __m256i even, odd;
   };
@@ -142,13 +201,9 @@ struct Avx2 {
     _mm256_storeu_si256((__m256i*)to, _mm256_permute4x64_epi64(_mm256_packs_epi32(q.a, q.b), 0xd8));
     return q;
   }
-  static void decode_panel(const Layout& layout, const uint8_t* weight, const uint8_t* scale, const uint8_t* zero, uint8_t* codes, float* scales) {
-    decode_panel_portable(layout, weight, scale, zero, codes, scales);
-  }
-
-  static void transpose(const uint8_t* from, uint8_t* to) { transpose_portable(from, to); }
-  static void pair_rows(const Square& square, uint8_t* to) { pair_rows_portable(square, to); }
-  static void pair_columns(const Square& square, uint8_t* to) { pair_columns_portable(square, to); }
+  static void transpose(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) { transpose_portable(from, from_stride, to, to_stride); }
+  static void pair_rows(const Square& square, uint8_t* to, int64_t stride) { pair_rows_portable(square, to, stride); }
+  static void pair_columns(const Square& square, uint8_t* to, int64_t stride) { pair_columns_portable(square, to, stride); }
 
   static void dots(int64_t count, bool integer) {
     constexpr int kChains = 6;

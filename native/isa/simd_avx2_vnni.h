@@ -10,9 +10,7 @@ struct Avx2Vnni : Avx2 {
   static constexpr int64_t kIntegerMacs = 64;
 
   using Quad = I;
-  static Quad load_quad(const uint8_t* p) { return load_integers(p); }
-  static Quad load_low_nibbles(const uint8_t* p) { return low_nibbles(p); }
-  static Quad load_high_nibbles(const uint8_t* p) { return high_nibbles(p); }
+  static Quad quad_of(I w) { return w; }
   static __m256i broadcast_quad(const uint8_t* x) { return _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(x)); }
   using Avx2::dot;
   static I dot(I acc, const Quad& w, __m256i x) { return {_mm256_dpbusd_avx_epi32(acc.a, w.a, x), _mm256_dpbusd_avx_epi32(acc.b, w.b, x)}; }

@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "isa/decode.h"
 #include "isa/pairs.h"
 
 namespace coterie {
@@ -20,7 +21,8 @@ struct Avx512 {
   using F = __m512;
   using I = __m512i;
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
-  static constexpr bool kTiles = false;
+  static constexpr bool kTiles = false, kLooksUpPairs = false;
+  static constexpr int kRegistersPerVector = 1;
   static constexpr int kTileRows = 6;
   static constexpr int tile_panels(int rows) { return rows <= 2 ? 4 : 2; }
   static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 32;
@@ -64,23 +66,57 @@ struct Avx512 {
     const __m512i w = _mm512_loadu_si512(p);
     return {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(0xffff0000)))};
   }
+  static Pair pair_of(F even, F odd) { return {even, odd}; }
   static Pair broadcast_pair(const uint8_t* x) {
     const float* v = reinterpret_cast<const float*>(x);
     return {_mm512_set1_ps(v[0]), _mm512_set1_ps(v[1])};
   }
   static F dot(F acc, const Pair& w, const Pair& x) { return fma(w.odd, x.odd, fma(w.even, x.even, acc)); }
 
+  static I low_nibbles(const uint8_t* p) { return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(15)); }
+  static I high_nibbles(const uint8_t* p) { return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15)); }
+  static I lookup_bytes(I index, const uint8_t* table) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table)), index);
+  }
+  static F lookup(I index, const int8_t* table) {
+    return _mm512_permutexvar_ps(index, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)table))));
+  }
+  static F e4m3(I code) {
+    const I magnitude = _mm512_and_si512(code, _mm512_set1_epi32(0x7f)), sign = _mm512_slli_epi32(_mm512_and_si512(code, _mm512_set1_epi32(0x80)), 24);
+    const F normal = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(magnitude, 20), _mm512_set1_epi32(120 << 23)));
+    const F small = mul(to_float(magnitude), set1(1.0f / 512.0f));
+    const F value = _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8)), normal, small);
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), sign));
+  }
+  static I load_byte_integers(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+  static F load_e8m0(const uint8_t* p) {
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(load_byte_integers(p), 23), _mm512_set1_epi32(0x00400000)));
+  }
+  // a / v, zero where v is zero.
+  static F ratio(float a, F v) { return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(v, zero(), _CMP_NEQ_OQ), set1(a), v); }
+
+  // Bytes of a line, less their zero, times ratios in units of 1/128, plus 128.
+  struct Rescale {
+    I ratios, centre;
+    Rescale(F ratio, const uint8_t* zero, int offset) {
+      const I r = _mm512_cvtps_epi32(ratio);
+      ratios = _mm512_or_si512(_mm512_and_si512(r, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(r, 16));
+      const I z = zero ? load_byte_integers(zero) : integer_set1(offset);
+      centre = _mm512_or_si512(_mm512_slli_epi32(z, 8), _mm512_slli_epi32(z, 24));
+    }
+    // (q << 8) * ratio >> 15, rounded: q times the true ratio.
+    I scaled(I high) const { return _mm512_mulhrs_epi16(_mm512_sub_epi16(high, centre), ratios); }
+    void operator()(I bytes, uint8_t* to) const {
+      const I even = scaled(_mm512_slli_epi16(bytes, 8)), odd = scaled(_mm512_and_si512(bytes, _mm512_set1_epi16(static_cast<int16_t>(0xff00))));
+      const I merged = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x00ff), even, _mm512_slli_epi16(odd, 8), 0xca);
+      _mm512_storeu_si512(to, _mm512_xor_si512(merged, _mm512_set1_epi8(int8_t(0x80))));
+    }
+  };
+
   struct Quad {
     I even, odd;
   };
-  static Quad split(__m512i w) { return {_mm512_and_si512(w, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(w, 8)}; }
-  static Quad load_quad(const uint8_t* p) { return split(_mm512_loadu_si512(p)); }
-  static __m512i low_nibbles(const uint8_t* p) { return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(15)); }
-  static __m512i high_nibbles(const uint8_t* p) {
-    return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15));
-  }
-  static Quad load_low_nibbles(const uint8_t* p) { return split(low_nibbles(p)); }
-  static Quad load_high_nibbles(const uint8_t* p) { return split(high_nibbles(p)); }
+  static Quad quad_of(I w) { return {_mm512_and_si512(w, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(w, 8)}; }
   static Quad broadcast_quad(const uint8_t* x) {
     const int32_t* v = reinterpret_cast<const int32_t*>(x);
     return {_mm512_set1_epi32(v[0]), _mm512_set1_epi32(v[1])};
@@ -95,13 +131,11 @@ struct Avx512 {
     return q;
   }
 
-  static void decode_panel(const Layout& layout, const uint8_t* weight, const uint8_t* scale, const uint8_t* zero, uint8_t* codes, float* scales);
-
   // Words within each pair of rows, then an 8 x 8 transpose of 64-bit elements.
-  static void transpose(const uint8_t* from, uint8_t* to) {
+  static void transpose(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) {
     const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
     __m512i r[8], a[8], b[8];
-    for (int i = 0; i < 8; i++) r[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(from + i * kLine), order);
+    for (int i = 0; i < 8; i++) r[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(from + i * from_stride), order);
     for (int i = 0; i < 8; i += 2) {
       a[i] = _mm512_unpacklo_epi64(r[i], r[i + 1]);
       a[i + 1] = _mm512_unpackhi_epi64(r[i], r[i + 1]);
@@ -111,18 +145,18 @@ struct Avx512 {
       for (int j = 0; j < 4; j++)
         b[h * 4 + j] = j < 2 ? _mm512_shuffle_i64x2(a[h * 4 + j], a[h * 4 + j + 2], 0x88) : _mm512_shuffle_i64x2(a[h * 4 + j - 2], a[h * 4 + j], 0xdd);
     for (int j = 0; j < 4; j++) {
-      _mm512_storeu_si512(to + j * kLine, _mm512_shuffle_i64x2(b[j], b[4 + j], 0x88));
-      _mm512_storeu_si512(to + (j + 4) * kLine, _mm512_shuffle_i64x2(b[j], b[4 + j], 0xdd));
+      _mm512_storeu_si512(to + j * to_stride, _mm512_shuffle_i64x2(b[j], b[4 + j], 0x88));
+      _mm512_storeu_si512(to + (j + 4) * to_stride, _mm512_shuffle_i64x2(b[j], b[4 + j], 0xdd));
     }
   }
 
   static __m512i interleave(__m512i halves) { return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved.index), halves); }
-  static void pair_rows(const Square& square, uint8_t* to) {
-    for (int k = 0; k < kLanes; k += 2) _mm512_storeu_si512(to + k / 2 * kLine, interleave(_mm512_load_si512(square.value[k])));
+  static void pair_rows(const Square& square, uint8_t* to, int64_t stride) {
+    for (int k = 0; k < kLanes; k += 2) _mm512_storeu_si512(to + k / 2 * stride, interleave(_mm512_load_si512(square.value[k])));
   }
 
   // An 8 x 8 transpose of words in each half of eight registers, each of which holds two rows.
-  static void pair_columns(const Square& square, uint8_t* to) {
+  static void pair_columns(const Square& square, uint8_t* to, int64_t stride) {
     __m512i r[8], a[8], b[8];
     auto half = [&](int row) { return _mm256_load_si256((const __m256i*)square.value[row]); };
     for (int i = 0; i < 8; i++) r[i] = _mm512_inserti64x4(_mm512_castsi256_si512(half(i % 4 + i / 4 * 8)), half(i % 4 + i / 4 * 8 + 4), 1);
@@ -135,8 +169,8 @@ struct Avx512 {
       for (int j = 0; j < 4; j++)
         b[h + j] = j % 2 ? _mm512_unpackhi_epi64(a[h + j / 2], a[h + j / 2 + 2]) : _mm512_unpacklo_epi64(a[h + j / 2], a[h + j / 2 + 2]);
     for (int j = 0; j < 4; j++) {
-      _mm512_storeu_si512(to + j * kLine, _mm512_shuffle_i64x2(b[j], b[4 + j], 0x88));
-      _mm512_storeu_si512(to + (j + 4) * kLine, _mm512_shuffle_i64x2(b[j], b[4 + j], 0xdd));
+      _mm512_storeu_si512(to + j * stride, _mm512_shuffle_i64x2(b[j], b[4 + j], 0x88));
+      _mm512_storeu_si512(to + (j + 4) * stride, _mm512_shuffle_i64x2(b[j], b[4 + j], 0xdd));
     }
   }
 
@@ -170,45 +204,6 @@ struct Avx512 {
       }
   }
 };
-
-// 4-bit codes with a scale per group -> bytes with a scale per activation group: code = round((q - zero) * group scale / panel scale) + 128, the
-// panel scale being the smallest that keeps the codes within 8 bits. Adds under a tenth of the format's own rounding error.
-inline void Avx512::decode_panel(const Layout& layout, const uint8_t* weight, const uint8_t* scale, const uint8_t* zero, uint8_t* codes,
-                                 float* scales) {
-  const int64_t cols = layout.padded_cols(), group = layout.group;
-  const int64_t lines_per_group = group / 8;
-  const __m512i high_byte = _mm512_set1_epi16(0x0f00), low_byte = _mm512_set1_epi16(0x00ff), offset = _mm512_set1_epi8(int8_t(0x80));
-  const F most = set1(layout.zero_point ? 15.0f / 127.0f : 8.0f / 127.0f);
-  for (int64_t begin = 0; begin < cols; begin += kActivationGroup) {
-    const int64_t end = begin + kActivationGroup < cols ? begin + kActivationGroup : cols;
-    F largest = Avx512::zero();
-    for (int64_t g = begin / group; g < end / group; g++) largest = max_abs(largest, load_bf16(scale + g * kPanelRows * 2));
-    const F step = mul(largest, most);
-    const __mmask16 some = _mm512_cmp_ps_mask(step, Avx512::zero(), _CMP_NEQ_OQ);
-    const F inverse = _mm512_maskz_div_ps(some, set1(128.0f), step);  // ratios in units of 1/128
-    store(scales + begin / kActivationGroup * kPanelRows, step);
-    for (int64_t g = begin / group; g < end / group; g++) {
-      const __m512i ratio = _mm512_cvtps_epi32(mul(load_bf16(scale + g * kPanelRows * 2), inverse));
-      const __m512i ratios = _mm512_or_si512(_mm512_and_si512(ratio, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(ratio, 16));
-      __m512i centre = _mm512_set1_epi16(8 << 8);
-      if (layout.zero_point) {
-        const __m512i z = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(zero + g * kPanelRows)));
-        centre = _mm512_or_si512(_mm512_slli_epi32(z, 8), _mm512_slli_epi32(z, 24));
-      }
-      // (q << 8) * ratio >> 15, rounded: q times the true ratio.
-      auto scaled = [&](__m512i q_high) { return _mm512_mulhrs_epi16(_mm512_sub_epi16(_mm512_and_si512(q_high, high_byte), centre), ratios); };
-      auto merge = [&](__m512i even, __m512i odd) {
-        const __m512i bytes = _mm512_ternarylogic_epi32(low_byte, even, _mm512_slli_epi16(odd, 8), 0xca);
-        return _mm512_xor_si512(bytes, offset);
-      };
-      for (int64_t line = g * lines_per_group; line < (g + 1) * lines_per_group; line++) {
-        const __m512i w = _mm512_loadu_si512(weight + line * kLine);
-        _mm512_store_si512(codes + line * 2 * kLine, merge(scaled(_mm512_slli_epi16(w, 8)), scaled(w)));
-        _mm512_store_si512(codes + line * 2 * kLine + kLine, merge(scaled(_mm512_slli_epi16(w, 4)), scaled(_mm512_srli_epi16(w, 4))));
-      }
-    }
-  }
-}
 
 }  // namespace
 }  // namespace coterie

@@ -8,12 +8,14 @@ namespace {
 
 struct Avx512Bf16 : Avx512 {
   static constexpr int kFloatBytes = 2, kIntegerBytes = 1;
+  static constexpr bool kLooksUpPairs = true;
   static constexpr int kTileRows = 6;
   static constexpr int tile_panels(int) { return 4; }
   static constexpr int64_t kFloatMacs = 32, kIntegerMacs = 64;
 
   using Pair = __m512i;
   static Pair load_pair(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static Pair pair_of(Avx512::F even, Avx512::F odd) { return interleave((__m512i)_mm512_cvtne2ps_pbh(odd, even)); }
   static Pair broadcast_pair(const uint8_t* x) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x)); }
   static F dot(F acc, Pair w, Pair x) {
 #if defined(__AVX512BF16__)
@@ -25,13 +27,35 @@ struct Avx512Bf16 : Avx512 {
   }
 
   static void store_pairs(uint8_t* to, Avx512::F first, Avx512::F second) {
-    _mm512_storeu_si512(to, interleave((__m512i)_mm512_cvtne2ps_pbh(second, first)));
+    _mm512_storeu_si512(to, pair_of(first, second));
+  }
+
+  // A table of 16 whole numbers as bf16, twice: of a shifted word's index the fifth bit is that of a neighbour.
+  static void lookup_pairs(const uint8_t* line, const int8_t* table, Pair (&to)[4]) {
+    const Avx512::F values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)table)));
+    const __m512i entries = (__m512i)_mm512_cvtne2ps_pbh(values, values), w = _mm512_loadu_si512(line);
+    to[0] = _mm512_permutexvar_epi16(w, entries);
+    to[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 8), entries);
+    to[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), entries);
+    to[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 12), entries);
+  }
+  // Normal codes are moved and their exponent's bias is changed; the eight subnormal ones are looked up.
+  static void e4m3_pairs(const uint8_t* line, Pair (&to)[2]) {
+    const __m512i w = _mm512_loadu_si512(line);
+    const __m512i subnormal = _mm512_broadcast_i32x4(_mm_setr_epi16(0x0000, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    auto value = [&](__m512i code) {  // in the lower bytes; the upper ones may hold anything
+      const __m512i magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+      const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+      const __mmask32 small = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
+      const __m512i all = _mm512_mask_permutexvar_epi16(normal, small, magnitude, subnormal);
+      return _mm512_or_si512(all, _mm512_slli_epi16(_mm512_and_si512(code, _mm512_set1_epi16(0x80)), 8));
+    };
+    to[0] = value(w);
+    to[1] = value(_mm512_srli_epi16(w, 8));
   }
 
   using Quad = __m512i;
-  static Quad load_quad(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  static Quad load_low_nibbles(const uint8_t* p) { return low_nibbles(p); }
-  static Quad load_high_nibbles(const uint8_t* p) { return high_nibbles(p); }
+  static Quad quad_of(Avx512::I w) { return w; }
   static Quad broadcast_quad(const uint8_t* x) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x)); }
   static I dot(I acc, Quad w, Quad x) {
 #if defined(__AVX512VNNI__)

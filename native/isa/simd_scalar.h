@@ -16,7 +16,8 @@ struct Scalar {
     int32_t v[kLanes];
   };
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
-  static constexpr bool kTiles = false;
+  static constexpr bool kTiles = false, kLooksUpPairs = false;
+  static constexpr int kRegistersPerVector = 1;
   static constexpr int kTileRows = 4;
   static constexpr int tile_panels(int) { return 1; }
   static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 16;
@@ -89,6 +90,7 @@ struct Scalar {
     memcpy(h, p, sizeof h);
     return {each<F>([&](int i) { return bf16_to_float(h[2 * i]); }), each<F>([&](int i) { return bf16_to_float(h[2 * i + 1]); })};
   }
+  static Pair pair_of(const F& even, const F& odd) { return {even, odd}; }
   struct PairOf1 {
     float even, odd;
   };
@@ -104,21 +106,45 @@ struct Scalar {
   struct Quad {
     uint8_t v[kLine];
   };
-  static Quad load_quad(const uint8_t* p) {
+  static Quad quad_of(const I& words) {
     Quad q;
-    memcpy(q.v, p, sizeof q);
+    memcpy(q.v, words.v, sizeof q);
     return q;
   }
-  static Quad load_low_nibbles(const uint8_t* p) {
-    Quad q;
-    for (int i = 0; i < kLine; i++) q.v[i] = p[i] & 15;
-    return q;
+  template <class Op>
+  static I each_byte(const I& words, const Op& op) {
+    uint8_t bytes[kLine];
+    memcpy(bytes, words.v, sizeof bytes);
+    for (uint8_t& byte : bytes) byte = op(byte);
+    I r;
+    memcpy(r.v, bytes, sizeof bytes);
+    return r;
   }
-  static Quad load_high_nibbles(const uint8_t* p) {
-    Quad q;
-    for (int i = 0; i < kLine; i++) q.v[i] = p[i] >> 4;
-    return q;
-  }
+  static I low_nibbles(const uint8_t* p) { return each_byte(load_integers(p), [](uint8_t b) { return static_cast<uint8_t>(b & 15); }); }
+  static I high_nibbles(const uint8_t* p) { return each_byte(load_integers(p), [](uint8_t b) { return static_cast<uint8_t>(b >> 4); }); }
+  static I lookup_bytes(const I& index, const uint8_t* table) { return each_byte(index, [&](uint8_t b) { return table[b]; }); }
+  static F lookup(const I& index, const int8_t* table) { return each<F>([&](int i) { return static_cast<float>(table[index.v[i]]); }); }
+  static F e4m3(const I& code) { return each<F>([&](int i) { return E4m3Codes::value(static_cast<uint16_t>(code.v[i]), 0); }); }
+  static I load_byte_integers(const uint8_t* p) { return each<I>([&](int i) { return static_cast<int32_t>(p[i]); }); }
+  static F load_e8m0(const uint8_t* p) { return each<F>([&](int i) { return E8m0Scale::value(p + i); }); }
+  // a / v, zero where v is zero.
+  static F ratio(float a, const F& v) { return each<F>([&](int i) { return v.v[i] != 0.0f ? a / v.v[i] : 0.0f; }); }
+
+  // Bytes of a line, less their zero, times ratios in units of 1/128, plus 128.
+  struct Rescale {
+    int ratio[kLanes], centre[kLanes];
+    Rescale(const F& ratios, const uint8_t* zero, int offset) {
+      for (int i = 0; i < kLanes; i++) {
+        ratio[i] = static_cast<int>((ratios.v[i] + kRound) - kRound);
+        centre[i] = zero ? zero[i] : offset;
+      }
+    }
+    void operator()(const I& bytes, uint8_t* to) const {
+      uint8_t from[kLine];
+      memcpy(from, bytes.v, sizeof from);
+      for (int i = 0; i < kLine; i++) to[i] = static_cast<uint8_t>((((from[i] - centre[i / 4]) * ratio[i / 4] + 64) >> 7) + 128);
+    }
+  };
   struct QuadOf1 {
     int16_t v[4];
   };
@@ -140,13 +166,9 @@ struct Scalar {
     memcpy(to, codes, sizeof codes);
     return q;
   }
-  static void decode_panel(const Layout& layout, const uint8_t* weight, const uint8_t* scale, const uint8_t* zero, uint8_t* codes, float* scales) {
-    decode_panel_portable(layout, weight, scale, zero, codes, scales);
-  }
-
-  static void transpose(const uint8_t* from, uint8_t* to) { transpose_portable(from, to); }
-  static void pair_rows(const Square& square, uint8_t* to) { pair_rows_portable(square, to); }
-  static void pair_columns(const Square& square, uint8_t* to) { pair_columns_portable(square, to); }
+  static void transpose(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) { transpose_portable(from, from_stride, to, to_stride); }
+  static void pair_rows(const Square& square, uint8_t* to, int64_t stride) { pair_rows_portable(square, to, stride); }
+  static void pair_columns(const Square& square, uint8_t* to, int64_t stride) { pair_columns_portable(square, to, stride); }
 
   static void dots(int64_t count, bool integer) {
     F f = set1(0.0f);

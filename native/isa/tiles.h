@@ -1,16 +1,12 @@
-// The hot loops: a few rows of activations times up to four panels of weights, over an instruction set `Isa`.
+// The hot loops: a few rows of activations times panels of a block of weights, over an instruction set `Isa` and an encoding `E`.
 #pragma once
+#include <type_traits>
+
+#include "formats/encodings.h"
 #include "isa/ahead.h"
 
 namespace coterie {
 namespace {
-
-// Four panels of weights, all of one layout. Panels past the matrix repeat the first; their results are not used.
-struct Block {
-  const uint8_t* weight[kBlockPanels];
-  const uint8_t* scale[kBlockPanels];
-  const uint8_t* zero[kBlockPanels];
-};
 
 // Rows of staged activations that go through a tile together.
 template <int M>
@@ -29,108 +25,184 @@ struct Rows {
   }
 };
 
-// out[m][16 p + lane] = (with `add`: +=) sum over columns of weight * activation, in f32, for M rows and NP panels of bf16 weights.
-template <class Isa, int M, int NP, class Ahead>
-__attribute__((noinline)) void bf16_tile(const uint8_t* const* weight, const Rows<M>& rows, int64_t lines, float* out, const Ahead& ahead,
-                                         bool add = false) {
+// Whether one panel's weights at a time are in registers, where those are few, or those of all panels of a line.
+template <class Isa>
+constexpr bool kPanelMajor = Isa::kRegistersPerVector > 1;
+
+// Sums of a tile: in registers where those suffice, or else in the result itself, so that registers are for the accumulators of the inner loop.
+template <class Isa, int M, int NP>
+struct Totals {
+  static constexpr bool kInRegisters = M * NP * Isa::kRegistersPerVector <= 4;
+  typename Isa::F at[kInRegisters ? M : 1][kInRegisters ? NP : 1];
+  float* out;
+
+  explicit Totals(float* out) : out(out) {
+    for (int m = 0; m < M; m++)
+      for (int p = 0; p < NP; p++) put(m, p, Isa::zero());
+  }
+  float* result(int m, int p) const { return out + (m * kBlockPanels + p) * kPanelRows; }
+  typename Isa::F get(int m, int p) const { return kInRegisters ? at[m * kInRegisters][p * kInRegisters] : Isa::load(result(m, p)); }
+  void put(int m, int p, const typename Isa::F& v) { kInRegisters ? void(at[m * kInRegisters][p * kInRegisters] = v) : Isa::store(result(m, p), v); }
+};
+
+// out[m][16 p + lane] = (with `add`: +=) sum over columns of weight * activation, in f32, for M rows and NP panels from `panel` on.
+template <class Isa, class E, int M, int NP>
+__attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& block, int panel, const Rows<M>& rows, int64_t cols, float* out,
+                                          const Ahead& ahead, bool add = false) {
+  constexpr int kPairs = E::Codes::kPairs;
+  const int64_t stride = block.panels * kLine, steps = E::kStepScale ? layout.steps() : 1;
+  const int64_t lines = (E::kStep ? E::kStep : E::kStepScale ? layout.step : cols) / E::kLineColumns;
+  const uint8_t* at = block.data + panel * kLine;
+  const Rows<M> x = rows;
   typename Isa::F acc[M][NP];
-  for (int m = 0; m < M; m++)
-    for (int p = 0; p < NP; p++) acc[m][p] = Isa::zero();
-  for (int64_t line = 0; line < lines; line++) {
-    ahead.template line<Isa>(line);
-    typename Isa::Pair w[NP];
-#pragma GCC unroll 4
-    for (int p = 0; p < NP; p++) w[p] = Isa::load_pair(weight[p] + line * kLine);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      auto x = Isa::broadcast_pair(rows.data[m] + line * 2 * Isa::kFloatBytes);
+  for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-      for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p], x);
+    for (int p = 0; p < NP; p++) acc[m][p] = Isa::zero();
+  struct Nothing {
+    explicit Nothing(float*) {}
+  };
+  std::conditional_t<E::kStepScale, Totals<Isa, M, NP>, Nothing> totals(out);
+  for (int64_t s = 0, line = 0; s < steps; s++) {
+#pragma GCC unroll 1
+    for (int64_t n = 0; n < lines; n++, line++, at += stride) {
+      ahead.template line<Isa>(line);
+      if constexpr (kPairs == 1 && !kPanelMajor<Isa>) {
+        typename Isa::Pair w[NP][1];
+#pragma GCC unroll 4
+        for (int p = 0; p < NP; p++) E::Codes::template pairs<Isa>(at + p * kLine, w[p]);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+          auto v = Isa::broadcast_pair(x.data[m] + line * 2 * Isa::kFloatBytes);
+#pragma GCC unroll 4
+          for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p][0], v);
+        }
+      } else {
+#pragma GCC unroll 4
+        for (int p = 0; p < NP; p++) {
+          typename Isa::Pair w[kPairs];
+          E::Codes::template pairs<Isa>(at + p * kLine, w);
+#pragma GCC unroll 8
+          for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+            for (int i = 0; i < kPairs; i++)
+              acc[m][p] = Isa::dot(acc[m][p], w[i], Isa::broadcast_pair(x.data[m] + (line * kPairs + i) * 2 * Isa::kFloatBytes));
+        }
+      }
+    }
+    if constexpr (E::kStepScale) {
+      const uint8_t* const tail = at - panel * kLine;
+#pragma GCC unroll 4
+      for (int p = 0; p < NP; p++) {
+        auto scale = E::Scale::template load<Isa>(E::step_scale(tail, panel + p));
+        if (E::Codes::kUnit != 1.0f) scale = Isa::mul(scale, Isa::set1(E::Codes::kUnit));
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+          totals.put(m, p, Isa::fma(acc[m][p], scale, totals.get(m, p)));
+          acc[m][p] = Isa::zero();
+        }
+      }
+      at += block.panels * kPanelRows * E::Scale::kRowBytes + E::Scale::kBlockBytes;
     }
   }
-  for (int m = 0; m < M; m++)
-    for (int p = 0; p < NP; p++) {
+  for (int p = 0; p < NP; p++) {
+    typename Isa::F scale = Isa::zero();
+    if (E::kRowScale) scale = Isa::load(reinterpret_cast<const float*>(E::row_scale(at - panel * kLine, panel + p)));
+    for (int m = 0; m < M; m++) {
       float* to = out + (m * kBlockPanels + p) * kPanelRows;
-      Isa::store(to, add ? Isa::add(acc[m][p], Isa::load(to)) : acc[m][p]);
+      typename Isa::F v;
+      if constexpr (E::kStepScale)
+        v = totals.get(m, p);
+      else
+        v = acc[m][p];
+      if (E::kRowScale) v = Isa::mul(v, scale);
+      Isa::store(to, add ? Isa::add(v, Isa::load(to)) : v);
     }
+  }
 }
 
-// How the integer tile reads weights and their scales.
-enum class Codes { bytes, nibbles };       // one column quad a line, or two
-enum class Scales { row, group, decoded };  // f32 per row at the end; bf16 per unit; f32 per unit (made by decode_panel)
-
-template <class Isa, int M, int NP, Codes codes, Scales scales, bool Zero, int Unit = 0, class Ahead>
-__attribute__((noinline)) void integer_tile(const Block& b, int panel, const Rows<M>& rows, int64_t cols, int64_t any_unit, float* out,
-                                            const Ahead& ahead) {
-  constexpr int kLineCols = codes == Codes::bytes ? 4 : 8;
-  constexpr int kStep = 4 * Isa::kIntegerBytes;
-  // A wide tile keeps its totals in `out`: registers are for the integer accumulators of the inner loop.
-  constexpr bool kInRegisters = M * NP <= 4;
-  typename Isa::F totals[kInRegisters ? M : 1][kInRegisters ? NP : 1];
-  auto total = [out](int m, int p) { return out + (m * kBlockPanels + p) * kPanelRows; };
-  auto get = [&](int m, int p) { return kInRegisters ? totals[m * kInRegisters][p * kInRegisters] : Isa::load(total(m, p)); };
-  auto put = [&](int m, int p, const typename Isa::F& v) { kInRegisters ? void(totals[m * kInRegisters][p * kInRegisters] = v) : Isa::store(total(m, p), v); };
-  for (int m = 0; m < M; m++)
-    for (int p = 0; p < NP; p++) put(m, p, Isa::zero());
-
-  const uint8_t *weight[NP], *scale[NP], *zero[NP];
-  for (int p = 0; p < NP; p++) weight[p] = b.weight[panel + p], scale[p] = b.scale[panel + p], zero[p] = b.zero[panel + p];
+// The same with int8 activations: partial sums of `unit` columns in integers.
+template <class Isa, class E, int M, int NP>
+__attribute__((noinline)) void quads_tile(const Block& block, int panel, const Rows<M>& rows, int64_t cols, int64_t any_unit, float* out,
+                                          const Ahead& ahead) {
+  constexpr int kLineCols = E::kLineColumns, kStep = 4 * Isa::kIntegerBytes;
+  const int panels = block.panels;
+  const int64_t stride = panels * kLine, unit = E::kStep ? E::kStep : any_unit, lines = cols / kLineCols;
+  const uint8_t* at = block.data + panel * kLine;
+  const uint8_t* const end_of_steps = block.data + lines * stride;  // where no scales stand between
   const Rows<M> x = rows;
-  const int64_t unit = Unit ? Unit : any_unit, lines = cols / kLineCols;
+  Totals<Isa, M, NP> totals(out);
+  typename Isa::F zeros[NP];
+  if constexpr (E::kRowZero)
+    for (int p = 0; p < NP; p++) zeros[p] = Isa::load_bytes(E::row_zero(end_of_steps, panels, panel + p));
   for (int64_t u = 0, line = 0; line < lines; u++) {
     typename Isa::I acc[M][NP];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      auto start = Zero ? Isa::integer_zero() : Isa::integer_set1(x.offset[m][u]);
+      auto start = E::kZero ? Isa::integer_zero() : Isa::integer_set1(x.offset[m][u]);
 #pragma GCC unroll 4
       for (int p = 0; p < NP; p++) acc[m][p] = start;
     }
-    const int64_t end = Unit ? line + Unit / kLineCols : line + unit / kLineCols < lines ? line + unit / kLineCols : lines;
+    const int64_t end = line + unit / kLineCols < lines ? line + unit / kLineCols : lines;
 #pragma GCC unroll 1
     do {
       ahead.template line<Isa>(line);
-#pragma GCC unroll 2
-      for (int half = 0; half < (codes == Codes::bytes ? 1 : 2); half++) {
-        typename Isa::Quad w[NP];
+      auto half = [&](auto index) {
+        constexpr int i = decltype(index)::value;
+        auto activations = [&](int m) { return Isa::broadcast_quad(x.data[m] + line * (kLineCols * Isa::kIntegerBytes) + i * kStep); };
+        if constexpr (kPanelMajor<Isa>) {
 #pragma GCC unroll 4
-        for (int p = 0; p < NP; p++) {
-          const uint8_t* from = weight[p] + line * kLine;
-          w[p] = codes == Codes::bytes ? Isa::load_quad(from) : half == 0 ? Isa::load_low_nibbles(from) : Isa::load_high_nibbles(from);
-        }
+          for (int p = 0; p < NP; p++) {
+            const auto w = E::Codes::template quads<Isa, i>(at + p * kLine);
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-          auto v = Isa::broadcast_quad(x.data[m] + line * (kLineCols * Isa::kIntegerBytes) + half * kStep);
+            for (int m = 0; m < M; m++) acc[m][p] = Isa::dot(acc[m][p], w, activations(m));
+          }
+        } else {
+          typename Isa::Quad w[NP];
 #pragma GCC unroll 4
-          for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p], v);
+          for (int p = 0; p < NP; p++) w[p] = E::Codes::template quads<Isa, i>(at + p * kLine);
+#pragma GCC unroll 8
+          for (int m = 0; m < M; m++) {
+            const auto v = activations(m);
+#pragma GCC unroll 4
+            for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p], v);
+          }
         }
-      }
+      };
+      half(std::integral_constant<int, 0>{});
+      if constexpr (kLineCols == 8) half(std::integral_constant<int, 1>{});
       line++;
+      at += stride;
     } while (line < end);
-    typename Isa::F ws[NP], z[NP];
+    typename Isa::F ws[NP];
+    const uint8_t* const tail = at - panel * kLine;
 #pragma GCC unroll 4
     for (int p = 0; p < NP; p++) {
-      if (scales == Scales::group) ws[p] = Isa::load_bf16(scale[p] + u * kPanelRows * 2);
-      if (scales == Scales::decoded) ws[p] = Isa::load(reinterpret_cast<const float*>(scale[p]) + u * kPanelRows);
-      if (Zero) z[p] = Isa::load_bytes(zero[p] + (scales == Scales::row ? 0 : u) * kPanelRows);
+      if constexpr (E::kStepScale) {
+        ws[p] = E::Scale::template load<Isa>(E::step_scale(tail, panel + p));
+        if (E::Codes::kUnit != 1.0f) ws[p] = Isa::mul(ws[p], Isa::set1(E::Codes::kUnit));
+      }
+      if constexpr (E::kStepZero) zeros[p] = Isa::load_bytes(E::step_zero(tail, panels, panel + p));
     }
+    if constexpr (E::kStepScale) at += panels * kPanelRows * (E::Scale::kRowBytes + E::kStepZero);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       auto xs = Isa::set1(x.scale[m][static_cast<uint64_t>(u * unit) / kActivationGroup]);
       typename Isa::F sum;
-      if (Zero) sum = Isa::set1(static_cast<float>(x.offset[m][u]));
+      if (E::kZero) sum = Isa::set1(static_cast<float>(x.offset[m][u]));
 #pragma GCC unroll 4
       for (int p = 0; p < NP; p++) {
         auto v = Isa::to_float(acc[m][p]);
-        if (Zero) v = Isa::fma(z[p], sum, v);
-        put(m, p, Isa::fma(v, scales == Scales::row ? xs : Isa::mul(xs, ws[p]), get(m, p)));
+        if (E::kZero) v = Isa::fma(zeros[p], sum, v);
+        totals.put(m, p, Isa::fma(v, E::kStepScale ? Isa::mul(xs, ws[p]) : xs, totals.get(m, p)));
       }
     }
   }
   for (int p = 0; p < NP; p++) {
     typename Isa::F ws = Isa::zero();
-    if (scales == Scales::row) ws = Isa::load(reinterpret_cast<const float*>(scale[p]));
+    if (E::kRowScale) ws = Isa::load(reinterpret_cast<const float*>(E::row_scale(at - panel * kLine, panel + p)));
     for (int m = 0; m < M; m++)
-      if (scales == Scales::row || kInRegisters) Isa::store(total(m, p), scales == Scales::row ? Isa::mul(get(m, p), ws) : get(m, p));
+      if (E::kRowScale || totals.kInRegisters) Isa::store(totals.result(m, p), E::kRowScale ? Isa::mul(totals.get(m, p), ws) : totals.get(m, p));
   }
 }
 

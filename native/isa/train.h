@@ -30,12 +30,12 @@ struct Trainer {
     alignas(64) float product[kBlockRows * Isa::kTileRows];
     for (int64_t r = 0; r < f.rank; r += kPanelRows) {
       if (transposed)
-        pack_pairs<Isa>(source + r * element, dtype, 1, f.rank, f.rank - r, cols, lines, panel);
+        pack_pairs<Isa>(source + r * element, dtype, 1, f.rank, f.rank - r, cols, lines, panel, kLine);
       else
-        pack_pairs<Isa>(source + r * cols * element, dtype, cols, 1, f.rank - r, cols, lines, panel);
+        pack_pairs<Isa>(source + r * cols * element, dtype, cols, 1, f.rank - r, cols, lines, panel, kLine);
       for (int64_t first = 0; first < tokens.count; first += Isa::kTileRows) {
         const int64_t rows = tokens.count - first < Isa::kTileRows ? tokens.count - first : Isa::kTileRows;
-        E::template add_pairs<1>(&panel, lines, x, tokens.input + first, rows, product, false);
+        E::add_pairs({panel, 1}, x.cols, x, tokens.input + first, rows, product, false);
         for (int64_t m = 0; m < rows; m++) {
           float* v = product + m * kBlockRows;
           for (int i = 0; i < kPanelRows; i++) v[i] *= f.scaling;
@@ -45,60 +45,53 @@ struct Trainer {
     }
   }
 
-  // Columns [column, column + 64) of W as four panels of W^T, their lines starting at `line` of panels `lines` long; zero beyond W's rows.
-  static void transpose_block(const Layout& layout, const Matrix& w, int64_t column, int64_t line, int64_t lines, uint8_t* to) {
-    constexpr int kTileLines = kPanelRows / 2;
-    alignas(64) uint8_t decoded[kColumnAlign / 2 * kLine];
-    const int64_t chunk = kColumnAlign / layout.columns_per_line() * kLine;
-    const int64_t panels = layout.panels(), all = round_up(layout.rows, kColumnAlign) / kPanelRows;
-    for (int64_t panel = 0; panel < all; panel++) {
-      if (panel >= panels) {
-        for (int q = 0; q < kBlockPanels; q++) memset(to + (q * lines + line + panel * kTileLines) * kLine, 0, kTileLines * kLine);
-        continue;
+  // Columns [column, column + 64) of W as a block of W^T, from its line `line` on; zero from W's rows to its line `end`.
+  static void transpose_block(const Layout& layout, const uint8_t* matrix, int64_t column, int64_t line, int64_t end, uint8_t* to) {
+    constexpr int64_t kToStride = kBlockPanels * kLine;
+    alignas(64) uint8_t decoded[kColumnAlign / 2 * kBlockPanels * kLine];
+    with_encoding(layout, [&](auto encoding) {
+      using Encoding = decltype(encoding);
+      for (int64_t number = 0; number < layout.blocks(); number++) {
+        const Block block = block_at(layout, matrix, number);
+        const int64_t stride = block.panels * kLine;
+        const uint8_t* from = decoded;
+        if constexpr (std::is_same_v<Encoding, Pairs>)
+          from = block.data + column / 2 * stride;
+        else
+          decode_pairs<Isa, Encoding>(layout, block, column, column + kColumnAlign, decoded);
+        for (int p = 0; p < block.panels; p++, line += kSquareLines)
+          for (int q = 0; q < kBlockPanels; q++)
+            Isa::transpose(from + q * kSquareLines * stride + p * kLine, stride, to + line * kToStride + q * kLine, kToStride);
       }
-      const uint8_t* weight = w.weight + panel * layout.weight_panel_bytes();
-      const uint8_t* from = weight + column / layout.columns_per_line() * kLine;
-      for (int64_t i = 0; i < chunk; i += kLine) Isa::prefetch(from + 4 * layout.weight_panel_bytes() + i);
-      if (layout.format != Format::bf16) {
-        decode_pairs<Isa>(layout, weight, w.scale + panel * layout.scale_panel_bytes(), w.zero + panel * layout.zero_panel_bytes(), column,
-                     column + kColumnAlign, decoded);
-        from = decoded;
-      }
-      for (int q = 0; q < kBlockPanels; q++)
-        Isa::transpose(from + q * kTileLines * kLine, to + (q * lines + line + panel * kTileLines) * kLine);
-    }
+    });
+    memset(to + line * kToStride, 0, (end - line) * kToStride);
   }
 
-  // Columns [column, column + 64) of A as four panels of A^T over the rank.
-  static void transpose_lora(const LoraFactor& f, int64_t expert, int64_t in, int64_t column, int64_t line, int64_t lines, uint8_t* to) {
+  // Columns [column, column + 64) of A as a block of A^T over the rank, from its line `line` on.
+  static void transpose_lora(const LoraFactor& f, int64_t expert, int64_t in, int64_t column, int64_t line, uint8_t* to) {
     const int64_t element = f.a_type == DType::f32 ? 4 : 2;
     for (int q = 0; q < kBlockPanels; q++) {
       const int64_t row = column + q * kPanelRows, there = in - row;
       const uint8_t* source = static_cast<const uint8_t*>(f.a) + (expert * f.rank * in + row) * element;
-      pack_pairs<Isa>(source, f.a_type, 1, in, there > 0 ? there : 0, f.rank, f.padded_rank() / 2, to + (q * lines + line) * kLine);
+      pack_pairs<Isa>(source, f.a_type, 1, in, there > 0 ? there : 0, f.rank, f.padded_rank() / 2, to + (line * kBlockPanels + q) * kLine,
+                      kBlockPanels * kLine);
     }
   }
 
   static void backward_hidden(const Experts& layer, int64_t e, int64_t begin, int64_t end, const Tokens& tokens, const Backward& b, uint8_t* scratch) {
-    const Layout& layout = layer.out;
-    const int64_t lines = b.grad_out.cols / 2;
     const LoraFactor& lora = b.lora->down;
-    uint8_t* low_panels = scratch_panels(kBlockPanels * lora.padded_rank() / 2 * kLine).data();
+    const Block weight{scratch, kBlockPanels}, low{scratch_panels(kBlockPanels * lora.padded_rank() / 2 * kLine).data(), kBlockPanels};
     alignas(64) float out[kBlockRows * Isa::kTileRows];
     for (int64_t block = begin; block < end; block++) {
-      const int64_t column = block * kBlockRows, columns = layer.intermediate - column < kBlockRows ? layer.intermediate - column : kBlockRows;
-      transpose_block(layout, layer.down[e], column, 0, lines, scratch);
-      const uint8_t *weight[kBlockPanels], *low[kBlockPanels];
-      for (int q = 0; q < kBlockPanels; q++) {
-        weight[q] = scratch + q * lines * kLine;
-        low[q] = low_panels + q * lora.padded_rank() / 2 * kLine;
-      }
-      if (lora.rank) transpose_lora(lora, e, layer.intermediate, column, 0, lora.padded_rank() / 2, low_panels);
+      const int64_t column = block * kBlockRows, left = layer.intermediate - column;
+      const int64_t columns = left < 0 ? 0 : left < kBlockRows ? left : kBlockRows;
+      transpose_block(layer.out, layer.down[e], column, 0, b.grad_out.cols / 2, scratch);
+      if (lora.rank) transpose_lora(lora, e, layer.intermediate, column, 0, const_cast<uint8_t*>(low.data));
       const int64_t tiles = (tokens.count + Isa::kTileRows - 1) / Isa::kTileRows;
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t first = tokens.count * t / tiles, rows = tokens.count * (t + 1) / tiles - first;
-        E::template add_pairs<kBlockPanels>(weight, lines, b.grad_out, tokens.input + first, rows, out, false);
-        if (lora.rank) E::template add_pairs<kBlockPanels>(low, lora.padded_rank() / 2, b.d_low_down, tokens.output + first, rows, out, true);
+        E::add_pairs(weight, b.grad_out.cols, b.grad_out, tokens.input + first, rows, out, false);
+        if (lora.rank) E::add_pairs(low, lora.padded_rank(), b.d_low_down, tokens.output + first, rows, out, true);
         for (int64_t m = 0; m < rows; m++) hidden_row(layer, b, tokens, first + m, block, column, columns, out + m * kBlockRows);
       }
     }
@@ -126,20 +119,18 @@ struct Trainer {
 
   static void backward_input(const Experts& layer, int64_t e, int64_t begin, int64_t end, const Tokens& tokens, const Backward& b, float* result,
                              int64_t stride, uint8_t* scratch) {
-    const int64_t lines = b.grads.cols / 2;
+    const Block weight{scratch, kBlockPanels};
     alignas(64) float out[kBlockRows * Isa::kTileRows];
-    const uint8_t* weight[kBlockPanels];
-    for (int q = 0; q < kBlockPanels; q++) weight[q] = scratch + q * lines * kLine;
     for (int64_t block = begin; block < end; block++) {
       const int64_t column = block * kBlockRows;
-      if (layer.has_gate) transpose_block(layer.in, layer.gate[e], column, 0, lines, scratch);
-      transpose_block(layer.in, layer.up[e], column, b.up_column / 2, lines, scratch);
-      if (b.lora->gate.rank) transpose_lora(b.lora->gate, e, layer.hidden, column, b.low_gate_column / 2, lines, scratch);
-      if (b.lora->up.rank) transpose_lora(b.lora->up, e, layer.hidden, column, b.low_up_column / 2, lines, scratch);
+      if (layer.has_gate) transpose_block(layer.in, layer.gate[e], column, 0, b.up_column / 2, scratch);
+      transpose_block(layer.in, layer.up[e], column, b.up_column / 2, b.low_gate_column / 2, scratch);
+      if (b.lora->gate.rank) transpose_lora(b.lora->gate, e, layer.hidden, column, b.low_gate_column / 2, scratch);
+      if (b.lora->up.rank) transpose_lora(b.lora->up, e, layer.hidden, column, b.low_up_column / 2, scratch);
       const int64_t tiles = (tokens.count + Isa::kTileRows - 1) / Isa::kTileRows;
       for (int64_t t = 0; t < tiles; t++) {
         const int64_t first = tokens.count * t / tiles, rows = tokens.count * (t + 1) / tiles - first;
-        E::template add_pairs<kBlockPanels>(weight, lines, b.grads, tokens.output + first, rows, out, false);
+        E::add_pairs(weight, b.grads.cols, b.grads, tokens.output + first, rows, out, false);
         for (int64_t m = 0; m < rows; m++) add(result + tokens.input[first + m] * stride + (block - begin) * kBlockRows, out + m * kBlockRows, kBlockRows);
       }
     }

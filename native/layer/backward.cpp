@@ -92,7 +92,7 @@ void backward(const Experts& layer, const Kernels& kernels, const BackwardBatch&
   b.low_down = w.low_down.floats(kernels, slots, lora.down.padded_rank());
   const int64_t blocks = inner / kBlockRows;
   b.weight_parts = reinterpret_cast<float*>(w.weight_parts.at_least(blocks * slots * 4 + kLine));
-  const int64_t scratch_bytes = round_up(backward_scratch_bytes(layer, b), 4096);
+  const int64_t scratch_bytes = round_up(backward_scratch_bytes(b), 4096);
   uint8_t* scratch = w.scratch.at_least(scratch_bytes * threads);
 
   stage_rows(kernels, layer.in, batch.grad_out, batch.grad_out_dtype, layer.hidden, layer.hidden, batch.tokens, b.grad_out);

@@ -22,7 +22,7 @@ struct Experts {
   Activation activation;
   Layout in;    // gate and up: [intermediate, hidden]
   Layout out;   // down: [hidden, intermediate]
-  std::vector<Matrix> gate, up, down;
+  std::vector<const uint8_t*> gate, up, down;
   const float *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;  // rows padded to panels; may be null
 };
 

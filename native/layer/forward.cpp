@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "layer/products.h"
 #include "layer/workspace.h"
 #include "runtime/threads.h"
 
@@ -20,6 +21,10 @@ Staged low_rank(StagedBuffer& buffer, const LoraFactor& factor, int64_t in, int6
       kernels.low_rank(factor, routing.experts[i], in, out, false, x, x_by_slot ? routing.within_hidden(i) : routing.into_hidden(i), low, 0);
     });
   return low;
+}
+
+const float* bias_of(const float* biases, const Layout& layout, int64_t expert) {
+  return biases ? biases + expert * layout.panels() * kPanelRows : nullptr;
 }
 
 void forward_chunk(Workspace& w, const Experts& layer, const Kernels& kernels, const Batch& batch, const Training* training) {
@@ -51,49 +56,51 @@ void forward_chunk(Workspace& w, const Experts& layer, const Kernels& kernels, c
   if (columns < hidden.cols)
     for (int64_t s = 0; s < slots; s++) memset(rows + s * row_bytes + columns * element, 0, (hidden.cols - columns) * element);
 
-  GateUpTraining gate_up{};
-  DownTraining down{};
+  std::vector<Product> products(active);
+  for (int64_t i = 0; i < active; i++) {
+    const int64_t e = routing.experts[i];
+    Product& product = products[i];
+    product.layout = &layer.in;
+    product.expert = e;
+    product.matrix[0] = layer.has_gate ? layer.gate[e] : layer.up[e];
+    product.matrix[1] = layer.has_gate ? layer.up[e] : nullptr;
+    product.bias[0] = bias_of(layer.has_gate ? layer.gate_bias : layer.up_bias, layer.in, e);
+    product.bias[1] = layer.has_gate ? bias_of(layer.up_bias, layer.in, e) : nullptr;
+    product.x = input;
+    product.tokens = routing.into_hidden(i);
+    product.activated = {&layer.activation, rows, row_bytes, nullptr, nullptr, nullptr};
+  }
   if (training) {
     const Lora& lora = training->lora;
-    gate_up = {&lora, low_rank(w.low_gate, lora.gate, layer.hidden, layer.intermediate, kernels, routing, input, false),
-               low_rank(w.low_up, lora.up, layer.hidden, layer.intermediate, kernels, routing, input, false), training->gate, training->up,
-               routing.position.data()};
-  }
-  if (active) {
-    const int64_t step = layer.has_gate ? kBlockPanels / 2 : kBlockPanels, steps = (layer.in.panels() + step - 1) / step;
-    const int64_t parts = std::clamp<int64_t>((threads * kItemsPerThread + active - 1) / active, 1, steps);
-    parallel(active * parts, [&](int64_t item, int thread) {
-      const int64_t i = item / parts, part = item % parts;
-      const int64_t next = std::min(item + threads, active * parts - 1);
-      const Work work{routing.experts[i], steps * part / parts * step, std::min(layer.in.panels(), steps * (part + 1) / parts * step),
-                      routing.experts[next / parts], steps * (next % parts) / parts * step};
-      kernels.gate_up(layer, work, input, routing.into_hidden(i), rows, row_bytes, scratch + thread * scratch_bytes,
-                      training ? &gate_up : nullptr);
-    });
-    if (integer) stage_rows(kernels, layer.out, rows, DType::bf16, hidden.cols, hidden.cols, slots, hidden);
-  }
-  if (training)
-    down = {&training->lora, low_rank(w.low_down, training->lora.down, layer.intermediate, layer.hidden, kernels, routing, hidden, true)};
-
-  const int64_t blocks = (layer.out.panels() + kBlockPanels - 1) / kBlockPanels;
-  const int64_t items = std::min<int64_t>(blocks, threads * kItemsPerThread);
-  const int64_t widest = (blocks + items - 1) / items * kBlockPanels * kPanelRows;
-  const int64_t result_bytes = round_up(batch.tokens * widest * 4, 4096);
-  uint8_t* results = w.result.at_least(result_bytes * threads);
-  parallel(items, [&](int64_t item, int thread) {
-    const int64_t begin = blocks * item / items * kBlockPanels, end = std::min(layer.out.panels(), blocks * (item + 1) / items * kBlockPanels);
-    const int64_t width = (end - begin) * kPanelRows, first = begin * kPanelRows;
-    auto* result = reinterpret_cast<float*>(results + thread * result_bytes);
-    memset(result, 0, batch.tokens * width * 4);
-    for (int64_t i = 0; i < active; i++) {
-      const Work work{routing.experts[i], begin, end, routing.experts[std::min(i + 1, active - 1)], begin};
-      kernels.down(layer, work, hidden, routing.into_result(i), result, width, scratch + thread * scratch_bytes,
-                   training ? &down : nullptr);
+    const LoraTerm gate{&lora.gate, low_rank(w.low_gate, lora.gate, layer.hidden, layer.intermediate, kernels, routing, input, false), false};
+    const LoraTerm up{&lora.up, low_rank(w.low_up, lora.up, layer.hidden, layer.intermediate, kernels, routing, input, false), false};
+    for (Product& product : products) {
+      product.lora[0] = layer.has_gate ? gate : up;
+      if (layer.has_gate) product.lora[1] = up;
+      product.activated.gate = training->gate;
+      product.activated.up = training->up;
+      product.activated.kept_row = routing.position.data();
     }
-    const int64_t size = batch.out_dtype == DType::f32 ? 4 : 2, there = std::min(width, layer.hidden - first);
-    for (int64_t t = 0; t < batch.tokens; t++)
-      kernels.store(result + t * width, there, static_cast<uint8_t*>(batch.out) + (t * layer.hidden + first) * size, batch.out_dtype);
-  });
+  }
+  multiply_each(kernels, products, scratch, scratch_bytes);
+  if (integer) stage_rows(kernels, layer.out, rows, DType::bf16, hidden.cols, hidden.cols, slots, hidden);
+
+  LoraTerm down_lora{};
+  if (training)
+    down_lora = {&training->lora.down, low_rank(w.low_down, training->lora.down, layer.intermediate, layer.hidden, kernels, routing, hidden, true), true};
+  for (int64_t i = 0; i < active; i++) {
+    const int64_t e = routing.experts[i];
+    Product& product = products[i] = {};
+    product.layout = &layer.out;
+    product.expert = e;
+    product.matrix[0] = layer.down[e];
+    product.bias[0] = bias_of(layer.down_bias, layer.out, e);
+    product.lora[0] = down_lora;
+    product.x = hidden;
+    product.tokens = routing.into_result(i);
+  }
+  const Target target{batch.tokens, layer.hidden, batch.out, batch.out_dtype};
+  multiply_sum(kernels, products, layer.out, target, w.result, scratch, scratch_bytes);
 }
 
 }  // namespace

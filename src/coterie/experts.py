@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +15,7 @@ from .checkpoints import LayerReader, PackedFile, open_layer, open_reader, packe
 from .cpu import current_isa
 from .errors import ArgumentError
 from .formats import PANEL_ROWS, Format, resolve, round_up
-from .layer import PARTS, PROJECTIONS, Layer, check_activations
+from .layer import PROJECTIONS, Layer, check_activations
 from .lora import ExpertLora
 
 
@@ -32,9 +31,9 @@ class Experts:
         spec: the weight format.
         activation: the function between the matrices.
         has_gate: False for a plain MLP, ``down(act(up x))``.
-        activations: what int8 and int4 experts compute with. ``int8`` is fast, ``bf16`` exact; ``auto`` is int8 until
-            the experts are adapted or trained through, from then on bf16 with and without the adapter. May be set;
-            setting ``auto`` starts anew.
+        activations: what experts of integer and 4-bit formats compute with. ``int8`` is fast, ``bf16`` exact; ``auto``
+            is int8 until the experts are adapted or trained through, from then on bf16 with and without the adapter.
+            May be set; setting ``auto`` starts anew. Other formats compute with bf16.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class Experts:
         self.spec, self.activation, self.has_gate = spec, activation, has_gate
         for name in self.projections:
             spec.check_columns(name, self.shape(name)[1])
-        self._parts: dict[tuple[str, int, str], Tensor] = {}
+        self._weights: dict[int, Tensor] = {}
         self._biases: dict[str, Tensor] = {}
         self._layer = Layer(spec, num_experts, hidden_size, intermediate_size, activation, has_gate)
         self._handle = self._layer.new_handle()
@@ -86,8 +85,9 @@ class Experts:
         ``gate`` None: an MLP without a gate.
 
         Args:
-            format: ``bf16``, ``int8`` or ``int4``.
-            group_size: columns that share a scale (32, 64, 128; 0 = per row); None: 32 for int4, per row for int8.
+            format: ``bf16``, ``int8``, ``int4``, ``fp8_block``, ``fp8_channel``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
+            group_size: columns that share a scale (int8, int4: 32, 64, 128; 0 = per row); None: the format's default,
+                32 for int4, per row for int8.
             zero_point: int4 with a zero point per scale.
             scale_search: choose int4 scales for the least squared error rather than from the extreme value alone.
             activations: see the attribute.
@@ -134,53 +134,12 @@ class Experts:
         experts._allocate()
         return experts
 
-    @classmethod
-    def from_parts(
-        cls,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size: int,
-        spec: Format,
-        get: Callable[[str, int, str], Tensor],
-        *,
-        activation: Activation = Activation(),  # noqa: B008
-        has_gate: bool = True,
-        copy: bool = True,
-    ) -> Experts:
-        """Experts from packed bytes.
-
-        ``get(projection, expert, part)`` gives a contiguous uint8 tensor of exactly that part's size.
-
-        ``copy`` moves the bytes into huge-page memory; without it they stay where they are (a memory map, say), which
-        keeps them alive.
-        """
-        experts = cls(num_experts, hidden_size, intermediate_size, spec, activation, has_gate)
-        if copy:
-            experts._allocate()
-        for name, e, part, size in experts._part_sizes():
-            data = get(name, e, part)
-            plain = data.dtype == torch.uint8 and data.is_contiguous() and is_plain(data)
-            if not plain or data.numel() != size:
-                raise ArgumentError(
-                    f"{name} {part} of expert {e}: expected {size} contiguous uint8 bytes on the CPU, "
-                    f"found {data.numel()} of {data.dtype} on {data.device}"
-                )
-            if copy:
-                experts._parts[name, e, part].copy_(data.view(-1))
-            else:
-                experts._set_part(name, e, part, data.view(-1))
-        return experts
-
     def pack_projection(self, name: str, expert: int, weight: Tensor, *, scale_search: bool = True) -> float:
         """Quantise one matrix: ``weight`` [I,H] (gate, up) or [H,I] (down), CPU, float, columns adjacent in memory.
 
         Returns the relative error of what was packed, ``||W - packed(W)|| / ||W||``.
         """
-        if name not in self.projections or not 0 <= expert < self.num_experts:
-            raise ArgumentError(
-                f"no {name!r} of expert {expert}: expected {self.projections}, experts 0..{self.num_experts - 1}"
-            )
-        label = f"{name} of expert {expert}"
+        label = self._label(name, expert)
         _check_dense(label, weight, self.shape(name))
         if weight.stride(1) != 1 and weight.shape[1] > 1:
             raise ArgumentError(
@@ -189,12 +148,54 @@ class Experts:
         error = _native.pack(
             self.spec.layout(*self.shape(name)),
             address(label, weight, FLOATS, self.shape(name), rows_apart=True), DTYPES[weight.dtype], weight.stride(0),
-            scale_search,
-            *(self._address(name, expert, part) for part in PARTS),
+            scale_search, self._address(name, expert),
         )  # fmt: skip
         if error < 0:
             raise ArgumentError(f"{label}: NaN or Inf in the weights cannot be held in {self.format}")
         return float(error)
+
+    def pack_codes(
+        self,
+        name: str,
+        expert: int,
+        codes: Tensor,
+        scale: Tensor | None = None,
+        zero: Tensor | None = None,
+        row_scale: Tensor | float | None = None,
+    ) -> None:
+        """Pack one matrix that is quantised already, without loss.
+
+        Args:
+            codes: [rows, cols]; 4-bit ones one to a byte. int8: q + 128; fp8: float8_e4m3fn.
+            scale: of groups [rows, groups], in the format's own dtype (e8m0 as uint8); fp8_block: float32
+                [rows / 128, cols / 128], rounded up.
+            zero: zero points, uint8 [rows, groups], or [rows] with one scale per row.
+            row_scale: float32 [rows], or one number for the matrix, where the format has such.
+
+        Raises ArgumentError for wrong shapes and dtypes, for a part that is missing or that the format does not have,
+        and for codes and scales that are NaN; the packed matrix is of no use then.
+        """
+        label, spec, (rows, cols) = self._label(name, expert), self.spec, self.shape(name)
+        groups = -(-cols // spec.group_size) if spec.group_size else 0
+        if isinstance(row_scale, (int, float)):
+            row_scale = torch.full((rows,), row_scale, dtype=torch.float32, device="cpu")
+        parts = (
+            ("codes", codes, spec.encoding.codes, (rows, cols)),
+            ("scale", scale, spec.encoding.scales if groups else None, (-(-rows // spec.encoding.tile_rows), groups)),
+            ("zero", zero, torch.uint8 if spec.zero_point else None, (rows, groups) if groups else (rows,)),
+            ("row_scale", row_scale, torch.float32 if spec.row_scales else None, (rows,)),
+        )
+        addresses = []
+        for part, tensor, dtype, shape in parts:
+            if tensor is not None and dtype is not None:
+                addresses.append(address(f"{label}, {part}", tensor, (dtype,), shape))
+            elif tensor is None and dtype is None:
+                addresses.append(0)
+            else:
+                has, found = dtype or "none", "none" if tensor is None else list(tensor.shape)
+                raise ArgumentError(f"{label}, {part}: {self.format} has {has}, found {found}")
+        if not _native.pack_codes(spec.layout(rows, cols), *addresses, self._address(name, expert)):
+            raise ArgumentError(f"{label}: a code or a scale is NaN, or out of {self.format}'s range")
 
     def set_biases(self, gate: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None) -> None:
         """Biases of the projections: gate and up [E,I], down [E,H]; None for none."""
@@ -245,8 +246,13 @@ class Experts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weights, scales and zero points."""
-        return sum(size for *_, size in self._part_sizes())
+        """Bytes of the packed weights with their scales and zero points."""
+        return self.num_experts * self.expert_nbytes
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of one packed expert."""
+        return self.spec.expert_nbytes(self.hidden_size, self.intermediate_size, self.has_gate)
 
     def shape(self, name: str) -> tuple[int, int]:
         """Rows and columns of one expert's matrix."""
@@ -257,17 +263,16 @@ class Experts:
         """Float32 biases by projection, [E, rows]; empty where there are none."""
         return {name: bias[:, : self.shape(name)[0]] for name, bias in self._biases.items()}
 
-    def parts(self) -> Iterator[tuple[str, int, str, Tensor]]:
-        """(projection, expert, part, bytes): views of the packed memory, in the order of the file format."""
-        for name, e, part, _ in self._part_sizes():
-            yield name, e, part, self._parts[name, e, part]
+    def packed(self, expert: int) -> Tensor:
+        """A view of one expert's packed bytes, uint8 [expert_nbytes]: gate, up and down back to back."""
+        return self._weights[expert]
 
     def dequantize_projection(self, name: str, expert: int) -> Tensor:
         """Float32 [rows, cols]: the values one packed matrix stands for."""
         rows, cols = self.shape(name)
         out = torch.empty(rows, cols, dtype=torch.float32, device="cpu")
-        parts = (self._address(name, expert, part) for part in PARTS)
-        _native.unpack(self.spec.layout(rows, cols), *parts, address(name, out, F32, (rows, cols)))
+        matrix = self._address(name, expert)
+        _native.unpack(self.spec.layout(rows, cols), matrix, address(name, out, F32, (rows, cols)))
         return out
 
     def dequantize(self) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -344,15 +349,14 @@ class Experts:
         """Experts of a packed layer's file, read into huge-page memory or, with ``mmap``, used where they lie."""
         layout = file.layout
         sizes = layout.num_experts, layout.hidden_size, layout.intermediate_size
-        if mmap:
-            experts = cls.from_parts(
-                *sizes, layout.spec, file.mapped, activation=layout.activation, has_gate=layout.has_gate, copy=False
-            )
-        else:
-            experts = cls(*sizes, layout.spec, layout.activation, layout.has_gate)
+        experts = cls(*sizes, layout.spec, layout.activation, layout.has_gate)
+        if not mmap:
             experts._allocate()
-            for name, e, part, memory in experts.parts():
-                file.read_into(name, e, part, memory)
+        for e in range(layout.num_experts):
+            if mmap:
+                experts._set_weights(e, file.mapped(e))
+            else:
+                file.read_into(e, experts.packed(e))
         experts.set_biases(**file.biases())
         return experts
 
@@ -374,26 +378,28 @@ class Experts:
 
     # --- memory ---
 
-    def _part_sizes(self) -> Iterator[tuple[str, int, str, int]]:
-        for name in self.projections:
-            sizes = self.spec.matrix_nbytes(*self.shape(name))
-            for e in range(self.num_experts):
-                for part, size in sizes.items():
-                    yield name, e, part, size
-
     def _allocate(self) -> None:
-        pages, begin = memory.allocate(self.nbytes, f"packed {self.format} experts"), 0
-        for name, e, part, size in self._part_sizes():
-            self._set_part(name, e, part, pages[begin : begin + size])
-            begin += size
+        size = self.expert_nbytes
+        pages = memory.allocate(self.nbytes, f"packed {self.format} experts")
+        for e in range(self.num_experts):
+            self._set_weights(e, pages[e * size : (e + 1) * size])
 
-    def _set_part(self, name: str, expert: int, part: str, data: Tensor) -> None:
-        self._layer.set_weight(name, expert, part, data)
-        self._parts[name, expert, part] = data
+    def _set_weights(self, expert: int, data: Tensor) -> None:
+        self._layer.set_weights(expert, data)
+        self._weights[expert] = data
 
-    def _address(self, name: str, expert: int, part: str) -> int:
-        data = self._parts.get((name, expert, part))
-        return 0 if data is None else address(f"{name} {part} of expert {expert}", data, BYTES, data.shape)
+    def _label(self, name: str, expert: int) -> str:
+        if name not in self.projections or not 0 <= expert < self.num_experts:
+            raise ArgumentError(
+                f"no {name!r} of expert {expert}: expected {self.projections}, experts 0..{self.num_experts - 1}"
+            )
+        return f"{name} of expert {expert}"
+
+    def _address(self, name: str, expert: int) -> int:
+        """Where one packed matrix lies."""
+        start = address(f"expert {expert}", self._weights[expert], BYTES, (self.expert_nbytes,))
+        before = self.projections[: self.projections.index(name)]
+        return start + sum(self.spec.matrix_nbytes(*self.shape(other)) for other in before)
 
 
 def _check_dense(label: str, weight: Tensor, shape: tuple[int, ...]) -> None:

@@ -1,20 +1,63 @@
-"""What a packed weight is made of. docs/format.md describes the bytes; native/formats/layout.h is the same in C++."""
+"""What a packed weight is made of. docs/format.md describes the bytes; native/formats/ is the same in C++."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from . import _native
 from .errors import ArgumentError
 
 PANEL_ROWS = 16
-COLUMN_ALIGN = 64
-FORMATS = ("bf16", "int8", "int4")  # in the order of the native enum
-GROUP_SIZES = (32, 64, 128)
-BITS = {"bf16": 16, "int8": 8, "int4": 4}
+EXPERT_ALIGN = 4096  # an expert begins on a page of the file, and of memory
 
 
 def round_up(n: int, to: int) -> int:
     return -(-n // to) * to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """How weights are coded.
+
+    Attributes:
+        bits: of a code.
+        codes: dtype in which codes are taken as they are; 4-bit ones one to a byte.
+        scales: dtype in which scales of groups (or of tiles) are taken as they are; None where there are none.
+        group_sizes: columns that may share a scale, the default first; 0 for one scale per row, or none.
+        zero_points: whether zero points can be stored.
+        int8_activations: whether it can be multiplied with activations rounded to int8.
+        tile_rows: rows that share a scale.
+        row_scales: whether rows, or the matrix, have a float32 scale.
+    """
+
+    bits: int
+    codes: torch.dtype
+    scales: torch.dtype | None = None
+    group_sizes: tuple[int, ...] = (0,)
+    zero_points: bool = False
+    int8_activations: bool = False
+    tile_rows: int = 1
+    row_scales: bool = False
+
+
+U8, E4M3 = torch.uint8, torch.float8_e4m3fn
+
+# In the order of native/formats/encodings.h.
+ENCODINGS = {
+    "bf16": Encoding(bits=16, codes=torch.bfloat16),
+    "int8": Encoding(bits=8, codes=U8, scales=torch.bfloat16, group_sizes=(0, 32, 64, 128), int8_activations=True),
+    "int4": Encoding(
+        bits=4, codes=U8, scales=torch.bfloat16, group_sizes=(32, 64, 128, 0), zero_points=True, int8_activations=True
+    ),
+    "fp8_block": Encoding(bits=8, codes=E4M3, scales=torch.float32, group_sizes=(128,), tile_rows=128),
+    "fp8_channel": Encoding(bits=8, codes=E4M3, row_scales=True),
+    "mxfp4": Encoding(bits=4, codes=U8, scales=U8, group_sizes=(32,), int8_activations=True),
+    "mxfp8": Encoding(bits=8, codes=E4M3, scales=U8, group_sizes=(32,)),
+    "nvfp4": Encoding(bits=4, codes=U8, scales=E4M3, group_sizes=(16,), int8_activations=True, row_scales=True),
+}
+FORMATS = tuple(ENCODINGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,32 +65,42 @@ class Format:
     """A weight format.
 
     Attributes:
-        name: ``bf16``, ``int8`` or ``int4``.
-        group_size: columns that share one scale; 0 for one scale per row.
-        zero_point: whether int4 codes have a zero point per scale instead of the fixed 8.
+        name: one of FORMATS.
+        group_size: columns that share one scale; 0 for one scale per row, or none.
+        zero_point: whether codes have a zero point per scale instead of a fixed one.
     """
 
     name: str
     group_size: int = 0
     zero_point: bool = False
 
-    def matrix_nbytes(self, rows: int, cols: int) -> dict[str, int]:
-        """Bytes of each part of a packed ``[rows, cols]`` matrix: ``weight``; ``scale``, ``zero`` where they exist."""
-        rows, cols = round_up(rows, PANEL_ROWS), round_up(cols, COLUMN_ALIGN)
-        parts = {"weight": rows * cols * BITS[self.name] // 8}
-        groups = cols // self.group_size if self.group_size else 1
-        if self.name != "bf16":
-            parts["scale"] = rows * groups * (2 if self.group_size else 4)
-        if self.zero_point:
-            parts["zero"] = rows * groups
-        return parts
+    @property
+    def encoding(self) -> Encoding:
+        return ENCODINGS[self.name]
+
+    @property
+    def row_scales(self) -> bool:
+        """Whether each row has a float32 scale."""
+        return self.encoding.row_scales or (self.encoding.scales is not None and not self.group_size)
+
+    def matrix_nbytes(self, rows: int, cols: int) -> int:
+        """Bytes of a packed ``[rows, cols]`` matrix."""
+        return _native.matrix_bytes(self.layout(rows, cols))
+
+    def expert_nbytes(self, hidden_size: int, intermediate_size: int, has_gate: bool) -> int:
+        """Bytes of an expert's matrices, back to back, and of what fills its last page."""
+        up = self.matrix_nbytes(intermediate_size, hidden_size)
+        down = self.matrix_nbytes(hidden_size, intermediate_size)
+        return round_up((1 + has_gate) * up + down, EXPERT_ALIGN)
 
     def check_columns(self, projection: str, cols: int) -> None:
         """Raise ArgumentError when the group size does not divide ``cols``."""
-        if self.group_size and cols % self.group_size:
+        if self.group_size and cols % self.group_size and self.encoding.tile_rows == 1:
+            others = [size for size in sorted(self.encoding.group_sizes) if size]
+            choice = f"use group_size=0 (one scale per row) or one of {others} that divides it"
             raise ArgumentError(
                 f"{projection}: {cols} columns are not a multiple of group_size={self.group_size}; "
-                f"use group_size=0 (one scale per row) or one of {GROUP_SIZES} that divides it"
+                + (choice if len(others) > 1 else f"{self.name} needs one: use another format")
             )
 
     def layout(self, rows: int, cols: int) -> tuple[int, int, int, int, bool]:
@@ -63,12 +116,15 @@ def resolve(name: str, group_size: int | None = None, zero_point: bool = False) 
     """
     if name not in FORMATS:
         raise ArgumentError(f"unknown format {name!r}: expected one of {', '.join(FORMATS)}")
+    encoding = ENCODINGS[name]
     if group_size is None:
-        group_size = 32 if name == "int4" else 0
-    if name == "bf16" and group_size:
-        raise ArgumentError(f"bf16 has no scales: expected group_size 0 or None, found {group_size}")
-    if group_size and group_size not in GROUP_SIZES:
-        raise ArgumentError(f"group_size: expected 0 (per row) or one of {GROUP_SIZES}, found {group_size}")
-    if zero_point and name != "int4":
+        group_size = encoding.group_sizes[0]
+    if group_size not in encoding.group_sizes:
+        sizes = sorted(encoding.group_sizes)
+        if sizes == [0]:
+            raise ArgumentError(f"{name} has no groups: expected group_size 0 or None, found {group_size}")
+        named = ", ".join("0 (per row)" if size == 0 else str(size) for size in sizes)
+        raise ArgumentError(f"group_size of {name}: expected {named}, found {group_size}")
+    if zero_point and not encoding.zero_points:
         raise ArgumentError(f"zero_point is an option of int4, found with {name}")
     return Format(name, group_size, zero_point)

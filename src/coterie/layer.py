@@ -12,10 +12,9 @@ from . import _native
 from .activations import Activation
 from .border import BYTES, F32, address
 from .errors import ArgumentError
-from .formats import PANEL_ROWS, Format, round_up
+from .formats import ENCODINGS, PANEL_ROWS, Format, round_up
 
 PROJECTIONS = ("gate", "up", "down")  # in the order of the engine's numbers
-PARTS = ("weight", "scale", "zero")
 ACTIVATIONS = ("auto", "bf16", "int8")
 
 _layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
@@ -25,7 +24,8 @@ class Layer(_native.Layer):
     """Packed experts as the kernels see them; keeps alive what they read.
 
     Attributes:
-        activations: what int8 and int4 experts compute with: "int8", "bf16", or "auto": int8 until they are adapted.
+        activations: what experts compute with: "int8", "bf16", or "auto": int8, where the format allows it, until they
+            are adapted.
         adapted: whether the experts have an adapter or have been trained through.
     """
 
@@ -56,12 +56,10 @@ class Layer(_native.Layer):
         with torch.inference_mode(False):  # autograd saves it
             return self.handle()
 
-    def set_weight(self, projection: str, expert: int, part: str, data: Tensor) -> None:
-        """Packed bytes of one part of a matrix, used where they lie."""
-        rows, cols = self.intermediate_size, self.hidden_size
-        size = self.spec.matrix_nbytes(*((cols, rows) if projection == "down" else (rows, cols)))[part]
-        at = address(f"{projection} {part} of expert {expert}", data, BYTES, (size,))
-        self.set_part(PROJECTIONS.index(projection), expert, PARTS.index(part), at, data)
+    def set_weights(self, expert: int, data: Tensor) -> None:
+        """The packed matrices of one expert, back to back, used where they lie."""
+        size = self.spec.expert_nbytes(self.hidden_size, self.intermediate_size, self.has_gate)
+        self.set_expert(expert, address(f"expert {expert}", data, BYTES, (size,)), data)
 
     def set_biases(self, projection: str, bias: Tensor | None) -> None:
         """Biases of one projection, float32 [E, rows padded to panels], used where they lie; None for none."""
@@ -71,7 +69,7 @@ class Layer(_native.Layer):
 
     def uses_int8(self) -> bool:
         """Whether a forward without adapter and gradients rounds activations to int8."""
-        if self.spec.name == "bf16" or self.activations == "bf16":
+        if not self.spec.encoding.int8_activations or self.activations == "bf16":
             return False
         return self.activations == "int8" or not self.adapted
 
@@ -103,5 +101,8 @@ def check_activations(activations: str, spec: Format) -> None:
     """Raises ArgumentError for activations that do not exist, or int8 with bf16 weights."""
     if activations not in ACTIVATIONS:
         raise ArgumentError(f"activations: expected one of {', '.join(ACTIVATIONS)}, found {activations!r}")
-    if activations == "int8" and spec.name == "bf16":
-        raise ArgumentError('activations="int8" needs int8 or int4 weights; bf16 weights are computed with bf16')
+    if activations == "int8" and not spec.encoding.int8_activations:
+        able = ", ".join(name for name, encoding in ENCODINGS.items() if encoding.int8_activations)
+        raise ArgumentError(
+            f'activations="int8" needs weights of {able}; those of {spec.name} are computed with bf16'
+        )

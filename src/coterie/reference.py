@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import Activation
+from .formats import Format
 from .lora import ExpertLora
 
 _Factors = tuple[Tensor | None, Tensor | None, float]
@@ -71,27 +72,58 @@ def forward(
     return out
 
 
-def quantise(w: Tensor, bits: int, group_size: int = 0, zero_point: bool = False) -> Tensor:
-    """``w`` [N,K] rounded to the packed formats' grid without scale search, as float32 values.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes of a 4-bit float
+
+
+def quantise(w: Tensor, spec: Format) -> Tensor:
+    """``w`` [N,K] rounded to a format's grid without scale search, as float32 values.
 
     int8: ``max|w| / 127`` per row or group. int4: the extreme value maps to code -8; with a zero point, the range
-    (widened to hold 0) to 0..15.
-    Grouped scales are rounded to bf16.
+    (widened to hold 0) to 0..15. Grouped scales are rounded to bf16. fp8: ``max|w| / 448`` per row, or per tile of 128
+    rows and columns. mxfp4, mxfp8: a power of two per group, by the OCP microscaling rule. nvfp4: ``max|w| / 6`` per
+    group, rounded to e4m3 in units of ``max|W| / 2688``.
     """
+    w, name = w.float(), spec.name
+    if name == "bf16":
+        return w.bfloat16().float()
     n, k = w.shape
-    group = group_size or k
-    g = w.float().view(n, k // group, group)
-    if bits == 8:
-        scale, zero, low, high = g.abs().amax(-1, keepdim=True) / 127, g.new_full((n, k // group, 1), 128.0), 1, 255
-    elif zero_point:
-        least, most = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
-        scale, low, high = (most - least) / 15, 0, 15
-        zero = torch.where(scale > 0, (-least / scale.clamp(min=1e-38)).round().clamp(0, 15), torch.full_like(scale, 8))
+    group = spec.group_size or k
+    g = torch.nn.functional.pad(w, (0, -k % group)).unflatten(1, (-1, group))
+    most = g.abs().amax(-1, keepdim=True)
+    zero = torch.zeros_like(most)
+    if name == "int8":
+        scale, zero = most / 127, zero + 128
+    elif name == "int4" and spec.zero_point:
+        least, largest = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
+        scale = (largest - least) / 15
+        zero = torch.where(scale > 0, (-least / scale.clamp(min=1e-38)).round().clamp(0, 15), zero + 8)
+    elif name == "int4":
+        scale, zero = g.gather(-1, g.abs().argmax(-1, keepdim=True)) / -8, zero + 8
+    elif name == "fp8_block":
+        tiles = torch.nn.functional.pad(most, (0, 0, 0, 0, 0, -n % 128)).unflatten(0, (-1, 128)).amax(1, keepdim=True)
+        scale = tiles.expand(-1, 128, -1, -1).flatten(0, 1)[:n] / 448
+    elif name == "fp8_channel":
+        scale = most / 448
+    elif name in ("mxfp4", "mxfp8"):
+        exponent = torch.frexp(most).exponent - 1 - (2 if name == "mxfp4" else 8)
+        scale = torch.where(most > 0, torch.exp2(exponent.float()), 0).clamp(min=2.0**-126)
     else:
-        extreme = g.gather(-1, g.abs().argmax(-1, keepdim=True))
-        scale, zero, low, high = extreme / -8, g.new_full((n, k // group, 1), 8.0), 0, 15
-    if group_size:
+        matrix = w.abs().max() / (6 * 448)
+        scale = (most / 6 / matrix).to(torch.float8_e4m3fn).float() * matrix
+    if spec.group_size and spec.encoding.scales == torch.bfloat16:
         scale = scale.bfloat16().float()
     inverse = torch.where(scale != 0, 1 / scale, torch.zeros_like(scale))
-    code = (g * inverse + zero).round().clamp(low, high)
-    return ((code - zero) * scale).view(n, k)
+    return (_rounded(g * inverse + zero, spec) - zero).mul(scale).flatten(1)[:, :k]
+
+
+def _rounded(x: Tensor, spec: Format) -> Tensor:
+    """To the nearest value that a code stands for, ties to even codes."""
+    if spec.encoding.codes == torch.float8_e4m3fn:
+        return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    if spec.name in ("mxfp4", "nvfp4"):
+        values = torch.tensor(E2M1)
+        middle = (values[1:] + values[:-1]) / 2
+        code = torch.bucketize(x.abs(), middle)  # ties go down ...
+        code += (x.abs() == torch.cat([middle, torch.tensor([torch.inf])])[code]) & (code % 2 == 1)  # ... or to even
+        return values[code].copysign(x)
+    return x.round().clamp(*((1, 255) if spec.name == "int8" else (0, 15)))

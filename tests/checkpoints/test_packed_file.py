@@ -41,8 +41,7 @@ def open_packed(path, layer=0, mmap=False):
 
 
 def same(a, b):
-    parts = list(zip(a.parts(), b.parts(), strict=True))
-    return all(x[:3] == y[:3] and torch.equal(x[3], y[3]) for x, y in parts)
+    return a.num_experts == b.num_experts and all(torch.equal(a.packed(e), b.packed(e)) for e in range(a.num_experts))
 
 
 @pytest.mark.parametrize("mmap", [False, True], ids=["read", "mmap"])
@@ -94,15 +93,15 @@ def test_the_bytes_on_disk_are_the_bytes_in_memory_aligned(tmp_path):
     experts = experts_of({"format": "int4", "zero_point": True})
     write_layer(tmp_path, 5, experts, source="somewhere")
     tensors = load_file(layer_file(tmp_path, 5))
-    parts = {f"blk.5.ffn_{p}_exps.{e}.numa.0.{part}": data for p, e, part, data in experts.parts()}
-    assert tensors.keys() == parts.keys()
-    assert all(torch.equal(tensors[name], data) for name, data in parts.items())
+    expected = {f"blk.5.ffn_exps.{e}": experts.packed(e) for e in range(3)}
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], data) for name, data in expected.items())
     file = TensorFile(layer_file(tmp_path, 5))
-    assert all((file.data_start + e.start) % 64 == 0 for e in file.entries.values() if e.name.endswith(".weight"))
+    assert all((file.data_start + entry.start) % 4096 == 0 for entry in file.entries.values())
     assert sum(e.nbytes for e in file.entries.values()) == experts.nbytes == read_layout(file).nbytes
     assert file.metadata == {
         "format": "pt",
-        "coterie.version": "1.0",
+        "coterie.version": "2.0",
         "coterie.experts": "int4",
         "coterie.group_size": "32",
         "coterie.zero_point": "true",
@@ -110,7 +109,6 @@ def test_the_bytes_on_disk_are_the_bytes_in_memory_aligned(tmp_path):
         "coterie.hidden_size": "192",
         "coterie.intermediate_size": "64",
         "coterie.layer": "5",
-        "coterie.numa": "1",
         "coterie.has_gate": "true",
         "coterie.activation": '{"kind": "silu", "alpha": 1.0, "limit": 0.0, "up_offset": 0.0}',
         "coterie.source": "somewhere",
@@ -224,25 +222,23 @@ def with_activation(**change):
 
 
 METADATA = {
-    "newer major version": ("version", "2.0", "packed format version '2.0', this coterie reads 1.x"),
+    "newer major version": ("version", "3.0", "packed format version '3.0', this coterie reads 2.x"),
+    "older major version": ("version", "1.0", "packed format version '1.0', this coterie reads 2.x"),
     "no version number": ("version", "one", "version 'one'"),
-    "two partitions": ("numa", "2", "packed for 2 NUMA partitions, this coterie reads 1"),
     "unknown format": ("experts", "int3", "experts is 'int3', expected one of bf16"),
     "another format": ("experts", "int8", "expected U8"),
-    "group size": ("group_size", "48", "group_size: expected"),
-    "another group size": ("group_size", "64", "scale: expected U8"),
+    "group size": ("group_size", "48", "group_size of int4: expected"),
     "a group size that does not divide": ("group_size", "128", "not a multiple of group_size=128"),
-    "zero points that are not there": ("zero_point", "true", "27 for|18 tensors, expected 27"),
     "zero_point nonsense": ("zero_point", "yes", "zero_point is 'yes', expected true or false"),
-    "gate that is missing": ("has_gate", "false", "18 tensors, expected 12"),
-    "fewer experts": ("num_experts", "2", "18 tensors, expected 12: 6 for each of 2 experts"),
-    "very many experts": ("num_experts", "999999999", "18 tensors, expected 5999999994"),
+    "gate that is missing": ("has_gate", "false", "expected U8"),
+    "fewer experts": ("num_experts", "2", "3 tensors, expected one for each of 2 experts"),
+    "very many experts": ("num_experts", "999999999", "3 tensors, expected one for each of 999999999 experts"),
     "no experts": ("num_experts", "0", "num_experts is '0', expected a whole number from 1"),
     "negative": ("hidden_size", "-4", "hidden_size is '-4'"),
     "other digits": ("hidden_size", "١٩٢", "hidden_size is"),
     "endless": ("hidden_size", "9" * 5000, "hidden_size is '9999"),
     "another size": ("hidden_size", "256", "expected U8"),
-    "another layer": ("layer", "1", r"has no tensor 'blk.1.ffn_gate_exps.0.numa.0.weight'"),
+    "another layer": ("layer", "1", r"has no tensor 'blk.1.ffn_exps.0'"),
     "activation no JSON": ("activation", "silu", "an activation as JSON"),
     "activation a list": ("activation", "[]", "an object of kind, alpha"),
     "activation unknown": ("activation", with_activation(kind="mish"), "unknown activation"),
@@ -260,23 +256,23 @@ def test_metadata_that_lies(tmp_path, key, value, message):
     refuse(folder, message, mmap=True)
 
 
-@pytest.mark.parametrize("key", ["version", "experts", "num_experts", "numa", "activation", "layer"])
+@pytest.mark.parametrize("key", ["version", "experts", "num_experts", "activation", "layer"])
 def test_metadata_that_is_missing(tmp_path, key):
     folder = rewritten(tmp_path, lambda tensors, metadata: metadata.pop(f"coterie.{key}"))
     refuse(folder, f"is not a packed layer: its metadata has no coterie.{key}")
 
 
-NAME = "blk.0.ffn_up_exps.1.numa.0"
+NAME = "blk.0.ffn_exps.1"
 TENSORS = {
-    "missing": (lambda t: t.pop(f"{NAME}.scale"), "17 tensors, expected 18"),
-    "one too many": (lambda t: t.update(x=torch.zeros(4)), "19 tensors, expected 18"),
-    "renamed": (lambda t: t.update({"x": t.pop(f"{NAME}.scale")}), f"has no tensor '{NAME}.scale'"),
+    "missing": (lambda t: t.pop(NAME), "2 tensors, expected one for each of 3 experts"),
+    "one too many": (lambda t: t.update(x=torch.zeros(4)), "4 tensors, expected one for each of 3 experts"),
+    "renamed": (lambda t: t.update({"x": t.pop(NAME)}), f"has no tensor '{NAME}'"),
     "short": (
-        lambda t: t.update({f"{NAME}.weight": t[f"{NAME}.weight"][:-1]}),
-        r"expected U8 \[6144\], found U8 \[6143\]",
+        lambda t: t.update({NAME: t[NAME][:-1]}),
+        r"expected U8 \[24576\], found U8 \[24575\]",
     ),
     "another dtype": (
-        lambda t: t.update({f"{NAME}.weight": t[f"{NAME}.weight"].view(torch.int8)}),
+        lambda t: t.update({NAME: t[NAME].view(torch.int8)}),
         "expected U8 .* found I8",
     ),
     "bias of another shape": (
@@ -298,13 +294,13 @@ def test_unaligned_files_are_not_mapped(tmp_path):
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little") + 8
     path.write_bytes(length.to_bytes(8, "little") + raw[8:length] + b" " * 8 + raw[length:])
-    refuse(tmp_path, "not 64-byte aligned", mmap=True)
+    refuse(tmp_path, "not 4096-byte aligned", mmap=True)
     assert same(experts, open_packed(tmp_path))
 
 
 def test_newer_minor_versions_are_read(tmp_path):
     folder = rewritten(
-        tmp_path, lambda tensors, metadata: metadata.update({"coterie.version": "1.7", "coterie.new": "x"})
+        tmp_path, lambda tensors, metadata: metadata.update({"coterie.version": "2.7", "coterie.new": "x"})
     )
     assert open_packed(folder).format == "int4"
 
@@ -313,4 +309,4 @@ def test_truncated(tmp_path):
     experts_of({"format": "int8"}).save(tmp_path)
     path = layer_file(tmp_path, 0)
     path.write_bytes(path.read_bytes()[:-1])
-    refuse(tmp_path, "experts-00000.safetensors is truncated in tensor 'blk.0.ffn_down_exps.2.numa.0.scale'")
+    refuse(tmp_path, "experts-00000.safetensors is truncated in tensor 'blk.0.ffn_exps.2'")

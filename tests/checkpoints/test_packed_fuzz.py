@@ -82,7 +82,7 @@ JSON = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(max_size=10)
-    | st.sampled_from(["U8", "F32", "1.0"]),
+    | st.sampled_from(["U8", "F32", "2.0"]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=6,
 )

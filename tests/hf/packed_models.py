@@ -15,9 +15,9 @@ def logits(model) -> torch.Tensor:
 
 def packed_bytes(model) -> dict:
     return {
-        (name, *where): part.clone()
+        (name, expert): module.experts.packed(expert).clone()
         for name, module in packed_modules(model)
-        for *where, part in module.experts.parts()
+        for expert in range(module.experts.num_experts)
     }
 
 

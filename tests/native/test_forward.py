@@ -22,9 +22,9 @@ BATCHES = [
 
 
 def shapes_of(spec: Format) -> list[tuple[int, int, int]]:
-    if not spec.group_size:
+    if not spec.group_size or spec.encoding.tile_rows > 1:
         return AWKWARD + GROUPED[1:]
-    return GROUPED + (HALF_GROUPS if spec.group_size == 32 else [(2, 64, 192)] if spec.group_size == 64 else [])
+    return GROUPED + (HALF_GROUPS if spec.group_size <= 32 else [(2, 64, 192)] if spec.group_size == 64 else [])
 
 
 def check(spec, isa, sizes, batch):
@@ -50,7 +50,7 @@ def test_error_that_the_format_promises(isa, spec):
     sizes = (4, 256, 128)
     x, ids, weights = Batch(64, 4).tensors(sizes)
     found, truth = packed(spec, sizes)(x, ids, weights), reference.forward(x, ids, weights, *dequantized(spec, sizes))
-    assert token_errors(found, truth).square().mean().sqrt() < (4e-3 if spec.name == "bf16" else 3e-2)
+    assert token_errors(found, truth).square().mean().sqrt() < (3e-2 if spec.encoding.int8_activations else 4e-3)
 
 
 @pytest.mark.parametrize("spec", [FORMATS[0], FORMATS[1], FORMATS[6]], ids=name_of)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_cases import FORMATS, dense, name_of, options
+from streams import matrix_of
 
 from coterie import Experts, cpu, reference
-from coterie.formats import BITS
 
 SIZES = (1, 384, 48)
 
@@ -20,7 +20,7 @@ def pack_up(spec, weight, **given):
 
 
 def bytes_of(experts):
-    return {part: data.clone() for name, _, part, data in experts.parts() if name == "up"}
+    return matrix_of(experts, "up", 0).clone()
 
 
 def weight_of(spec, rows=None, cols=384, seed=0):
@@ -32,10 +32,7 @@ def weight_of(spec, rows=None, cols=384, seed=0):
 def test_without_search_the_grid_is_the_reference(isa, spec):
     weight = weight_of(spec)
     found = pack_up(spec, weight, scale_search=False).dequantize_projection("up", 0)
-    if spec.name == "bf16":
-        assert torch.equal(found, weight.bfloat16().float())
-    else:
-        assert torch.equal(found, reference.quantise(weight, BITS[spec.name], spec.group_size, spec.zero_point))
+    assert torch.equal(found, reference.quantise(weight, spec))
 
 
 @pytest.mark.parametrize("spec", FORMATS[1:], ids=name_of)
@@ -73,10 +70,8 @@ def test_bytes_are_the_same_on_every_instruction_set(isa, spec):
     weight = weight_of(spec)
     found = {search: bytes_of(pack_up(spec, weight, scale_search=search)) for search in (False, True)}
     cpu.use_isa("scalar")
-    for search, parts in found.items():
-        expected = bytes_of(pack_up(spec, weight, scale_search=search))
-        for part, data in expected.items():
-            assert torch.equal(parts[part], data), (part, search)
+    for search, data in found.items():
+        assert torch.equal(data, bytes_of(pack_up(spec, weight, scale_search=search))), search
 
 
 @pytest.mark.parametrize("spec", [FORMATS[0], FORMATS[1], FORMATS[6], FORMATS[12]], ids=name_of)
@@ -86,11 +81,10 @@ def test_every_dtype_and_row_stride(isa, spec):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         view = wide.to(dtype)[:, cols : 2 * cols]
         expected = bytes_of(pack_up(spec, view.float().contiguous()))
-        for part, data in bytes_of(pack_up(spec, view)).items():
-            assert torch.equal(data, expected[part]), (dtype, part)
+        assert torch.equal(bytes_of(pack_up(spec, view)), expected), dtype
     same_rows = wide[:1, :cols].expand(rows, cols)
     expected = bytes_of(pack_up(spec, same_rows.contiguous()))
-    assert all(torch.equal(data, expected[part]) for part, data in bytes_of(pack_up(spec, same_rows)).items())
+    assert torch.equal(bytes_of(pack_up(spec, same_rows)), expected)
 
 
 def test_half_precision_subnormals_and_extremes():
@@ -109,7 +103,7 @@ def test_padding_is_worth_nothing(isa, spec):
     expected = bytes_of(experts)
     experts.pack_projection("up", 0, torch.full_like(weight, 3.0))
     experts.pack_projection("up", 0, weight)
-    assert all(torch.equal(data, expected[part]) for part, data in bytes_of(experts).items())
+    assert torch.equal(bytes_of(experts), expected)
 
 
 def test_a_matrix_of_one_element(isa):

@@ -84,7 +84,7 @@ def test_a_format_that_does_not_divide_the_columns_is_said_so(tmp_path):
 
 
 def test_a_packed_folder_is_its_own_format_alone(tmp_path):
-    packed = {"quant_method": "coterie", "version": "1.0", "experts": "int4", "group_size": 64, "zero_point": True}
+    packed = {"quant_method": "coterie", "version": "2.0", "experts": "int4", "group_size": 64, "zero_point": True}
     source = plan.open_source(str(write(tmp_path, tiny_config(quantization_config=packed))))
     assert source.problem is None and source.quantised is None
     assert source.formats() == source.formats("int4") == [formats.resolve("int4", 64, True)]

@@ -15,8 +15,7 @@ from coterie.checkpoints.tensorfile import TensorFile, shown
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import FORMATS, Format, resolve
 
-VERSION = "1.0"
-PARTS = ("weight", "scale", "zero")
+VERSION = "2.0"
 # A folder that holds this file is a conversion still running, or one that was killed.
 UNFINISHED = "coterie-unfinished.json"
 FILE_NAME = re.compile(r"experts-(\d{5,})\.safetensors")
@@ -59,32 +58,31 @@ class PackedLayer:
         sizes = (self.intermediate_size, self.hidden_size)
         return sizes[::-1] if projection == "down" else sizes
 
-    def part_name(self, projection: str, expert: int, part: str) -> str:
-        return f"blk.{self.layer}.ffn_{projection}_exps.{expert}.numa.0.{part}"
+    def expert_name(self, expert: int) -> str:
+        return f"blk.{self.layer}.ffn_exps.{expert}"
 
     def bias_name(self, projection: str) -> str:
         return f"blk.{self.layer}.ffn_{projection}_exps.bias"
 
     def tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """(name, dtype, shape) of every tensor in file order: all weights, all scales, all zero points, all biases.
+        """(name, dtype, shape) of every tensor in file order: all experts, all biases.
 
-        Weights come first, and their sizes are multiples of 64 bytes, so that each of them is 64-byte aligned.
+        Experts come first, and their sizes are multiples of a page, so that each of them begins on one.
         """
-        sizes = {projection: self.spec.matrix_nbytes(*self.matrix(projection)) for projection in self.projections}
-        for part in PARTS:
-            for expert in range(self.num_experts):
-                for projection in self.projections:
-                    if part in sizes[projection]:
-                        yield self.part_name(projection, expert, part), "U8", (sizes[projection][part],)
+        for expert in range(self.num_experts):
+            yield self.expert_name(expert), "U8", (self.expert_nbytes,)
         for projection in self.biased:
             yield self.bias_name(projection), "F32", (self.num_experts, self.matrix(projection)[0])
+
+    @property
+    def expert_nbytes(self) -> int:
+        return self.spec.expert_nbytes(self.hidden_size, self.intermediate_size, self.has_gate)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         biases = sum(4 * self.num_experts * self.matrix(projection)[0] for projection in self.biased)
-        sizes = (self.spec.matrix_nbytes(*self.matrix(projection)) for projection in self.projections)
-        return biases + self.num_experts * sum(sum(size.values()) for size in sizes)
+        return biases + self.num_experts * self.expert_nbytes
 
     def metadata(self) -> dict[str, str]:
         return {
@@ -97,7 +95,6 @@ class PackedLayer:
             "coterie.hidden_size": str(self.hidden_size),
             "coterie.intermediate_size": str(self.intermediate_size),
             "coterie.layer": str(self.layer),
-            "coterie.numa": "1",
             "coterie.has_gate": str(self.has_gate).lower(),
             "coterie.activation": json.dumps(asdict(self.activation)),
             "coterie.source": self.source.encode("utf-8", "replace").decode(),
@@ -113,15 +110,10 @@ def read_layout(file: TensorFile) -> PackedLayer:
     """The layer that a file holds, after checking that it holds exactly that. Raises CheckpointError."""
     get = _Metadata(file)
     version = get.text("coterie.version")
-    if not re.fullmatch(r"1\.\d{1,9}", version):
+    if not re.fullmatch(r"2\.\d{1,9}", version):
         raise CheckpointError(
-            f"{file.path}: packed format version {shown(version)}, this coterie reads 1.x; "
+            f"{file.path}: packed format version {shown(version)}, this coterie reads 2.x; "
             "update coterie, or convert the original checkpoint again"
-        )
-    partitions = get.number("coterie.numa", 1)
-    if partitions != 1:
-        raise CheckpointError(
-            f"{file.path}: packed for {partitions} NUMA partitions, this coterie reads 1; convert the original again"
         )
     layout = PackedLayer(
         layer=get.number("coterie.layer", 0),
@@ -139,11 +131,10 @@ def read_layout(file: TensorFile) -> PackedLayer:
     except ArgumentError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
     biased = tuple(p for p in layout.projections if layout.bias_name(p) in file.entries)
-    parts = len(layout.spec.matrix_nbytes(1, 1)) * len(layout.projections)
-    if len(file.entries) - len(biased) != layout.num_experts * parts:
+    found = len(file.entries) - len(biased)
+    if found != layout.num_experts:
         raise CheckpointError(
-            f"{file.path}: {len(file.entries) - len(biased)} tensors, expected {layout.num_experts * parts}: "
-            f"{parts} for each of {layout.num_experts} experts"
+            f"{file.path}: {found} tensors, expected one for each of {layout.num_experts} experts"
         )
     layout = replace(layout, biased=biased)
     for name, dtype, shape in layout.tensors():

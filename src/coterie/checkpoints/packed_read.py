@@ -11,8 +11,7 @@ from torch import Tensor
 from coterie.checkpoints.packed import UNFINISHED, PackedLayer, layer_file, packed_layers, read_layout
 from coterie.checkpoints.tensorfile import TensorFile
 from coterie.errors import CheckpointError
-
-ALIGNMENT = 64
+from coterie.formats import EXPERT_ALIGN
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +21,19 @@ class PackedFile:
     file: TensorFile
     layout: PackedLayer
 
-    def mapped(self, projection: str, expert: int, part: str) -> Tensor:
-        """Bytes of one part of a matrix, uint8, where they lie in the file's own pages."""
-        entry = self.file.entry(self.layout.part_name(projection, expert, part))
-        if part == "weight" and (self.file.data_start + entry.start) % ALIGNMENT:
+    def mapped(self, expert: int) -> Tensor:
+        """One expert's bytes, uint8, where they lie in the file's own pages."""
+        entry = self.file.entry(self.layout.expert_name(expert))
+        if (self.file.data_start + entry.start) % EXPERT_ALIGN:
             raise CheckpointError(
-                f"{self.file.path}, tensor {entry.name}: not {ALIGNMENT}-byte aligned, so it cannot be used where it "
-                "lies; open it with mmap=False"
+                f"{self.file.path}, tensor {entry.name}: not {EXPERT_ALIGN}-byte aligned, so it cannot be used where "
+                "it lies; open it with mmap=False"
             )
         return self.file.bytes(entry.name)
 
-    def read_into(self, projection: str, expert: int, part: str, memory: Tensor) -> None:
+    def read_into(self, expert: int, memory: Tensor) -> None:
         """Reads the same bytes into a uint8 tensor of exactly their size."""
-        self.file.read_into(self.layout.part_name(projection, expert, part), memory.numpy().data)
+        self.file.read_into(self.layout.expert_name(expert), memory.numpy().data)
 
     def biases(self) -> dict[str, Tensor]:
         """Float32 biases by projection, [E, rows]; empty where there are none."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coterie.checkpoints.packed import PackedLayer, layer_file
 from coterie.checkpoints.tensorwriter import TensorWriter, write_error
+from coterie.formats import EXPERT_ALIGN
 
 if TYPE_CHECKING:
     from coterie.experts import Experts
@@ -24,7 +25,7 @@ class LayerWriter:
 
     def __init__(self, path: str | os.PathLike, layout: PackedLayer):
         self.layout = layout
-        self._file = TensorWriter(layer_file(path, layout.layer), layout.tensors(), layout.metadata())
+        self._file = TensorWriter(layer_file(path, layout.layer), layout.tensors(), layout.metadata(), EXPERT_ALIGN)
         self.path, self.nbytes = self._file.path, self._file.nbytes
 
     def __enter__(self) -> LayerWriter:
@@ -36,8 +37,8 @@ class LayerWriter:
 
     def write_experts(self, experts: Experts, first: int = 0) -> None:
         """Writes all of `experts` as the layer's experts `first`, `first + 1`, ..."""
-        for projection, expert, part, data in experts.parts():
-            self._file.write(self.layout.part_name(projection, first + expert, part), data)
+        for expert in range(experts.num_experts):
+            self._file.write(self.layout.expert_name(first + expert), experts.packed(expert))
 
     def write_bias(self, projection: str, bias: Tensor) -> None:
         """Writes the biases of all experts' `projection`: [E, rows]."""

@@ -18,7 +18,6 @@ from torch import Tensor
 from coterie.checkpoints.tensorfile import DTYPES
 from coterie.errors import CheckpointError
 
-ALIGNMENT = 64
 CHUNK = 64 << 20
 
 
@@ -34,7 +33,8 @@ def write_error(path: str | os.PathLike, error: OSError) -> CheckpointError:
 class TensorWriter:
     """Writes one safetensors file of a layout known beforehand. Use it as a context manager.
 
-    `tensors` are (name, dtype as in the file, shape) in file order; the data section starts 64-byte aligned. Bytes go
+    `tensors` are (name, dtype as in the file, shape) in file order; the data section starts at a multiple of
+    `alignment` bytes. Bytes go
     to a temporary file beside `path`; leaving the block without an exception checks that every byte came, syncs, and
     renames. Raises CheckpointError when the system refuses a write.
     """
@@ -44,6 +44,7 @@ class TensorWriter:
         path: str | os.PathLike,
         tensors: Iterable[tuple[str, str, tuple[int, ...]]],
         metadata: Mapping[str, str],
+        alignment: int = 64,
     ):
         self.path = Path(path)
         self._missing: dict[str, int] = {}
@@ -59,7 +60,7 @@ class TensorWriter:
             self._stops[name] = position
             self._missing[name] = nbytes
         text = json.dumps(header, separators=(",", ":")).encode("ascii")
-        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        text += b" " * (-(8 + len(text)) % alignment)
         self._head = len(text).to_bytes(8, "little") + text
         self._stops = {name: len(self._head) + stop for name, stop in self._stops.items()}
         self.nbytes = len(self._head) + position

@@ -22,7 +22,7 @@ def expert_parameters(layout: Layout) -> int:
 
 def expert_nbytes(layout: Layout, spec: Format) -> int:
     """Packed bytes of one expert, biases (float32) included."""
-    packed = sum(sum(spec.matrix_nbytes(*sizes).values()) for sizes in expert_matrices(layout))
+    packed = spec.expert_nbytes(layout.hidden_size, layout.intermediate_size, layout.has_gate)
     return packed + (4 * sum(rows for rows, _ in expert_matrices(layout)) if layout.has_bias else 0)
 
 

@@ -1,0 +1,196 @@
+// What the codes of weights are: how many bits, which values they stand for, how a value is rounded to one, and how a line of them is read.
+#pragma once
+#include "formats/lanes.h"
+
+namespace coterie {
+namespace {
+
+// A line of codes as 32-bit words holds, for each of 16 rows, one word; its bytes are columns k0 k2 k1 k3 (formats/layout.h).
+
+// Stored as they are.
+struct Bf16Codes {
+  static constexpr int kBits = 16, kPairs = 1;
+  static constexpr bool kInteger = false;
+  static constexpr int kOffset = 0;
+  static constexpr float kUnit = 1.0f;
+  static float value(uint16_t code, int) { return bf16_to_float(code); }
+  template <class Isa>
+  static void pairs(const uint8_t* line, typename Isa::Pair (&to)[1]) {
+    to[0] = Isa::load_pair(line);
+  }
+};
+
+// Bytes q + 128, q from -127 to 127.
+struct ByteCodes {
+  static constexpr int kBits = 8, kPairs = 2;
+  static constexpr bool kInteger = true;
+  static constexpr int kOffset = 128;
+  static constexpr float kUnit = 1.0f;
+  static float value(uint16_t code, int) { return static_cast<float>(code - kOffset); }
+  static bool valid(uint16_t code) { return code != 0; }
+  static uint32_t round(float x, float zero) { return static_cast<uint32_t>(static_cast<int32_t>(round_between(x + zero, 1.0f, 255.0f))); }
+  static float rounded(float x, float zero) { return round_between(x + zero, 1.0f, 255.0f) - zero; }
+
+  template <class Isa, int shift>
+  static typename Isa::F column(typename Isa::I words, typename Isa::F) {
+    return Isa::add(Isa::to_float(Isa::template field<shift, 255>(words)), Isa::set1(-128.0f));
+  }
+  template <class Isa>
+  static void pairs(const uint8_t* line, typename Isa::Pair (&to)[2]);
+  template <class Isa, int>
+  static typename Isa::Quad quads(const uint8_t* line) {
+    return Isa::quad_of(Isa::load_integers(line));
+  }
+};
+
+// Nibbles q from 0 to 15 that stand for q - 8, or for q - zero where zero points are stored.
+struct NibbleCodes {
+  static constexpr int kBits = 4, kPairs = 4;
+  static constexpr bool kInteger = true;
+  static constexpr int kOffset = 8;
+  static constexpr float kUnit = 1.0f;
+  static constexpr int8_t kTable[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+  static float value(uint16_t code, int zero) { return static_cast<float>(code - zero); }
+  static bool valid(uint16_t code) { return code < 16; }
+  static uint32_t round(float x, float zero) { return static_cast<uint32_t>(static_cast<int32_t>(round_between(x + zero, 0.0f, 15.0f))); }
+  static float rounded(float x, float zero) { return round_between(x + zero, 0.0f, 15.0f) - zero; }
+
+  template <class Isa, int shift>
+  static typename Isa::F column(typename Isa::I words, typename Isa::F minus_zero) {
+    return Isa::add(Isa::to_float(Isa::template field<shift, 15>(words)), minus_zero);
+  }
+  template <class Isa>
+  static void pairs(const uint8_t* line, typename Isa::Pair (&to)[4]);
+  // The first or second four columns as unsigned bytes.
+  template <class Isa, int half>
+  static typename Isa::I bytes(const uint8_t* line) {
+    return half ? Isa::high_nibbles(line) : Isa::low_nibbles(line);
+  }
+  template <class Isa, int half>
+  static typename Isa::Quad quads(const uint8_t* line) {
+    return Isa::quad_of(bytes<Isa, half>(line));
+  }
+};
+
+// 4-bit floats e2m1: sign, two bits of exponent, one of mantissa. Kept as whole numbers of halves.
+struct E2m1Codes {
+  static constexpr int kBits = 4, kPairs = 4;
+  static constexpr bool kInteger = true;
+  static constexpr int kOffset = 12;
+  static constexpr float kUnit = 0.5f;
+  static constexpr float kMost = 6.0f;
+  static constexpr int kMostExponent = 2;  // of a power of two
+  static constexpr int8_t kTable[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+  alignas(16) static constexpr uint8_t kBytes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+  static float value(uint16_t code, int) { return 0.5f * kTable[code & 15]; }
+  static bool valid(uint16_t code) { return code < 16; }
+  // To the nearest, ties to the even code, saturating.
+  static uint32_t round(float x, float) {
+    const float a = magnitude(x);
+    const uint32_t code = (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
+    return code | float_to_bits(x) >> 31 << 3;
+  }
+  static float rounded(float x, float zero) { return value(static_cast<uint16_t>(round(x, zero)), 0); }
+
+  template <class Isa, int shift>
+  static typename Isa::F column(typename Isa::I words, typename Isa::F) {
+    return Isa::lookup(Isa::template field<shift, 15>(words), kTable);
+  }
+  template <class Isa>
+  static void pairs(const uint8_t* line, typename Isa::Pair (&to)[4]);
+  template <class Isa, int half>
+  static typename Isa::I bytes(const uint8_t* line) {
+    return Isa::lookup_bytes(half ? Isa::high_nibbles(line) : Isa::low_nibbles(line), kBytes);
+  }
+  template <class Isa, int half>
+  static typename Isa::Quad quads(const uint8_t* line) {
+    return Isa::quad_of(bytes<Isa, half>(line));
+  }
+};
+
+// 8-bit floats e4m3 without infinities: sign, four bits of exponent, three of mantissa.
+struct E4m3Codes {
+  static constexpr int kBits = 8, kPairs = 2;
+  static constexpr bool kInteger = false;
+  static constexpr int kOffset = 0;
+  static constexpr float kUnit = 1.0f;
+  static constexpr float kMost = 448.0f;
+  static constexpr int kMostExponent = 8;
+  static float value(uint16_t code, int) {
+    const uint32_t magnitude = code & 0x7f;
+    const float small = static_cast<float>(magnitude) / 512.0f;
+    const float v = magnitude < 8 ? small : bits_to_float((magnitude << 20) + (120u << 23));
+    return code & 0x80 ? -v : v;
+  }
+  static bool valid(uint16_t code) { return (code & 0x7f) != 0x7f; }
+  // To the nearest, ties to even, saturating.
+  static uint32_t round(float x, float) {
+    const float a = magnitude(x) < kMost ? magnitude(x) : kMost;
+    const uint32_t small = static_cast<uint32_t>(static_cast<int32_t>((a * 512.0f + kRound) - kRound));
+    const uint32_t u = float_to_bits(a), normal = ((u + 0x7ffff + ((u >> 20) & 1)) >> 20) - (120u << 3);
+    return (a < 0.015625f ? small : normal) | float_to_bits(x) >> 31 << 7;
+  }
+  static float rounded(float x, float zero) { return value(static_cast<uint16_t>(round(x, zero)), 0); }
+
+  template <class Isa, int shift>
+  static typename Isa::F column(typename Isa::I words, typename Isa::F) {
+    return Isa::e4m3(Isa::template field<shift, 255>(words));
+  }
+  template <class Isa>
+  static void pairs(const uint8_t* line, typename Isa::Pair (&to)[2]);
+};
+
+// The columns of a line in natural order, two by two: take(index of the pair, first, second).
+template <class Isa, class Codes, class Take>
+inline void each_pair(const uint8_t* line, typename Isa::F minus_zero, const Take& take) {
+  const auto words = Isa::load_integers(line);
+  if constexpr (Codes::kBits == 8) {
+    take(0, Codes::template column<Isa, 0>(words, minus_zero), Codes::template column<Isa, 16>(words, minus_zero));
+    take(1, Codes::template column<Isa, 8>(words, minus_zero), Codes::template column<Isa, 24>(words, minus_zero));
+  } else {
+    take(0, Codes::template column<Isa, 0>(words, minus_zero), Codes::template column<Isa, 16>(words, minus_zero));
+    take(1, Codes::template column<Isa, 8>(words, minus_zero), Codes::template column<Isa, 24>(words, minus_zero));
+    take(2, Codes::template column<Isa, 4>(words, minus_zero), Codes::template column<Isa, 20>(words, minus_zero));
+    take(3, Codes::template column<Isa, 12>(words, minus_zero), Codes::template column<Isa, 28>(words, minus_zero));
+  }
+}
+
+template <class Isa, class Codes>
+inline void pairs_by_column(const uint8_t* line, typename Isa::Pair* to) {
+  each_pair<Isa, Codes>(line, Isa::set1(-8.0f), [&](int i, auto first, auto second) { to[i] = Isa::pair_of(first, second); });
+}
+
+template <class Isa>
+void ByteCodes::pairs(const uint8_t* line, typename Isa::Pair (&to)[2]) {
+  pairs_by_column<Isa, ByteCodes>(line, to);
+}
+
+// Sixteen entries are one register of any instruction set that looks pairs up, whatever they stand for.
+template <class Isa, class Codes>
+inline void nibble_pairs(const uint8_t* line, typename Isa::Pair (&to)[4]) {
+  if constexpr (Isa::kLooksUpPairs)
+    Isa::lookup_pairs(line, Codes::kTable, to);
+  else
+    pairs_by_column<Isa, Codes>(line, to);
+}
+
+template <class Isa>
+void NibbleCodes::pairs(const uint8_t* line, typename Isa::Pair (&to)[4]) {
+  nibble_pairs<Isa, NibbleCodes>(line, to);
+}
+
+template <class Isa>
+void E2m1Codes::pairs(const uint8_t* line, typename Isa::Pair (&to)[4]) {
+  nibble_pairs<Isa, E2m1Codes>(line, to);
+}
+
+template <class Isa>
+void E4m3Codes::pairs(const uint8_t* line, typename Isa::Pair (&to)[2]) {
+  if constexpr (Isa::kLooksUpPairs)
+    Isa::e4m3_pairs(line, to);
+  else
+    pairs_by_column<Isa, E4m3Codes>(line, to);
+}
+
+}  // namespace
+}  // namespace coterie

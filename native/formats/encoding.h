@@ -1,0 +1,72 @@
+// An encoding as the kernels see it, known when they are compiled: codes, scales, and where they stand.
+#pragma once
+#include "formats/scales.h"
+
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+
+namespace coterie {
+namespace {
+
+// Step: columns of a step; 0: the layout says. Zero: zero points are stored where the scales are, a byte a row.
+// RowScale: an f32 for each row at the end of a block; where there is a scale in the steps as well, both are multiplied.
+template <class CodesOf, class ScaleOf, int Step, bool Zero, bool RowScale, class FamilyOf>
+struct Encoding {
+  using Codes = CodesOf;
+  using Scale = ScaleOf;
+  using Family = FamilyOf;  // how weights are rounded to it: `choose`
+  static constexpr int kStep = Step;
+  static constexpr bool kStepScale = Scale::kRowBytes + Scale::kBlockBytes > 0;
+  static constexpr bool kRowScale = RowScale;
+  static constexpr bool kZero = Zero, kStepZero = Zero && kStepScale, kRowZero = Zero && !kStepScale;
+  static constexpr int kLineColumns = 32 / Codes::kBits;
+  // Codes with stored zero points are no pairs without them.
+  static constexpr bool kFused = !Zero;
+
+  // What stands behind the codes of a step, at `tail`, and at the end of a block of `panels`, for a panel.
+  static const uint8_t* step_scale(const uint8_t* tail, int panel) { return tail + panel * kPanelRows * Scale::kRowBytes; }
+  static const uint8_t* step_zero(const uint8_t* tail, int panels, int panel) {
+    return tail + Scale::kBlockBytes + panels * kPanelRows * Scale::kRowBytes + panel * kPanelRows;
+  }
+  static const uint8_t* row_scale(const uint8_t* end, int panel) { return end + panel * kPanelRows * 4; }
+  static const uint8_t* row_zero(const uint8_t* end, int panels, int panel) { return end + panels * kPanelRows * 4 + panel * kPanelRows; }
+};
+
+// What weights are rounded with, besides themselves.
+struct Choice {
+  bool search;               // look for better scales than those of the extreme values
+  const float* tile_largest; // largest magnitude of each tile of 128 rows and a step's columns, for these rows
+  float largest;             // of the matrix
+};
+
+// A scale as it will be read again.
+template <class E>
+inline float stored_scale(float scale) {
+  if constexpr (E::kStepScale)
+    return E::Scale::stored(scale);
+  else
+    return scale;
+}
+
+inline void inverses(const Lanes& scale, Lanes& inverse) {
+  for (int lane = 0; lane < kLanes; lane++) inverse[lane] = scale[lane] != 0.0f ? 1.0f / scale[lane] : 0.0f;
+}
+
+// Per lane, of `count` values rounded to codes with a scale as it is stored.
+template <class Codes>
+inline void squared_error(const float* values, int64_t count, const Lanes& scale, const Lanes& zero, Lanes& sum) {
+  Lanes inverse;
+  inverses(scale, inverse);
+  for (int lane = 0; lane < kLanes; lane++) sum[lane] = 0.0f;
+  for (int64_t k = 0; k < count; k++)
+    for (int lane = 0; lane < kLanes; lane++) {
+      const float w = values[k * kLanes + lane];
+      const float off = w - scale[lane] * Codes::rounded(w * inverse[lane], zero[lane]);
+      sum[lane] += off * off;
+    }
+}
+
+}  // namespace
+}  // namespace coterie
+
+#pragma GCC pop_options

@@ -1,0 +1,58 @@
+// Every encoding there is. One that is added needs its header, a place in this list, and its row in src/coterie/formats.py, in the same order.
+#pragma once
+#include <stdexcept>
+
+#include "formats/bf16.h"
+#include "formats/fp8_block.h"
+#include "formats/fp8_channel.h"
+#include "formats/int4.h"
+#include "formats/int8.h"
+#include "formats/mxfp4.h"
+#include "formats/mxfp8.h"
+#include "formats/nvfp4.h"
+
+namespace coterie {
+namespace {
+
+template <class... Family>
+struct Families {};
+using AllFamilies = Families<Bf16, Int8, Int4, Fp8Block, Fp8Channel, Mxfp4, Mxfp8, Nvfp4>;
+
+template <class F, class First, class... Rest>
+decltype(auto) with_family(Families<First, Rest...>, int number, const Layout& layout, const F& f) {
+  if constexpr (sizeof...(Rest) == 0)
+    return First::with(layout, f);
+  else
+    return number == 0 ? First::with(layout, f) : with_family(Families<Rest...>{}, number - 1, layout, f);
+}
+
+// f(Encoding{}) for the encoding of a layout.
+template <class F>
+decltype(auto) with_encoding(const Layout& layout, const F& f) {
+  return with_family(AllFamilies{}, layout.encoding, layout, f);
+}
+
+inline Layout layout_of(int encoding, int64_t rows, int64_t cols, int64_t group, bool zero_point) {
+  Layout l{};
+  l.encoding = encoding;
+  l.rows = rows;
+  l.cols = cols;
+  l.group = group;
+  l.zero_point = zero_point;
+  with_encoding(l, [&](auto encoding) {
+    using E = decltype(encoding);
+    l.step = E::kStep ? E::kStep : group ? group : kColumnAlign;
+    l.line_columns = E::kLineColumns;
+    l.step_row_bytes = E::Scale::kRowBytes + E::kStepZero;
+    l.step_block_bytes = E::Scale::kBlockBytes;
+    l.block_row_bytes = 4 * E::kRowScale + E::kRowZero;
+    l.needs_largest = E::Scale::kBlockBytes > 0 || (E::kStepScale && E::kRowScale);
+    l.integer = E::Codes::kInteger;
+    l.code_offset = E::kZero ? 1 : E::Codes::kOffset;  // the kernel multiplies stored zero points by it
+    l.code_unit = E::Codes::kUnit;
+  });
+  return l;
+}
+
+}  // namespace
+}  // namespace coterie

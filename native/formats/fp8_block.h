@@ -1,0 +1,27 @@
+// fp8_block: e4m3 codes, one f32 scale for each tile of 128 rows and 128 columns.
+#pragma once
+#include "formats/encoding.h"
+
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+
+namespace coterie {
+namespace {
+
+struct Fp8Block {
+  static constexpr const char* kName = "fp8_block";
+  template <class F>
+  static decltype(auto) with(const Layout&, const F& f) {
+    return f(Encoding<E4m3Codes, BlockScale, 128, false, false, Fp8Block>{});
+  }
+
+  template <class E>
+  static void choose(const float*, int64_t, int64_t step, const Choice& choice, Lanes& scale, Lanes& zero) {
+    for (int lane = 0; lane < kLanes; lane++) scale[lane] = choice.tile_largest[step] / E4m3Codes::kMost, zero[lane] = 0.0f;
+  }
+};
+
+}  // namespace
+}  // namespace coterie
+
+#pragma GCC pop_options

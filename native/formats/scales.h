@@ -1,0 +1,77 @@
+// Scales that stand in a step behind its codes: one a row in 16, 8 or 0 bits, or one float for all rows of the block.
+#pragma once
+#include "formats/codes.h"
+
+namespace coterie {
+namespace {
+
+struct NoScale {
+  static constexpr int kRowBytes = 0, kBlockBytes = 0;
+};
+
+struct Bf16Scale {
+  static constexpr int kRowBytes = 2, kBlockBytes = 0;
+  static bool valid(const uint8_t*) { return true; }
+  static float stored(float scale) { return bf16_to_float(float_to_bf16(scale)); }
+  static void store(float scale, uint8_t* to) {
+    const uint16_t half = float_to_bf16(scale);
+    memcpy(to, &half, 2);
+  }
+  static float value(const uint8_t* from) {
+    uint16_t half;
+    memcpy(&half, from, 2);
+    return bf16_to_float(half);
+  }
+  template <class Isa>
+  static typename Isa::F load(const uint8_t* panel) {
+    return Isa::load_bf16(panel);
+  }
+};
+
+// Powers of two, 2^(byte - 127); 255 is NaN.
+struct E8m0Scale {
+  static constexpr int kRowBytes = 1, kBlockBytes = 0;
+  static bool valid(const uint8_t* from) { return *from != 255; }
+  // Of a power of two.
+  static float stored(float scale) { return scale; }
+  static void store(float scale, uint8_t* to) { *to = static_cast<uint8_t>(float_to_bits(scale) >> 23); }
+  static float value(const uint8_t* from) { return bits_to_float(*from ? static_cast<uint32_t>(*from) << 23 : 0x00400000u); }
+  template <class Isa>
+  static typename Isa::F load(const uint8_t* panel) {
+    return Isa::load_e8m0(panel);
+  }
+};
+
+struct E4m3Scale {
+  static constexpr int kRowBytes = 1, kBlockBytes = 0;
+  static bool valid(const uint8_t* from) { return E4m3Codes::valid(*from); }
+  static float stored(float scale) { return E4m3Codes::rounded(scale, 0.0f); }
+  static void store(float scale, uint8_t* to) { *to = static_cast<uint8_t>(E4m3Codes::round(scale, 0.0f)); }
+  static float value(const uint8_t* from) { return E4m3Codes::value(*from, 0); }
+  template <class Isa>
+  static typename Isa::F load(const uint8_t* panel) {
+    return Isa::e4m3(Isa::load_byte_integers(panel));
+  }
+};
+
+// One f32 for the block, 16 times, so that it is loaded as those of a panel are.
+struct BlockScale {
+  static constexpr int kRowBytes = 0, kBlockBytes = kLanes * 4;
+  static bool valid(const uint8_t*) { return true; }
+  static float stored(float scale) { return scale; }
+  static void store(float scale, uint8_t* to) {
+    for (int lane = 0; lane < kLanes; lane++) memcpy(to + lane * 4, &scale, 4);
+  }
+  static float value(const uint8_t* from) {
+    float scale;
+    memcpy(&scale, from, 4);
+    return scale;
+  }
+  template <class Isa>
+  static typename Isa::F load(const uint8_t* panel) {
+    return Isa::load(reinterpret_cast<const float*>(panel));
+  }
+};
+
+}  // namespace
+}  // namespace coterie

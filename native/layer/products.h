@@ -1,0 +1,23 @@
+// Lists of products, shared out over the threads.
+#pragma once
+#include <vector>
+
+#include "layer/workspace.h"
+
+namespace coterie {
+
+// Products whose results do not meet: each has rows, or columns, of its own.
+void multiply_each(const Kernels& kernels, const std::vector<Product>& products, uint8_t* scratch, int64_t scratch_bytes);
+
+// Rows [tokens, hidden] that the sums of all products go to.
+struct Target {
+  int64_t tokens, hidden;
+  void* out;
+  DType dtype;
+};
+
+// Products of one layout that add to the same rows. The sums run in the order of the list: same bits for any number of threads.
+void multiply_sum(const Kernels& kernels, std::vector<Product>& products, const Layout& layout, const Target& target, Buffer& sums, uint8_t* scratch,
+                  int64_t scratch_bytes);
+
+}  // namespace coterie
