@@ -108,8 +108,8 @@ def int8_grid(x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def decoded(experts: Experts) -> dict[str, Tensor]:
-    """Grouped 4-bit weights as the engine multiplies them by many rows: each row's codes times the ratio of their group's
-    scale to the largest of 256 columns, rounded to int8."""
+    """Grouped 4-bit weights as the engine multiplies them by many rows: codes times the ratio of their group's
+    scale to the largest of 256 columns of the row, rounded to int8."""
     spec, found = experts.spec, {}
     unit = 1.0 if spec.name == "int4" else 0.5  # e2m1 is multiplied as whole halves
     steps = torch.tensor((15.0 if spec.zero_point else 8.0) if spec.name == "int4" else 12.0) / 127

@@ -149,7 +149,7 @@ def test_an_interrupted_save_keeps_what_was_there(tmp_path):
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt), LayerWriter(tmp_path, layout):
         raise KeyboardInterrupt
-    with pytest.raises(CheckpointError, match="12 tensors were not written"):
+    with pytest.raises(CheckpointError, match="2 tensors were not written"):
         LayerWriter(tmp_path, layout).__enter__().__exit__(None, None, None)
     assert os.listdir(tmp_path) == ["experts-00000.safetensors"]
     assert layer_file(tmp_path, 0).read_bytes() == before

@@ -272,6 +272,30 @@ inline __m512i mm512_cvtps_epi32(__m512 v) {
   Lanes<float> x = lanes<float>(v);
   return each<__m512i, int32_t>([&](int i) { return std::fabs(x[i]) < 2147483648.0f ? static_cast<int32_t>(std::nearbyint(x[i])) : INT32_MIN; });
 }
+inline __m512i mm512_cvtepi8_epi32(__m128i v) { return widen<int32_t, int8_t>(v); }
+inline __m512i mm512_add_epi16(__m512i a, __m512i b) { return integers<uint16_t>(a, b, [](unsigned x, unsigned y) { return x + y; }); }
+inline __m512i mm512_max_epi32(__m512i a, __m512i b) { return integers<int32_t>(a, b, [](int32_t x, int32_t y) { return x > y ? x : y; }); }
+template <class T, class Mask>
+inline Mask less(__m512i a, __m512i b) {
+  Lanes<T> x = lanes<T>(a), y = lanes<T>(b);
+  Mask mask = 0;
+  for (int i = 0; i < Lanes<T>::kCount; i++) mask |= static_cast<Mask>(Mask{x[i] < y[i]} << i);
+  return mask;
+}
+inline __mmask16 mm512_cmplt_epi32_mask(__m512i a, __m512i b) { return less<int32_t, __mmask16>(a, b); }
+inline __mmask32 mm512_cmplt_epi16_mask(__m512i a, __m512i b) { return less<int16_t, __mmask32>(a, b); }
+inline __m512 mm512_mask_blend_ps(__mmask16 mask, __m512 a, __m512 b) {
+  Lanes<float> x = lanes<float>(a), y = lanes<float>(b);
+  return each<__m512, float>([&](int i) { return mask >> i & 1 ? y[i] : x[i]; });
+}
+inline __m512 mm512_permutexvar_ps(__m512i index, __m512 a) {
+  Lanes<uint32_t> i = lanes<uint32_t>(index);
+  Lanes<float> x = lanes<float>(a);
+  return each<__m512, float>([&](int lane) { return x[i[lane] & 15]; });
+}
+inline __m512i mm512_mask_permutexvar_epi16(__m512i from, __mmask32 mask, __m512i index, __m512i a) {
+  return mm512_mask_mov_epi16(from, mask, mm512_permutexvar_epi16(index, a));
+}
 inline __m512i mm512_dpbusd_epi32(__m512i acc, __m512i u, __m512i s) { return dpbusd<__m512i, 16>(acc, u, s); }
 inline __m256i mm256_dpbusd_avx_epi32(__m256i acc, __m256i u, __m256i s) { return dpbusd<__m256i, 8>(acc, u, s); }
 
@@ -279,6 +303,7 @@ inline __m256i mm256_dpbusd_avx_epi32(__m256i acc, __m256i u, __m256i s) { retur
 
 #define _mm256_dpbusd_avx_epi32 ::coterie_emulated::mm256_dpbusd_avx_epi32
 #define _mm512_abs_ps ::coterie_emulated::mm512_abs_ps
+#define _mm512_add_epi16 ::coterie_emulated::mm512_add_epi16
 #define _mm512_add_epi32 ::coterie_emulated::mm512_add_epi32
 #define _mm512_add_ps ::coterie_emulated::mm512_add_ps
 #define _mm512_and_si512 ::coterie_emulated::mm512_and_si512
@@ -287,9 +312,12 @@ inline __m256i mm256_dpbusd_avx_epi32(__m256i acc, __m256i u, __m256i s) { retur
 #define _mm512_castsi256_si512 ::coterie_emulated::mm512_castsi256_si512
 #define _mm512_castsi512_ps ::coterie_emulated::mm512_castsi512_ps
 #define _mm512_cmp_ps_mask ::coterie_emulated::mm512_cmp_ps_mask
+#define _mm512_cmplt_epi16_mask ::coterie_emulated::mm512_cmplt_epi16_mask
+#define _mm512_cmplt_epi32_mask ::coterie_emulated::mm512_cmplt_epi32_mask
 #define _mm512_cvtepi32_epi16 ::coterie_emulated::mm512_cvtepi32_epi16
 #define _mm512_cvtepi32_epi8 ::coterie_emulated::mm512_cvtepi32_epi8
 #define _mm512_cvtepi32_ps ::coterie_emulated::mm512_cvtepi32_ps
+#define _mm512_cvtepi8_epi32 ::coterie_emulated::mm512_cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 ::coterie_emulated::mm512_cvtepu16_epi32
 #define _mm512_cvtepu8_epi32 ::coterie_emulated::mm512_cvtepu8_epi32
 #define _mm512_cvtne2ps_pbh ::coterie_emulated::mm512_cvtne2ps_pbh
@@ -302,13 +330,17 @@ inline __m256i mm256_dpbusd_avx_epi32(__m256i acc, __m256i u, __m256i s) { retur
 #define _mm512_loadu_ps ::coterie_emulated::mm512_loadu_ps
 #define _mm512_loadu_si512 ::coterie_emulated::mm512_loadu_si512
 #define _mm512_madd_epi16 ::coterie_emulated::mm512_madd_epi16
+#define _mm512_mask_blend_ps ::coterie_emulated::mm512_mask_blend_ps
 #define _mm512_mask_mov_epi16 ::coterie_emulated::mm512_mask_mov_epi16
+#define _mm512_mask_permutexvar_epi16 ::coterie_emulated::mm512_mask_permutexvar_epi16
 #define _mm512_maskz_div_ps ::coterie_emulated::mm512_maskz_div_ps
+#define _mm512_max_epi32 ::coterie_emulated::mm512_max_epi32
 #define _mm512_max_ps ::coterie_emulated::mm512_max_ps
 #define _mm512_mul_ps ::coterie_emulated::mm512_mul_ps
 #define _mm512_mulhrs_epi16 ::coterie_emulated::mm512_mulhrs_epi16
 #define _mm512_or_si512 ::coterie_emulated::mm512_or_si512
 #define _mm512_permutexvar_epi16 ::coterie_emulated::mm512_permutexvar_epi16
+#define _mm512_permutexvar_ps ::coterie_emulated::mm512_permutexvar_ps
 #define _mm512_reduce_add_epi32 ::coterie_emulated::mm512_reduce_add_epi32
 #define _mm512_reduce_add_ps ::coterie_emulated::mm512_reduce_add_ps
 #define _mm512_reduce_max_ps ::coterie_emulated::mm512_reduce_max_ps
