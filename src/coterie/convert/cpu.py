@@ -13,6 +13,7 @@ from coterie import cpu
 from coterie.checkpoints import LayerReader, LayerWriter, Reader, open_reader, packed
 from coterie.checkpoints.hf import spans
 from coterie.checkpoints.packed import PackedLayer, layer_file
+from coterie.convert.background import Background
 from coterie.convert.output import OutputFolder
 from coterie.convert.report import ConversionReport, ProjectionError
 from coterie.convert.rest import Rest
@@ -40,9 +41,10 @@ def convert_cpu(
 ) -> ConversionReport:
     """Converts the checkpoint folder `source` into the new or empty folder `output`.
 
-    Beyond the page cache, one expert is in memory at a time. `layers` packs those layers alone, as loose files to be
-    merged, without the rest of the checkpoint. Everything that can be checked is checked before `output` is touched;
-    a conversion that fails removes what it wrote, one that is killed leaves a folder that nothing loads.
+    Beyond the page cache, one expert is in memory at a time, and a packed one that is being written. `layers` packs
+    those layers alone, as loose files to be merged, without the rest of the checkpoint. Everything that can be checked
+    is checked before `output` is touched; a conversion that fails removes what it wrote, one that is killed leaves a
+    folder that nothing loads.
 
     Raises ArgumentError (options, output folder) and CheckpointError (broken source, output that cannot be written).
     """
@@ -56,7 +58,10 @@ def convert_cpu(
         raise CheckpointError(f"{source} is not a model folder: it has no config.json")
     readers = {layer: reader.layer(layer) for layer in _selected(reader, layers)}
     layouts = {layer: _layout(layer, r, spec, source) for layer, r in readers.items()}
-    scratch = {(r.hidden_size, r.intermediate_size, r.has_gate): _one_expert(r, spec) for r in readers.values()}
+    scratch = {
+        (r.hidden_size, r.intermediate_size, r.has_gate): (_one_expert(r, spec), _one_expert(r, spec))
+        for r in readers.values()
+    }
     rest = Rest(reader.folder, {name for r in readers.values() for name in r.tensors}) if layers is None else None
     packed_bytes = sum(layout.nbytes for layout in layouts.values())
 
@@ -64,11 +69,13 @@ def convert_cpu(
     with _threads(threads), OutputFolder(output, packed_bytes + (rest.nbytes if rest else 0)) as folder:
         bytes_done = 0
         for position, (layer, r) in enumerate(readers.items(), 1):
-            one = scratch[r.hidden_size, r.intermediate_size, r.has_gate]
-            with LayerWriter(folder.file(layer_file("", layer).name), layouts[layer]) as writer:
+            two = scratch[r.hidden_size, r.intermediate_size, r.has_gate]
+            file = folder.file(layer_file("", layer).name)
+            with LayerWriter(file, layouts[layer]) as writer, Background() as writing:
                 for expert in range(r.num_experts):
+                    one = two[expert % 2]  # the other is being written
                     _pack_expert(r, layer, expert, one, errors)
-                    writer.write_experts(one, expert)
+                    writing.run(writer.write_experts, one, expert)
                     r.release(expert)
                     bytes_done += r.nbytes // r.num_experts
                     if progress is not None:
@@ -117,7 +124,7 @@ def _layout(layer: int, reader: LayerReader, spec: Format, source: Path) -> Pack
 
 
 def _one_expert(reader: LayerReader, spec: Format) -> Experts:
-    """Room for one packed expert, used for each in turn."""
+    """Room for one packed expert."""
     return Experts.empty(
         1,
         reader.hidden_size,
