@@ -37,6 +37,7 @@ struct Choice {
   bool search;               // look for better scales than those of the extreme values
   const float* tile_largest; // largest magnitude of each tile of 128 rows and a step's columns, for these rows
   float largest;             // of the matrix
+  bool exact;                // products of weights and small integers are exact in float32: weights were bf16 or fp16
 };
 
 // A scale as it will be read again.

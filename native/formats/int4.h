@@ -8,7 +8,7 @@
 namespace coterie {
 namespace {
 
-// As many lanes as an instruction takes, so that sums over columns stay in registers.
+// As many lanes as an instruction takes: whatever is known of that many rows of a group stays in registers.
 #ifdef __AVX512F__
 constexpr int kWidth = 16;
 #elif defined(__AVX2__)
@@ -17,107 +17,159 @@ constexpr int kWidth = 8;
 constexpr int kWidth = 4;
 #endif
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
+typedef uint32_t Words __attribute__((vector_size(kWidth * sizeof(uint32_t))));
+typedef int32_t Ints __attribute__((vector_size(kWidth * sizeof(int32_t))));
 
-inline Vector load(const float* from) {
-  Vector v;
+template <class To, class From>
+inline To load(const From* from) {
+  To v;
   memcpy(&v, from, sizeof v);
   return v;
 }
 
-inline void store(float* to, Vector v) { memcpy(to, &v, sizeof v); }
+template <class To, class From>
+inline void store(To* to, From v) {
+  memcpy(to, &v, sizeof v);
+}
+
+inline Words bits_of(Vector v) { return reinterpret_cast<Words>(v); }
+inline Vector splat(float x) { return Vector{} + x; }
+
+// As integers, which CPUs compare faster: numbers above zero are in the order of their bits. 0 < low <= high.
+inline Vector bounded(Vector x, Vector low, Vector high) {
+  const Ints bits = reinterpret_cast<Ints>(x), least = reinterpret_cast<Ints>(low), most = reinterpret_cast<Ints>(high);
+  const Ints raised = bits > least ? bits : least;
+  return reinterpret_cast<Vector>(raised < most ? raised : most);
+}
+
+// 0 where the quotient is not a number, or too large for one.
+inline Vector quotient(float a, Vector b) {
+  const Vector q = a / b;
+  return reinterpret_cast<Ints>(bits_of(q) & 0x7fffffffu) < 0x7f800000 ? q : Vector{};
+}
+
+// The nearest int4 code.
+inline Vector rounded(Vector x) {
+  const Vector low = splat(kRound);
+  return bounded(x + low, low, low + 15.0f) - low;
+}
+
+// a * b + c where a * b is exact in float32, so that one rounding and two give the same.
+inline Vector add_exact(Vector a, Vector b, Vector c) {
+#ifdef __FP_FAST_FMAF
+  for (int i = 0; i < kWidth; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
+// Rows of a group become codes round(w / scale + zero), which stand for (code - zero) * scale.
+struct Grid {
+  Vector scale, zero;
+
+  Vector inverse() const { return quotient(1.0f, scale); }
+};
+
+// The smallest and largest weight of each row, with 0 among them, and the first of largest magnitude.
+struct Reach {
+  Vector low{}, high{}, extreme{};
+  Ints magnitude{};  // as bits: those of a NaN or Inf are larger than any number's
+};
+
+inline Reach reach_of(const float* values, int64_t count) {
+  Reach r;
+  for (int64_t k = 0; k < count; k++) {
+    const Vector w = load<Vector>(values + k * kLanes);
+    const Ints magnitude = reinterpret_cast<Ints>(bits_of(w) & 0x7fffffffu);
+    r.extreme = magnitude > r.magnitude ? w : r.extreme;
+    r.magnitude = magnitude > r.magnitude ? magnitude : r.magnitude;
+    r.low = w < r.low ? w : r.low;
+    r.high = w > r.high ? w : r.high;
+  }
+  return r;
+}
+
+// Symmetric: the extreme has code 0, so that the scale may be negative. With zero points: the range has codes 0..15.
+template <bool zero_point>
+inline Grid plain_grid(const Reach& r) {
+  if constexpr (zero_point) {
+    const Vector scale = (r.high - r.low) / 15.0f, zero = rounded(-r.low / scale);
+    return {scale, scale > 0.0f ? zero : splat(8.0f)};
+  } else {
+    return {r.extreme / -8.0f, splat(8.0f)};
+  }
+}
 
 constexpr int kTogether = 3;  // candidates tried in one pass: their sums over columns fit in the registers
 
-// For each candidate (inverse scale, zero point) per lane: the projection of w on its codes, <w,q>^2 / <q,q>, which the best candidate maximises
-// (least squares error = <w,w> minus it), and the scale <w,q> / <q,q> that attains it.
-inline void project(const float* values, int64_t count, const Lanes* inverse, const Lanes* zero, float levels, Lanes* gain, Lanes* scale) {
-  for (int lane = 0; lane < kLanes; lane += kWidth) {
-    Vector inv[kTogether], offset[kTogether], wq[kTogether] = {}, qq[kTogether] = {};
-    for (int c = 0; c < kTogether; c++) inv[c] = load(&inverse[c][lane]), offset[c] = load(&zero[c][lane]);
-    const Vector low = Vector{} + kRound, high = low + levels;  // codes are rounded, and bounded, with kRound on top of them: exact
-    for (int64_t k = 0; k < count; k++) {
-      const Vector w = load(values + k * kLanes + lane);
+// The projection of w on a candidate's codes q (around their zero point), <w,q>^2 / <q,q>, is what the best one maximises: the least squared error is
+// <w,w> minus it, attained by the scale <w,q> / <q,q>. `best` takes the grid of the first candidate that gains more than `gain`.
+template <bool exact>
+inline void project(const float* values, int64_t count, const Vector* inverse, const Vector* zero, Vector& gain, Grid& best) {
+  Vector wq[kTogether] = {}, qq[kTogether] = {};
+  const Vector low = splat(kRound), high = low + 15.0f;
+  for (int64_t k = 0; k < count; k++) {
+    const Vector w = load<Vector>(values + k * kLanes);
 #pragma GCC unroll 3
-      for (int c = 0; c < kTogether; c++) {
-        const Vector rounded = w * inv[c] + offset[c] + kRound, raised = low > rounded ? low : rounded;
-        const Vector q = (high < raised ? high : raised) - (low + offset[c]);
-        wq[c] += w * q;
-        qq[c] += q * q;
-      }
-    }
     for (int c = 0; c < kTogether; c++) {
-      const Vector fitted = qq[c] > 0.0f ? wq[c] / qq[c] : Vector{};
-      store(&scale[c][lane], fitted);
-      store(&gain[c][lane], fitted * wq[c]);
+      const Vector q = bounded(w * inverse[c] + zero[c] + kRound, low, high) - (low + zero[c]);
+      wq[c] = exact ? add_exact(w, q, wq[c]) : wq[c] + w * q;
+      qq[c] = add_exact(q, q, qq[c]);
     }
+  }
+#pragma GCC unroll 3
+  for (int c = 0; c < kTogether; c++) {
+    const Vector scale = qq[c] > 0.0f ? wq[c] / qq[c] : Vector{}, gained = scale * wq[c];
+    const auto better = gained > gain;
+    best.scale = better ? scale : best.scale;
+    best.zero = better ? zero[c] : best.zero;
+    gain = better ? gained : gain;
   }
 }
 
-// Keeps the scale and zero point of the first of the candidates that gains more than `best`.
-inline void keep_best(const Lanes* gain, const Lanes* fitted, const Lanes* offset, Lanes& best, Lanes& scale, Lanes& zero) {
-  for (int c = 0; c < kTogether; c++)
-    for (int lane = 0; lane < kLanes; lane++) {
-      const bool better = gain[c][lane] > best[lane];
-      scale[lane] = better ? fitted[c][lane] : scale[lane];
-      zero[lane] = better ? offset[c][lane] : zero[lane];
-      best[lane] = better ? gain[c][lane] : best[lane];
-    }
-}
-
-// Symmetric 4-bit: the extreme value goes to code -8, or near it if that lowers the squared error. The scale may be negative.
-inline void scale_symmetric(const float* values, int64_t count, bool search, Lanes& scale, Lanes& zero) {
-  Lanes extreme = {};
-  for (int64_t k = 0; k < count; k++)
-    for (int lane = 0; lane < kLanes; lane++) {
-      const float w = values[k * kLanes + lane], a = w < 0 ? -w : w, b = extreme[lane] < 0 ? -extreme[lane] : extreme[lane];
-      extreme[lane] = a > b ? w : extreme[lane];
-    }
-  Lanes best;
-  for (int lane = 0; lane < kLanes; lane++) {
-    scale[lane] = extreme[lane] / -8.0f;
-    zero[lane] = 8.0f;
-    best[lane] = -1.0f;
-  }
-  if (!search) return;
-  constexpr float kCodes[][kTogether] = {{7.0f, 7.3f, 7.6f}, {7.9f, 8.2f, 8.6f}, {9.0f, 9.5f, 10.0f}};
-  Lanes inverse[kTogether], offset[kTogether], gain[kTogether], fitted[kTogether];
-  for (int c = 0; c < kTogether; c++)
-    for (int lane = 0; lane < kLanes; lane++) offset[c][lane] = 8.0f;
-  for (const auto& codes : kCodes) {
-    for (int c = 0; c < kTogether; c++)
-      for (int lane = 0; lane < kLanes; lane++) inverse[c][lane] = extreme[lane] != 0.0f ? -codes[c] / extreme[lane] : 0.0f;
-    project(values, count, inverse, offset, 15.0f, gain, fitted);
-    keep_best(gain, fitted, offset, best, scale, zero);
-  }
-}
-
-// 4-bit with zero point: codes 0..15 over [min, max] widened to hold 0, or over a narrower range if that lowers the squared error.
-inline void scale_zero_point(const float* values, int64_t count, bool search, Lanes& scale, Lanes& zero) {
-  Lanes low = {}, high = {}, best;
-  for (int64_t k = 0; k < count; k++)
-    for (int lane = 0; lane < kLanes; lane++) {
-      const float w = values[k * kLanes + lane];
-      low[lane] = w < low[lane] ? w : low[lane];
-      high[lane] = w > high[lane] ? w : high[lane];
-    }
-  for (int lane = 0; lane < kLanes; lane++) {
-    scale[lane] = (high[lane] - low[lane]) / 15.0f;
-    zero[lane] = scale[lane] > 0.0f ? round_between(-low[lane] / scale[lane], 0.0f, 15.0f) : 8.0f;
-    best[lane] = -1.0f;
-  }
-  if (!search) return;
-  constexpr float kShrink[] = {1.0f, 0.94f, 0.88f, 0.82f, 0.76f}, kShift[kTogether] = {0.0f, 0.5f, 1.0f};
-  Lanes inverse[kTogether], offset[kTogether], gain[kTogether], fitted[kTogether];
-  for (float shrink : kShrink) {
-    for (int c = 0; c < kTogether; c++)
-      for (int lane = 0; lane < kLanes; lane++) {
-        const float range = high[lane] - low[lane], start = low[lane] + range * (1.0f - shrink) * kShift[c];
-        inverse[c][lane] = range > 0.0f ? 15.0f / (range * shrink) : 0.0f;
-        offset[c][lane] = round_between(-start * inverse[c][lane], 0.0f, 15.0f);
+// Symmetric: the extreme at code 0, or near it. With zero point: the whole range, and narrower ones.
+template <bool zero_point, bool exact>
+inline Grid searched_grid(const float* values, int64_t count, const Reach& r, const Grid& plain) {
+  Grid best = plain;
+  Vector gain = splat(-1.0f);
+  Vector inverse[5][kTogether], zero[5][kTogether];
+  if constexpr (!zero_point) {
+    constexpr float kCodes[][kTogether] = {{7.0f, 7.3f, 7.6f}, {7.9f, 8.2f, 8.6f}, {9.0f, 9.5f, 10.0f}};
+    for (int i = 0; i < 3; i++)
+      for (int c = 0; c < kTogether; c++) inverse[i][c] = quotient(-kCodes[i][c], r.extreme);
+    const Vector eight = splat(8.0f), zeros[kTogether] = {eight, eight, eight};
+    for (int i = 0; i < 3; i++) project<exact>(values, count, inverse[i], zeros, gain, best);
+  } else {
+    constexpr float kShrink[] = {1.0f, 0.94f, 0.88f, 0.82f, 0.76f}, kShift[kTogether] = {0.0f, 0.5f, 1.0f};
+    const Vector range = r.high - r.low;
+    for (int i = 0; i < 5; i++)
+      for (int c = 0; c < kTogether; c++) {
+        const Vector start = r.low + range * (1.0f - kShrink[i]) * kShift[c];
+        inverse[i][c] = quotient(15.0f, range * kShrink[i]);
+        zero[i][c] = rounded(-start * inverse[i][c]);
       }
-    project(values, count, inverse, offset, 15.0f, gain, fitted);
-    keep_best(gain, fitted, offset, best, scale, zero);
+    for (int i = 0; i < 5; i++) project<exact>(values, count, inverse[i], zero[i], gain, best);
   }
+  return best;
+}
+
+// sums[i]: the squared error of each row on grid[i].
+template <int grids>
+inline void nibble_errors(const float* values, int64_t count, const Grid* grid, Vector* sums) {
+  Vector inverse[grids], sum[grids] = {};
+  for (int i = 0; i < grids; i++) inverse[i] = grid[i].inverse();
+  const Vector low = splat(kRound), high = splat(kRound + 15.0f);
+  for (int64_t k = 0; k < count; k++) {
+    const Vector w = load<Vector>(values + k * kLanes);
+#pragma GCC unroll 2
+    for (int i = 0; i < grids; i++) {
+      const Vector q = bounded(w * inverse[i] + grid[i].zero + kRound, low, high) - (grid[i].zero + kRound);
+      const Vector off = w - grid[i].scale * q;
+      sum[i] += off * off;
+    }
+  }
+  for (int i = 0; i < grids; i++) sums[i] = sum[i];
 }
 
 struct Int4 {
@@ -133,27 +185,32 @@ struct Int4 {
 
   template <class E>
   static void choose(const float* values, int64_t count, int64_t, const Choice& choice, Lanes& scale, Lanes& zero) {
-    const auto pick = E::kZero ? scale_zero_point : scale_symmetric;
-    pick(values, count, false, scale, zero);
-    if (!choice.search) return;
-    // Rounding the scale for storage can undo what the search gained.
-    Lanes fitted, fitted_zero, before, after;
-    pick(values, count, true, fitted, fitted_zero);
-    squared_error<E>(values, count, scale, zero, before);
-    squared_error<E>(values, count, fitted, fitted_zero, after);
-    for (int lane = 0; lane < kLanes; lane++) {
-      const bool better = after[lane] < before[lane];
-      scale[lane] = better ? fitted[lane] : scale[lane];
-      zero[lane] = better ? fitted_zero[lane] : zero[lane];
+    for (int lane = 0; lane < kLanes; lane += kWidth) {
+      const Grid grid = choice.exact ? chosen<E, true>(values + lane, count, choice.search) : chosen<E, false>(values + lane, count, choice.search);
+      store(&scale[lane], grid.scale);
+      store(&zero[lane], grid.zero);
     }
   }
 
  private:
+  // exact: weights of at most 11 bits, whose products with codes are exact in float32.
+  template <class E, bool exact>
+  static Grid chosen(const float* values, int64_t count, bool search) {
+    const Reach reach = reach_of(values, count);
+    const Grid plain = plain_grid<E::kZero>(reach);
+    if (!search) return plain;
+    // Rounding the scale for storage can undo what the search gained.
+    const Grid fitted = searched_grid<E::kZero, exact>(values, count, reach, plain), both[] = {stored<E>(plain), stored<E>(fitted)};
+    Vector errors[2];
+    nibble_errors<2>(values, count, both, errors);
+    const auto better = errors[1] < errors[0];
+    return {better ? fitted.scale : plain.scale, better ? fitted.zero : plain.zero};
+  }
+
   template <class E>
-  static void squared_error(const float* values, int64_t count, const Lanes& scale, const Lanes& zero, Lanes& sum) {
-    Lanes stored;
-    for (int lane = 0; lane < kLanes; lane++) stored[lane] = stored_scale<E>(scale[lane]);
-    coterie::squared_error<typename E::Codes>(values, count, stored, zero, sum);
+  static Grid stored(Grid grid) {
+    for (int i = 0; i < kWidth; i++) grid.scale[i] = stored_scale<E>(grid.scale[i]);
+    return grid;
   }
 };
 

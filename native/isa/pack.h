@@ -2,6 +2,7 @@
 // Scales: docs/format.md says how they are chosen.
 #pragma once
 #include <cstdint>
+#include <utility>
 
 #include "formats/encodings.h"
 #include "isa/kernels.h"
@@ -31,20 +32,72 @@ inline void load_row(const void* source, DType dtype, int64_t offset, int64_t co
     for (int64_t i = 0; i < count; i++) to[i] = f16_to_float(half[i]);
 }
 
+// A step in transposing a square of words: row a's words at odd multiples of `distance` for those of row b before them.
+template <int distance, int... i>
+inline void exchange(Words& a, Words& b, std::integer_sequence<int, i...>) {
+  const Words before = a;
+#ifdef __clang__
+  a = __builtin_shufflevector(before, b, (i & distance ? kWidth + i - distance : i)...);
+  b = __builtin_shufflevector(before, b, (i & distance ? kWidth + i : i + distance)...);
+#else
+  a = __builtin_shuffle(before, b, Words{(i & distance ? kWidth + i - distance : i)...});
+  b = __builtin_shuffle(before, b, Words{(i & distance ? kWidth + i : i + distance)...});
+#endif
+}
+
+template <int distance = 1>
+inline void transpose(Words (&rows)[kWidth]) {
+  if constexpr (distance < kWidth) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; i++)
+      if (!(i & distance)) exchange<distance>(rows[i], rows[i + distance], std::make_integer_sequence<int, kWidth>());
+    transpose<2 * distance>(rows);
+  }
+}
+
+// The words of kLanes rows as columns: to[word][lane], or two columns a word (bf16), to[2 * word + half][lane].
+template <bool pairs, int words>
+inline void store_columns(const uint32_t (&rows)[kLanes][words], float* to) {
+  constexpr int columns = pairs ? 2 : 1;
+  for (int lane = 0; lane < kLanes; lane += kWidth)
+    for (int word = 0; word < words / columns; word += kWidth) {
+      Words square[kWidth];
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; i++) square[i] = load<Words>(&rows[lane + i][word]);
+      transpose(square);
+      float* column = to + word * columns * kLanes + lane;
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; i++, column += columns * kLanes) {
+        store(column, pairs ? square[i] << 16 : square[i]);
+        if (pairs) store(column + kLanes, square[i] & 0xffff0000u);
+      }
+    }
+}
+
 // values[column][lane], zero beyond the matrix.
 inline void load_lanes(const Layout& layout, int64_t panel, const void* source, DType dtype, int64_t stride, float* values) {
   constexpr int kChunk = 64;
-  const int64_t cols = layout.padded_cols();
-  float chunk[kLanes][kChunk];
-  for (int64_t begin = 0; begin < cols; begin += kChunk) {
+  alignas(64) uint32_t rows[kLanes][kChunk];
+  for (int64_t begin = 0; begin < layout.padded_cols(); begin += kChunk, values += kChunk * kLanes) {
     const int64_t there = layout.cols - begin < kChunk ? layout.cols - begin : kChunk;
     for (int lane = 0; lane < kLanes; lane++) {
-      const int64_t row = panel * kLanes + lane, count = row < layout.rows && there > 0 ? there : 0;
-      if (count) load_row(source, dtype, row * stride + begin, count, chunk[lane]);
-      for (int64_t i = count; i < kChunk; i++) chunk[lane][i] = 0.0f;
+      const int64_t row = panel * kLanes + lane, offset = row * stride + begin, wanted = row < layout.rows && there > 0 ? there : 0;
+      if (wanted < kChunk) memset(rows[lane], 0, sizeof rows[lane]);
+      if (wanted == 0) continue;
+      if (dtype != DType::bf16) {
+        load_row(source, dtype, offset, wanted, reinterpret_cast<float*>(rows[lane]));
+        continue;
+      }
+      const uint16_t* from = static_cast<const uint16_t*>(source) + offset;
+      if (wanted == kChunk)
+        for (int i = 0; i < kChunk; i += 2 * kWidth) store(&rows[lane][i / 2], load<Words>(from + i));
+      else
+        memcpy(rows[lane], from, wanted * 2);
     }
-    for (int i = 0; i < kChunk; i++)
-      for (int lane = 0; lane < kLanes; lane++) values[(begin + i) * kLanes + lane] = chunk[lane][i];
+    if (dtype == DType::bf16)
+      store_columns<true>(rows, values);
+    else
+      store_columns<false>(rows, values);
   }
 }
 
@@ -169,7 +222,7 @@ inline bool pack_panel_as(const Layout& layout, int64_t panel, const void* sourc
 inline bool pack_panel(const Layout& layout, int64_t panel, const void* source, DType dtype, int64_t stride, const PackOptions& options,
                        uint8_t* matrix, float* scratch, PackError& error) {
   const float* tiles = options.tiles ? options.tiles + panel * kPanelRows / kScaleTileRows * layout.steps() : nullptr;
-  const Choice choice{options.search, tiles, options.largest};
+  const Choice choice{options.search, tiles, options.largest, dtype != DType::f32};
   return with_encoding(layout, [&](auto encoding) {
     return pack_panel_as<decltype(encoding)>(layout, panel, source, dtype, stride, choice, matrix, scratch, error);
   });
