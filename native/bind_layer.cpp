@@ -16,6 +16,7 @@
 #include "layer/backward.h"
 #include "layer/workspace.h"
 #include "runtime/dispatch.h"
+#include "tensors.h"
 
 namespace nb = nanobind;
 
@@ -72,16 +73,31 @@ class Layer {
     biases_[projection] = std::move(owner);
   }
 
+  // The output for plain tensors that the kernels take as they are: x bf16 or f32, ids i64, weights f32, of fitting shapes; None for any other.
+  nb::object compute(nb::handle x, nb::handle ids, nb::handle weights, bool integer) const {
+    const auto rows = borrow(x), chosen = borrow(ids), weighting = borrow(weights);
+    if (!rows || !chosen || !weighting) return nb::none();
+    if (rows->element != Element::bf16 && rows->element != Element::f32) return nb::none();
+    if (chosen->element != Element::i64 || weighting->element != Element::f32 || !chosen->contiguous() || !weighting->contiguous()) return nb::none();
+    const int64_t tokens = rows->rows, top_k = chosen->cols;
+    if (rows->cols != layer_.hidden || chosen->rows != tokens || weighting->rows != tokens || weighting->cols != top_k || top_k > layer_.count)
+      return nb::none();
+    auto made = new_matrix(rows->element, tokens, layer_.hidden);
+    if (!made) return nb::none();
+    const auto dtype = static_cast<DType>(rows->element);
+    run({tokens, top_k, rows->data, dtype, rows->row_stride, static_cast<int64_t*>(chosen->data), static_cast<float*>(weighting->data), made->second, dtype,
+         integer},
+        nullptr);
+    return made->first;
+  }
+
   void forward(int64_t tokens, int64_t top_k, uintptr_t x, int x_dtype, int64_t x_stride, uintptr_t ids, uintptr_t weights, uintptr_t out,
                int out_dtype, bool integer, const std::optional<LoraTuple>& lora, uintptr_t gate, uintptr_t up) const {
     const Batch batch{tokens,          top_k,          at<void>(x), static_cast<DType>(x_dtype),    x_stride,
                       at<int64_t>(ids), at<float>(weights), at<void>(out), static_cast<DType>(out_dtype), integer};
-    check_complete();
-    check_ids(batch.ids, tokens, top_k);
     std::optional<Training> training;
     if (lora) training = Training{lora_of(*lora), at<uint16_t>(gate), at<uint16_t>(up)};
-    nb::gil_scoped_release released;
-    coterie::forward(layer_, kernels(), batch, training ? &*training : nullptr);
+    run(batch, training ? &*training : nullptr);
   }
 
   void backward(int64_t tokens, int64_t top_k, uintptr_t x, int x_dtype, uintptr_t grad_out, int grad_out_dtype, uintptr_t ids, uintptr_t weights,
@@ -102,6 +118,13 @@ class Layer {
   }
 
  private:
+  void run(const Batch& batch, const Training* training) const {
+    check_complete();
+    check_ids(batch.ids, batch.tokens, batch.top_k);
+    nb::gil_scoped_release released;
+    coterie::forward(layer_, kernels(), batch, training);
+  }
+
   void check_complete() const {
     if (missing_) throw nb::value_error("these experts do not have all their weights yet");
   }
@@ -129,6 +152,7 @@ void bind_layer(nb::module_& m) {
       .def("set_expert", &Layer::set_expert)
       .def("set_bias", &Layer::set_bias, nb::arg(), nb::arg(), nb::arg().none())
       .def("handle", &Layer::handle)
+      .def("compute", &Layer::compute)
       .def("forward", &Layer::forward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
            nb::arg().none(), nb::arg(), nb::arg())
       .def("backward", &Layer::backward);

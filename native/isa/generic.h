@@ -19,14 +19,18 @@ constexpr int64_t kPairRows = 128;
 
 template <class Isa>
 struct Engine {
-  // M rows times every panel of a block: all four at once where the tile is wide enough, or else one by one.
+  // M rows times every panel of a block: all four at once where the tile is wide enough, or else in several sweeps. They share out between them the
+  // `lines` at `next` to fetch.
   template <class E, int M>
-  static void sweep(const Layout& layout, const Block& block, const Staged& x, const int32_t* index, float* out, const Ahead& ahead) {
+  static void sweep(const Layout& layout, const Block& block, const Staged& x, const int32_t* index, float* out, const uint8_t* next, int64_t lines) {
     constexpr int NP = Isa::tile_panels(M);
-    constexpr bool kDecoded = std::is_same_v<E, Bytes>;
-    const Rows<M> rows(x, index, kDecoded);
+    const Rows<M> rows(x, index, std::is_same_v<E, Bytes>);
+    const int64_t share = lines / ((block.panels + NP - 1) / NP);
+    Ahead ahead{next};
+    ahead.spread(share, x.cols / E::kLineColumns);
     int panel = 0;
-    for (; panel + NP <= block.panels; panel += NP) tile<E, M, NP>(layout, block, panel, x, rows, out + panel * kPanelRows, panel ? Ahead{} : ahead);
+    for (; panel + NP <= block.panels; panel += NP, ahead.from += share * kLine)
+      tile<E, M, NP>(layout, block, panel, x, rows, out + panel * kPanelRows, ahead);
     if constexpr (NP > 1)
       for (; panel < block.panels; panel++) tile<E, M, 1>(layout, block, panel, x, rows, out + panel * kPanelRows, Ahead{});
   }
@@ -43,11 +47,12 @@ struct Engine {
 
   // Up to M rows times a block.
   template <class E, int M = Isa::kTileRows>
-  static void rows_of(int64_t count, const Layout& layout, const Block& block, const Staged& x, const int32_t* index, float* out, const Ahead& ahead) {
+  static void rows_of(int64_t count, const Layout& layout, const Block& block, const Staged& x, const int32_t* index, float* out, const uint8_t* next,
+                      int64_t lines) {
     if constexpr (M > 1) {
-      if (count < M) return rows_of<E, M - 1>(count, layout, block, x, index, out, ahead);
+      if (count < M) return rows_of<E, M - 1>(count, layout, block, x, index, out, next, lines);
     }
-    sweep<E, M>(layout, block, x, index, out, ahead);
+    sweep<E, M>(layout, block, x, index, out, next, lines);
   }
 
   // Tile registers want rows next to each other: those of an expert, copied once for all its panels. Null where tiles are not used.
@@ -102,16 +107,12 @@ struct Engine {
     }
     alignas(64) float out[Isa::kTileRows * kBlockRows];
     const int64_t count = (tokens.count + Isa::kTileRows - 1) / Isa::kTileRows;
-    // Each tile fetches its share of the lines to come, spread over its own.
-    const int64_t lines = x.cols / E::kLineColumns, ahead_lines = layout.block_bytes(block.panels) / kLine;
-    const int64_t share = count > 1 ? ahead_lines / count : 0;
-    Ahead ahead;
-    while (ahead.runs < kBlockPanels && share > ahead.runs * lines) ahead.runs++;
-    while (share && (lines >> (ahead.shift + 1)) * ahead.runs >= share) ahead.shift++;
+    // What is read once from end to end, the hardware fetches by itself.
+    const bool once = count == 1 && Isa::tile_panels(static_cast<int>(tokens.count)) >= block.panels;
+    const int64_t share = once ? 0 : layout.block_bytes(block.panels) / kLine / count;
     for (int64_t t = 0; t < count; t++) {
       const int64_t first = tokens.count * t / count, rows = tokens.count * (t + 1) / count - first;
-      ahead.from = next + share * t * kLine;
-      rows_of<E>(rows, layout, block, x, tokens.input + first, out, ahead);
+      rows_of<E>(rows, layout, block, x, tokens.input + first, out, next + share * t * kLine, share);
       finish(first, rows, out);
     }
   }

@@ -41,6 +41,10 @@ struct Totals {
       for (int p = 0; p < NP; p++) put(m, p, Isa::zero());
   }
   float* result(int m, int p) const { return out + (m * kBlockPanels + p) * kPanelRows; }
+  // Keeps the compiler from holding them in registers all the same, which it would take from the accumulators.
+  static void settle() {
+    if constexpr (!kInRegisters) asm volatile("" ::: "memory");
+  }
   typename Isa::F get(int m, int p) const { return kInRegisters ? at[m * kInRegisters][p * kInRegisters] : Isa::load(result(m, p)); }
   void put(int m, int p, const typename Isa::F& v) { kInRegisters ? void(at[m * kInRegisters][p * kInRegisters] = v) : Isa::store(result(m, p), v); }
 };
@@ -103,6 +107,7 @@ __attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& blo
         }
       }
       at += block.panels * kPanelRows * E::Scale::kRowBytes + E::Scale::kBlockBytes;
+      totals.settle();
     }
   }
   for (int p = 0; p < NP; p++) {
@@ -197,6 +202,7 @@ __attribute__((noinline)) void quads_tile(const Block& block, int panel, const R
         totals.put(m, p, Isa::fma(v, E::kStepScale ? Isa::mul(xs, ws[p]) : xs, totals.get(m, p)));
       }
     }
+    totals.settle();
   }
   for (int p = 0; p < NP; p++) {
     typename Isa::F ws = Isa::zero();

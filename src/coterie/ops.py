@@ -20,6 +20,10 @@ NO_LORA: tuple[Factors, list[float], bool] = ((None,) * 6, [1.0] * 3, False)
 
 def forward(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None = None) -> Tensor:
     """See Experts.__call__. What needs no gradients keeps nothing, and is computed at once where nothing looks on."""
+    if lora is None and not (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)) and runs_now():
+        out = _as_they_are(experts._layer, x, ids, weights)
+        if out is not None:
+            return out
     check(experts, x, ids, weights)
     given = () if lora is None else [factor for factor in lora.factors() if factor is not None]
     if given:
@@ -30,6 +34,16 @@ def forward(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: E
     if runs_now() and all(is_plain(t) for t in (x, ids, weights, *given)):
         return _compute(experts._layer, x, ids, weights, factors, scalings, shared)
     return experts_forward(x, ids, weights, experts._handle, *factors, scalings, shared)
+
+
+def _as_they_are(layer: Layer, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
+    """The output for tensors that need no conversion, checked and made by the engine; None for any other."""
+    if x.is_neg() or weights.is_neg():
+        return None
+    try:
+        return layer.compute(x, ids, weights, layer.uses_int8())
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
 
 
 def _train(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora) -> Tensor:

@@ -1,0 +1,107 @@
+#include "tensors.h"
+
+namespace nb = nanobind;
+
+namespace coterie {
+namespace {
+
+// The structures of DLPack's specification (version 1), under our names.
+struct Version {
+  uint32_t major, minor;
+};
+struct Device {
+  int32_t type, id;
+};
+struct DataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+struct View {
+  void* data;
+  Device device;
+  int32_t dimensions;
+  DataType dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+struct Managed {
+  Version version;
+  void* context;
+  void (*release)(Managed*);
+  uint64_t flags;
+  View view;
+};
+struct Exchange {
+  Version version;
+  Exchange* older;
+  int (*allocate)(View* like, Managed** made, void* error_context, void (*set_error)(void*, const char*, const char*));
+  int (*managed_from_object)(void* object, Managed** made);
+  int (*object_from_managed)(Managed* managed, void** object);
+  int (*view_of_object)(void* object, View* view);
+  int (*current_stream)(int32_t, int32_t, void**);
+};
+
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kInteger = 0, kFloat = 2, kBfloat = 4;
+
+struct Torch {
+  PyTypeObject* tensor = nullptr;  // torch.Tensor itself: a subclass may answer for itself
+  const Exchange* exchange = nullptr;
+
+  Torch() {
+    nb::object type = nb::module_::import_("torch").attr("Tensor");
+    tensor = reinterpret_cast<PyTypeObject*>(type.release().ptr());  // kept for as long as the process lives
+    nb::object capsule = nb::getattr(nb::handle(reinterpret_cast<PyObject*>(tensor)), "__dlpack_c_exchange_api__", nb::none());
+    if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return;
+    const auto* found = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (found->version.major == 1 && found->view_of_object) exchange = found;
+  }
+};
+
+const Torch& torch() {
+  static const Torch found;
+  return found;
+}
+
+Element element_of(DataType t) {
+  if (t.lanes != 1) return Element::other;
+  if (t.code == kBfloat && t.bits == 16) return Element::bf16;
+  if (t.code == kFloat && t.bits == 32) return Element::f32;
+  if (t.code == kFloat && t.bits == 16) return Element::f16;
+  if (t.code == kInteger && t.bits == 64) return Element::i64;
+  return Element::other;
+}
+
+void set_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
+
+}  // namespace
+
+std::optional<BorrowedMatrix> borrow(nb::handle tensor) {
+  const Torch& t = torch();
+  if (!t.exchange || Py_TYPE(tensor.ptr()) != t.tensor) return {};
+  View view;
+  if (t.exchange->view_of_object(tensor.ptr(), &view) != 0) {
+    PyErr_Clear();
+    return {};
+  }
+  if (view.device.type != kCpu || view.dimensions != 2 || !view.data) return {};
+  const int64_t rows = view.shape[0], cols = view.shape[1];
+  if (view.strides && view.strides[1] != 1 && cols > 1) return {};
+  return BorrowedMatrix{static_cast<uint8_t*>(view.data) + view.byte_offset, element_of(view.dtype), rows, cols, view.strides ? view.strides[0] : cols};
+}
+
+std::optional<std::pair<nb::object, void*>> new_matrix(Element element, int64_t rows, int64_t cols) {
+  const Torch& t = torch();
+  if (!t.exchange) return {};
+  int64_t shape[2] = {rows, cols};
+  const bool half = element == Element::bf16;
+  View like{nullptr, {kCpu, 0}, 2, {half ? kBfloat : kFloat, static_cast<uint8_t>(half ? 16 : 32), 1}, shape, nullptr, 0};
+  Managed* made = nullptr;
+  if (t.exchange->allocate(&like, &made, nullptr, set_error) != 0) throw nb::python_error();
+  void* data = static_cast<uint8_t*>(made->view.data) + made->view.byte_offset;
+  void* object = nullptr;
+  if (t.exchange->object_from_managed(made, &object) != 0) throw nb::python_error();
+  return std::pair(nb::steal(static_cast<PyObject*>(object)), data);
+}
+
+}  // namespace coterie
