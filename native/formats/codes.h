@@ -186,7 +186,7 @@ void E2m1Codes::pairs(const uint8_t* line, typename Isa::Pair (&to)[4]) {
 
 template <class Isa>
 void E4m3Codes::pairs(const uint8_t* line, typename Isa::Pair (&to)[2]) {
-  if constexpr (Isa::kLooksUpPairs)
+  if constexpr (Isa::kE4m3Pairs)
     Isa::e4m3_pairs(line, to);
   else
     pairs_by_column<Isa, E4m3Codes>(line, to);

@@ -68,21 +68,21 @@ struct Engine {
   }
 
   // Every row of `tokens` times one block; `finish(first, rows, out)` takes the [rows][64] products of some of them. What lies at `next`, as much as the
-  // block has, is fetched meanwhile.
+  // block has, is fetched meanwhile. Whether weights are decoded depends on `all`, the rows of the whole product.
   template <class Finish>
-  static void multiply_block(const Layout& layout, const Block& block, const Staged& x, const Tokens& tokens, const uint8_t* gathered, uint8_t* scratch,
-                             const uint8_t* next, const Finish& finish) {
+  static void multiply_block(const Layout& layout, const Block& block, const Staged& x, const Tokens& tokens, int64_t all, const uint8_t* gathered,
+                             uint8_t* scratch, const uint8_t* next, const Finish& finish) {
     with_encoding(layout, [&](auto encoding) {
       using E = decltype(encoding);
       constexpr bool kNarrow = E::Codes::kBits == 4 && E::kStepScale;
       if (x.integer) {
         if constexpr (kNarrow)
-          if (gathered || (layout.step < kActivationGroup && tokens.count >= kDecodeFrom)) {
+          if (gathered || (layout.step < kActivationGroup && all >= kDecodeFrom)) {
             decode_bytes<Isa, E>(layout, block, scratch);
             return tiles<Bytes>(layout, {scratch, block.panels}, x, tokens, gathered, next, finish);
           }
       } else if constexpr (!std::is_same_v<E, Pairs>) {
-        if (!E::kFused || gathered || tokens.count > Isa::kTileRows) {
+        if (!E::kFused || gathered || all > Isa::kTileRows) {
           decode_pairs<Isa, E>(layout, block, 0, layout.padded_cols(), scratch);
           return tiles<Pairs>(layout, {scratch, block.panels}, x, tokens, gathered, next, finish);
         }
@@ -202,7 +202,7 @@ struct Engine {
       for (int i = 0; i <= has_gate; i++) {
         const bool last = i == has_gate;
         const uint8_t* then = last ? next : product.matrix[1] + layout.block_start(number);
-        multiply_block(layout, block_at(layout, product.matrix[i], number), product.x, tokens, rows_of_tokens, scratch, then,
+        multiply_block(layout, block_at(layout, product.matrix[i], number), product.x, tokens, product.tokens.count, rows_of_tokens, scratch, then,
                        [&](int64_t start, int64_t rows, float* out) {
                          add_low_rank(lora[i], product.lora[i], tokens, start, rows, out);
                          for (int64_t m = 0; m < rows; m++) {
@@ -239,7 +239,7 @@ struct Engine {
     const int64_t columns = panels * kPanelRows;
     const LoraBlock lora(product.lora[0], product.expert, layout.rows, number, panels, lora_memory);
     float* const result = product.summed.result + (number - product.summed.first) * kBlockRows;
-    multiply_block(layout, block_at(layout, product.matrix[0], number), product.x, tokens, gathered, scratch, next,
+    multiply_block(layout, block_at(layout, product.matrix[0], number), product.x, tokens, tokens.count, gathered, scratch, next,
                    [&](int64_t first, int64_t rows, float* out) {
                      add_low_rank(lora, product.lora[0], tokens, first, rows, out);
                      for (int64_t m = 0; m < rows; m++) {

@@ -16,7 +16,7 @@ struct Avx2 {
     __m256i a, b;
   };
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
-  static constexpr bool kTiles = false, kLooksUpPairs = false;
+  static constexpr bool kTiles = false, kLooksUpPairs = false, kE4m3Pairs = true;
   static constexpr int kRegistersPerVector = 2;
   static constexpr int kTileRows = 6;
   static constexpr int tile_panels(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
@@ -88,13 +88,30 @@ struct Avx2 {
   struct Pair {
     F even, odd;
   };
-  static Pair load_pair(const uint8_t* p) {
-    const I w = load_integers(p);
+  static Pair load_pair(const uint8_t* p) { return split(load_integers(p)); }
+  static Pair pair_of(F even, F odd) { return {even, odd}; }
+  static Pair split(I w) {
     const __m256i high = _mm256_set1_epi32(0xffff0000);
     return {{_mm256_castsi256_ps(_mm256_slli_epi32(w.a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(w.b, 16))},
             {_mm256_castsi256_ps(_mm256_and_si256(w.a, high)), _mm256_castsi256_ps(_mm256_and_si256(w.b, high))}};
   }
-  static Pair pair_of(F even, F odd) { return {even, odd}; }
+  // e4m3 in the lower bytes of 16-bit elements (the upper ones may hold anything) as bf16: normal codes are moved and their exponent's bias is
+  // changed; the eight subnormal ones are looked up, byte by byte.
+  static __m256i e4m3_words(__m256i code) {
+    const __m256i subnormal = _mm256_broadcastsi128_si256(_mm_setr_epi8(0x00, 0x00, int8_t(0x80), int8_t(0xc0), 0x00, 0x20, 0x40, 0x60,  // lower bytes
+                                                                        0x00, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c));                // upper ones
+    const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi16(0x7f));
+    const __m256i normal = _mm256_add_epi16(_mm256_slli_epi16(magnitude, 4), _mm256_set1_epi16(120 << 7));
+    const __m256i index = _mm256_add_epi16(_mm256_or_si256(magnitude, _mm256_slli_epi16(magnitude, 8)), _mm256_set1_epi16(0x0800));
+    const __m256i small = _mm256_cmpgt_epi16(_mm256_set1_epi16(8), magnitude);
+    const __m256i value = _mm256_blendv_epi8(normal, _mm256_shuffle_epi8(subnormal, index), small);
+    return _mm256_or_si256(value, _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x80)), 8));
+  }
+  static void e4m3_pairs(const uint8_t* line, Pair (&to)[2]) {
+    const I w = load_integers(line);
+    to[0] = split({e4m3_words(w.a), e4m3_words(w.b)});
+    to[1] = split({e4m3_words(_mm256_srli_epi16(w.a, 8)), e4m3_words(_mm256_srli_epi16(w.b, 8))});
+  }
   struct PairOf1 {
     __m256 even, odd;
   };

@@ -21,7 +21,7 @@ struct Avx512 {
   using F = __m512;
   using I = __m512i;
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
-  static constexpr bool kTiles = false, kLooksUpPairs = false;
+  static constexpr bool kTiles = false, kLooksUpPairs = false, kE4m3Pairs = true;
   static constexpr int kRegistersPerVector = 1;
   static constexpr int kTileRows = 6;
   static constexpr int tile_panels(int rows) { return rows <= 2 ? 4 : 2; }
@@ -62,9 +62,24 @@ struct Avx512 {
   struct Pair {
     F even, odd;
   };
-  static Pair load_pair(const uint8_t* p) {
-    const __m512i w = _mm512_loadu_si512(p);
+  static Pair split(I w) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(0xffff0000)))};
+  }
+  static Pair load_pair(const uint8_t* p) { return split(_mm512_loadu_si512(p)); }
+  // e4m3 in the lower bytes of 16-bit elements (the upper ones may hold anything) as bf16: normal codes are moved and their exponent's bias is
+  // changed; the eight subnormal ones are looked up.
+  static I e4m3_words(I code) {
+    const I subnormal = _mm512_broadcast_i32x4(_mm_setr_epi16(0x0000, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    const I magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+    const I normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+    const __mmask32 small = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
+    const I value = _mm512_mask_permutexvar_epi16(normal, small, magnitude, subnormal);
+    return _mm512_or_si512(value, _mm512_slli_epi16(_mm512_and_si512(code, _mm512_set1_epi16(0x80)), 8));
+  }
+  static void e4m3_pairs(const uint8_t* line, Pair (&to)[2]) {
+    const I w = _mm512_loadu_si512(line);
+    to[0] = split(e4m3_words(w));
+    to[1] = split(e4m3_words(_mm512_srli_epi16(w, 8)));
   }
   static Pair pair_of(F even, F odd) { return {even, odd}; }
   static Pair broadcast_pair(const uint8_t* x) {

@@ -39,19 +39,10 @@ struct Avx512Bf16 : Avx512 {
     to[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), entries);
     to[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 12), entries);
   }
-  // Normal codes are moved and their exponent's bias is changed; the eight subnormal ones are looked up.
   static void e4m3_pairs(const uint8_t* line, Pair (&to)[2]) {
     const __m512i w = _mm512_loadu_si512(line);
-    const __m512i subnormal = _mm512_broadcast_i32x4(_mm_setr_epi16(0x0000, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-    auto value = [&](__m512i code) {  // in the lower bytes; the upper ones may hold anything
-      const __m512i magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
-      const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
-      const __mmask32 small = _mm512_cmplt_epi16_mask(magnitude, _mm512_set1_epi16(8));
-      const __m512i all = _mm512_mask_permutexvar_epi16(normal, small, magnitude, subnormal);
-      return _mm512_or_si512(all, _mm512_slli_epi16(_mm512_and_si512(code, _mm512_set1_epi16(0x80)), 8));
-    };
-    to[0] = value(w);
-    to[1] = value(_mm512_srli_epi16(w, 8));
+    to[0] = e4m3_words(w);
+    to[1] = e4m3_words(_mm512_srli_epi16(w, 8));
   }
 
   using Quad = __m512i;

@@ -16,7 +16,7 @@ struct Scalar {
     int32_t v[kLanes];
   };
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
-  static constexpr bool kTiles = false, kLooksUpPairs = false;
+  static constexpr bool kTiles = false, kLooksUpPairs = false, kE4m3Pairs = false;
   static constexpr int kRegistersPerVector = 1;
   static constexpr int kTileRows = 4;
   static constexpr int tile_panels(int) { return 1; }

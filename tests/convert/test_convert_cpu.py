@@ -191,7 +191,7 @@ def test_options(tmp_path):
     folder, _ = two_layers(tmp_path / "in")
     out = tmp_path / "out"
     refuse(folder, out, "unknown format 'int3'", ArgumentError, quant_method="int3")
-    refuse(folder, out, "group_size: expected", ArgumentError, group_size=48)
+    refuse(folder, out, "group_size of int4: expected", ArgumentError, group_size=48)
     refuse(folder, out, "down: 32 columns are not a multiple of group_size=64", ArgumentError, group_size=64)
     refuse(folder, out, "zero_point is an option of int4", ArgumentError, quant_method="int8", zero_point=True)
     refuse(folder, out, "threads: expected", ArgumentError, threads=0)

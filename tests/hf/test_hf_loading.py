@@ -400,8 +400,8 @@ def test_config_options():
         coterie.CoterieConfig(groupsize=32)
     config = coterie.CoterieConfig("int4", zero_point=True, mmap=True)
     assert coterie.CoterieConfig.from_dict(config.to_dict()).spec == config.spec
-    with pytest.raises(CheckpointError, match=r"version '2\.0'"):
-        coterie.CoterieConfig(version="2.0")
+    with pytest.raises(CheckpointError, match=r"version '3\.0'"):
+        coterie.CoterieConfig(version="3.0")
 
 
 # --- a broken packed checkpoint ---
