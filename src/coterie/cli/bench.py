@@ -73,6 +73,42 @@ def layer(
 
 
 @app.command()
+def formats(
+    shape: Annotated[str, typer.Option(help="As of `bench layer`.")] = "qwen3-30b",
+    experts: Annotated[str, typer.Option(help="Formats, or all.")] = "all",
+    isa: Annotated[str, typer.Option(help="Instruction sets of this CPU, or all.")] = "all",
+    seconds: Seconds = 0.3,
+    rounds: Rounds = 5,
+) -> None:
+    """Time one token in every format and instruction set, as a share of what the memory could deliver."""
+    from coterie import cpu
+    from coterie.bench.formats import bench_formats
+    from coterie.bench.shapes import parse_shape
+    from coterie.formats import FORMATS
+
+    sizes = parse_shape(shape)
+    names = FORMATS if experts == "all" else experts.split(",")
+    isas = cpu.info().isas if isa == "all" else isa.split(",")
+    report = table(
+        f"{describe(sizes)}, one token: bytes read in the time that it takes / bytes that the memory delivers in it",
+        "format",
+        "bytes a weight",
+        "memory GB/s",
+        *isas,
+    )
+    with errors.status("measuring"):
+        for r in bench_formats(sizes, names, isas, seconds, rounds):
+            report.add_row(
+                r.spec.name,
+                significant(r.bytes_per_weight),
+                significant(r.bandwidth / 1e9),
+                *(f"{share:.0%}" for share in r.share.values()),
+            )
+    console.print(report)
+    print_machine(rounds)
+
+
+@app.command()
 def model(
     experts: Experts = "int4",
     group_size: GroupSize = None,

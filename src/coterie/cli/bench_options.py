@@ -12,8 +12,8 @@ from coterie.errors import ArgumentError
 if TYPE_CHECKING:
     from coterie.bench.shapes import Shape
 
-Experts = Annotated[str, typer.Option(help="Format of the packed experts: bf16, int8 or int4.")]
-GroupSize = Annotated[int | None, typer.Option(help="Columns that share a scale. [default: int4 32, int8 a row]")]
+Experts = Annotated[str, typer.Option(help="Format of the packed experts: bf16, int8, int4, fp8_block ...")]
+GroupSize = Annotated[int | None, typer.Option(help="Columns that share a scale. [default: the format's]")]
 ZeroPoint = Annotated[bool, typer.Option("--zero-point", help="int4 with zero points.")]
 Peer = Annotated[str, typer.Option(help="Transformers' implementation to compare with: grouped_mm or eager.")]
 Seconds = Annotated[float, typer.Option(help="Seconds of a turn.")]

@@ -24,7 +24,9 @@ def _convert() -> None:
 def cpu(
     input_path: Annotated[Path, typer.Option("--input-path", "-i", help="Folder of a Hugging Face MoE checkpoint.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New or empty folder for the packed checkpoint.")],
-    quant_method: Annotated[str, typer.Option(help="Format of the experts: int4, int8 or bf16.")] = "int4",
+    quant_method: Annotated[
+        str, typer.Option(help="Format: int4, int8, bf16, fp8_block, fp8_channel, mxfp4, mxfp8 or nvfp4.")
+    ] = "int4",
     group_size: Annotated[
         int | None,
         typer.Option(help="Columns that share a scale: 32, 64, 128, or 0 for a whole row. [default: int4 32, int8 0]"),

@@ -17,7 +17,7 @@ def plan(
     model: Annotated[
         str, typer.Argument(help="A model's folder, its config.json alone, or a hub id; weights are not needed.")
     ],
-    experts: Annotated[str | None, typer.Option(help="Only this format of experts: bf16, int8 or int4.")] = None,
+    experts: Annotated[str | None, typer.Option(help="Only this format of experts: bf16, int8, int4, ...")] = None,
     context: Annotated[int, typer.Option(help="Tokens of one sequence, for the size of its KV cache.")] = 4096,
     ram: Annotated[
         str | None, typer.Option(help="RAM to plan for, like 64GB or 64 (gigabytes). [default: what is available here]")
