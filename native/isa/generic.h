@@ -8,6 +8,7 @@
 #include "isa/kernels.h"
 #include "isa/pack.h"
 #include "isa/tiles.h"
+#include "isa/transposed.h"
 
 namespace coterie {
 namespace {
@@ -19,6 +20,8 @@ constexpr int64_t kPairRows = 128;
 
 template <class Isa>
 struct Engine {
+  using F = typename Isa::F;
+
   // M rows times every panel of a block: all four at once where the tile is wide enough, or else in several sweeps. They share out between them the
   // `lines` at `next` to fetch.
   template <class E, int M>
@@ -75,25 +78,27 @@ struct Engine {
     with_encoding(layout, [&](auto encoding) {
       using E = decltype(encoding);
       constexpr bool kNarrow = E::Codes::kBits == 4 && E::kStepScale;
+      const int64_t lines = layout.block_bytes(block.panels) / kLine;
       if (x.integer) {
         if constexpr (kNarrow)
           if (gathered || (layout.step < kActivationGroup && all >= kDecodeFrom)) {
             decode_bytes<Isa, E>(layout, block, scratch);
-            return tiles<Bytes>(layout, {scratch, block.panels}, x, tokens, gathered, next, finish);
+            return tiles<Bytes>(layout, {scratch, block.panels}, x, tokens, gathered, next, lines, finish);
           }
       } else if constexpr (!std::is_same_v<E, Pairs>) {
         if (!E::kFused || gathered || all > Isa::kTileRows) {
           decode_pairs<Isa, E>(layout, block, 0, layout.padded_cols(), scratch);
-          return tiles<Pairs>(layout, {scratch, block.panels}, x, tokens, gathered, next, finish);
+          return tiles<Pairs>(layout, {scratch, block.panels}, x, tokens, gathered, next, lines, finish);
         }
       }
-      tiles<E>(layout, block, x, tokens, gathered, next, finish);
+      tiles<E>(layout, block, x, tokens, gathered, next, lines, finish);
     });
   }
 
+  // The tiles fetch `lines` at `next` between them.
   template <class E, class Finish>
   static void tiles(const Layout& layout, const Block& block, const Staged& x, const Tokens& tokens, const uint8_t* gathered, const uint8_t* next,
-                    const Finish& finish) {
+                    int64_t lines, const Finish& finish) {
     if constexpr (Isa::kTiles) {
       if (gathered) {
         alignas(64) float out[Isa::kTileChunk * kBlockRows];
@@ -109,7 +114,7 @@ struct Engine {
     const int64_t count = (tokens.count + Isa::kTileRows - 1) / Isa::kTileRows;
     // What is read once from end to end, the hardware fetches by itself.
     const bool once = count == 1 && Isa::tile_panels(static_cast<int>(tokens.count)) >= block.panels;
-    const int64_t share = once ? 0 : layout.block_bytes(block.panels) / kLine / count;
+    const int64_t share = once ? 0 : lines / count;
     for (int64_t t = 0; t < count; t++) {
       const int64_t first = tokens.count * t / count, rows = tokens.count * (t + 1) / count - first;
       rows_of<E>(rows, layout, block, x, tokens.input + first, out, next + share * t * kLine, share);
@@ -129,21 +134,24 @@ struct Engine {
       store_bf16(values, count, reinterpret_cast<uint16_t*>(row) + column);
   }
 
-  // Rows of B that belong to a block, as a block of bf16 pairs over the rank.
+  // Rows of B, or columns of A, that belong to a block, as a block of bf16 pairs over the rank.
   struct LoraBlock {
     Block block{};
     int64_t cols = 0;
 
-    LoraBlock(const LoraTerm& term, int64_t expert, int64_t rows, int64_t number, int panels, std::vector<uint8_t>& memory) {
-      if (!term.factor || !term.factor->rank) return;
-      const LoraFactor& f = *term.factor;
-      const int64_t element = f.b_type == DType::f32 ? 4 : 2, stride = panels * kLine;
-      cols = f.padded_rank();
+    LoraBlock(const Product& product, int i, int64_t number, int panels, std::vector<uint8_t>& memory) {
+      const LoraFactor* f = product.lora[i].factor;
+      if (!f || !f->rank) return;
+      const DType dtype = product.transposed ? f->a_type : f->b_type;
+      const int64_t element = dtype == DType::f32 ? 4 : 2, stride = panels * kLine;
+      const int64_t rows = product.transposed ? product.layout->cols : product.layout->rows;  // of results
+      const auto* source = static_cast<const uint8_t*>(product.transposed ? f->a : f->b) + product.expert * rows * f->rank * element;
+      cols = f->padded_rank();
       memory.resize(cols / 2 * stride);
       for (int p = 0; p < panels; p++) {
-        const int64_t row = number * kBlockRows + p * kPanelRows;
-        pack_pairs<Isa>(static_cast<const uint8_t*>(f.b) + (expert * rows + row) * f.rank * element, f.b_type, f.rank, 1, rows - row, f.rank, cols / 2,
-                        memory.data() + p * kLine, stride);
+        const int64_t row = number * kBlockRows + p * kPanelRows, there = rows - row > 0 ? rows - row : 0;
+        const int64_t row_stride = product.transposed ? 1 : f->rank, col_stride = product.transposed ? rows : 1;
+        pack_pairs<Isa>(source + row * row_stride * element, dtype, row_stride, col_stride, there, f->rank, cols / 2, memory.data() + p * kLine, stride);
       }
       block = {memory.data(), panels};
     }
@@ -181,8 +189,22 @@ struct Engine {
     const uint8_t* gathered = gather(*product.layout, product.x, product.tokens);
     for (int64_t block = begin; block < end; block++) {
       const uint8_t* then = block + 1 < end ? product.matrix[0] + product.layout->block_start(block + 1) : next;
-      product.activated.activation ? activated_block(product, block, gathered, then, scratch) : summed_block(product, block, gathered, then, scratch);
+      if (product.activated.activation)
+        activated_block(product, block, gathered, then, scratch);
+      else if (product.slopes.buffers)
+        slopes_block(product, block, gathered, scratch);
+      else
+        summed_block(product, block, gathered, then, scratch);
     }
+  }
+
+  // Every row of a transposed product times block `number`.
+  template <class Finish>
+  static void multiply_transposed(const Product& product, int64_t number, const uint8_t* gathered, uint8_t* scratch, const Finish& finish) {
+    const int64_t lines = product.x.cols / 2, each = product.matrix[1] ? lines / 2 : lines;
+    for (int i = 0; i < 2 && product.matrix[i]; i++)
+      transpose_block<Isa>(*product.layout, product.matrix[i], number * kBlockRows, i * each, (i + 1) * each, scratch);
+    tiles<Pairs>(*product.layout, {scratch, kBlockPanels}, product.x, product.tokens, gathered, nullptr, 0, finish);
   }
 
   static void activated_block(const Product& product, int64_t number, const uint8_t* gathered, const uint8_t* next, uint8_t* scratch) {
@@ -191,8 +213,7 @@ struct Engine {
     const bool has_gate = product.matrix[1] != nullptr;
     const int panels = layout.panels_of(number);
     const int64_t column = number * kBlockRows, columns = panels * kPanelRows, there = columns < layout.rows - column ? columns : layout.rows - column;
-    const LoraBlock lora[2] = {{product.lora[0], product.expert, layout.rows, number, panels, lora_memory[0]},
-                               {product.lora[1], product.expert, layout.rows, number, panels, lora_memory[1]}};
+    const LoraBlock lora[2] = {{product, 0, number, panels, lora_memory[0]}, {product, 1, number, panels, lora_memory[1]}};
     const Activated& to = product.activated;
     alignas(64) float gates[kPairRows * kBlockRows];
     for (int64_t first = 0; first < product.tokens.count; first += kPairRows) {
@@ -232,24 +253,64 @@ struct Engine {
   }
 
   static void summed_block(const Product& product, int64_t number, const uint8_t* gathered, const uint8_t* next, uint8_t* scratch) {
-    static thread_local std::vector<uint8_t> lora_memory;
+    static thread_local std::vector<uint8_t> lora_memory[2];
     const Layout& layout = *product.layout;
     const Tokens& tokens = product.tokens;
-    const int panels = layout.panels_of(number);
+    const int panels = product.transposed ? kBlockPanels : layout.panels_of(number);
     const int64_t columns = panels * kPanelRows;
-    const LoraBlock lora(product.lora[0], product.expert, layout.rows, number, panels, lora_memory);
+    const LoraBlock lora[2] = {{product, 0, number, panels, lora_memory[0]}, {product, 1, number, panels, lora_memory[1]}};
     float* const result = product.summed.result + (number - product.summed.first) * kBlockRows;
-    multiply_block(layout, block_at(layout, product.matrix[0], number), product.x, tokens, tokens.count, gathered, scratch, next,
-                   [&](int64_t first, int64_t rows, float* out) {
-                     add_low_rank(lora, product.lora[0], tokens, first, rows, out);
-                     for (int64_t m = 0; m < rows; m++) {
-                       float* from = out + m * kBlockRows;
-                       if (product.bias[0]) add(from, product.bias[0] + number * kBlockRows, columns);
-                       float* to = result + tokens.output[first + m] * product.summed.stride;
-                       const float w = tokens.weight[first + m];
-                       for (int64_t i = 0; i < columns; i++) to[i] += w * from[i];
-                     }
-                   });
+    const auto finish = [&](int64_t first, int64_t rows, float* out) {
+      for (int i = 0; i < 2; i++) add_low_rank(lora[i], product.lora[i], tokens, first, rows, out);
+      for (int64_t m = 0; m < rows; m++) {
+        float* from = out + m * kBlockRows;
+        if (product.bias[0]) add(from, product.bias[0] + number * kBlockRows, columns);
+        float* to = result + tokens.output[first + m] * product.summed.stride;
+        const float w = tokens.weight ? tokens.weight[first + m] : 1.0f;
+        for (int64_t i = 0; i < columns; i++) to[i] += w * from[i];
+      }
+    };
+    if (product.transposed)
+      multiply_transposed(product, number, gathered, scratch, finish);
+    else
+      multiply_block(layout, block_at(layout, product.matrix[0], number), product.x, tokens, tokens.count, gathered, scratch, next, finish);
+  }
+
+  static void slopes_block(const Product& product, int64_t number, const uint8_t* gathered, uint8_t* scratch) {
+    static thread_local std::vector<uint8_t> lora_memory;
+    const int64_t left = product.layout->cols - number * kBlockRows, columns = left < 0 ? 0 : left < kBlockRows ? left : kBlockRows;
+    const LoraBlock lora(product, 0, number, kBlockPanels, lora_memory);
+    multiply_transposed(product, number, gathered, scratch, [&](int64_t first, int64_t rows, float* out) {
+      add_low_rank(lora, product.lora[0], product.tokens, first, rows, out);
+      for (int64_t m = 0; m < rows; m++) slope_row(product, first + m, number, columns, out + m * kBlockRows);
+    });
+  }
+
+  // From `d`, the gradient of one token's hidden activations before its routing weight, to those of gate and up.
+  static void slope_row(const Product& product, int64_t i, int64_t block, int64_t columns, float* d) {
+    const Backward& b = *product.slopes.buffers;
+    const Tokens& tokens = product.tokens;
+    const bool has_gate = product.slopes.has_gate;
+    const int64_t column = block * kBlockRows;
+    const int64_t slot = tokens.output[i], at = b.row[slot] * product.layout->cols + column;
+    alignas(64) float gate[kBlockRows] = {}, up[kBlockRows] = {}, hidden[kBlockRows], d_gate[kBlockRows], d_up[kBlockRows];
+    for (int64_t c = 0; c < columns; c++) up[c] = bf16_to_float(b.up[at + c]);
+    if (has_gate)
+      for (int64_t c = 0; c < columns; c++) gate[c] = bf16_to_float(b.gate[at + c]);
+    alignas(64) float weighted[kBlockRows];
+    for (int c = 0; c < kBlockRows; c++) weighted[c] = d[c] * tokens.weight[i];
+    activate_backward(*product.slopes.activation, has_gate, gate, up, weighted, kBlockRows, hidden, d_gate, d_up);
+    F share = Isa::zero();
+    for (int64_t c = columns; c < kBlockRows; c++) hidden[c] = d[c] = d_gate[c] = d_up[c] = 0.0f;
+    for (int c = 0; c < kBlockRows; c += kPanelRows) share = Isa::fma(Isa::load(d + c), Isa::load(hidden + c), share);
+    b.weight_parts[block * b.slots + slot] = Isa::reduce_add(share);
+    if (has_gate) store_staged(d_gate, kBlockRows, b.grads, slot, column);
+    store_staged(d_up, kBlockRows, b.grads, slot, b.up_column + column);
+    if (b.lora->down.rank) store_staged(hidden, kBlockRows, b.hidden, slot, column);
+  }
+
+  static void store_staged(const float* values, int64_t count, const Staged& to, int64_t row, int64_t column) {
+    store_hidden(false, values, count, to.data + row * to.row_bytes, column);
   }
 
   // The codes of a NaN or Inf are arbitrary; sums of them may overflow, and are not used.

@@ -30,7 +30,7 @@ struct Staged {
 struct Tokens {
   const int32_t* input;   // [count] row of the staged input
   const int32_t* output;  // [count] row of the result
-  const float* weight;    // [count] routing weight
+  const float* weight;    // [count] routing weight; null: 1
   int64_t count;
 };
 
@@ -50,7 +50,7 @@ struct Lora {
   bool shared_a;  // gate and up have one A; its gradient goes to the gate's
 };
 
-// What LoRA adds to a product: B low[row], low = scaling * A x, staged by the rows that `tokens` name. Null: nothing.
+// What LoRA adds to a product: B low[row], low = scaling * A x, staged by the rows that `tokens` name; to a transposed one, low A. Null: nothing.
 struct LoraTerm {
   const LoraFactor* factor;
   Staged low;
@@ -73,9 +73,20 @@ struct Summed {
   int64_t stride, first;
 };
 
-// The rows of `tokens` times one matrix, or times two of one layout that meet in the activation; an epilogue takes the results.
+struct Backward;
+
+// From the gradients of hidden activations, before their routing weights, to those of gate and up, in the buffers of a backward pass.
+struct Slopes {
+  const Activation* activation;
+  bool has_gate;
+  const Backward* buffers;
+};
+
+// The rows of `tokens` times one matrix, or times two of one layout; an epilogue takes the results. Two matrices meet in the activation; transposed ones
+// lie one after the other in the columns of x, and add up.
 struct Product {
   const Layout* layout;
+  bool transposed;                     // x times W, and LoRA's A, in place of x times the transposes of W and B
   int64_t expert;                      // whose LoRA it is
   const uint8_t* matrix[2];            // gate and up; or one and null
   const float* bias[2];                // rows padded to panels; or null
@@ -83,7 +94,10 @@ struct Product {
   Staged x;
   Tokens tokens;
   Activated activated;                 // where `activation` is set
+  Slopes slopes;                       // where `buffers` is set
   Summed summed;                       // elsewhere
+
+  int64_t blocks() const { return transposed ? layout->padded_cols() / kBlockRows : layout->blocks(); }
 };
 
 // Buffers of a backward pass, all by slot but for what the forward kept.
@@ -133,11 +147,6 @@ struct Kernels {
   // low[token.output] = scaling * A x, or with `transposed` scaling * B^T x, into columns from `column` on of staged rows.
   void (*low_rank)(const LoraFactor&, int64_t expert, int64_t in, int64_t out, bool transposed, const Staged& x, const Tokens&, const Staged& low,
                    int64_t column);
-  // Gradients of gate and up, the hidden activations and shares of the routing weights' gradients, for blocks [begin, end) of 64 hidden columns.
-  void (*backward_hidden)(const Experts&, int64_t expert, int64_t begin, int64_t end, const Tokens&, const Backward&, uint8_t* scratch);
-  // result[token] += the gradient of x, for blocks [begin, end) of 64 columns.
-  void (*backward_input)(const Experts&, int64_t expert, int64_t begin, int64_t end, const Tokens&, const Backward&, float* result, int64_t stride,
-                         uint8_t* scratch);
   void (*lora_gradient)(const Experts&, int64_t expert, LoraGradient which, const Tokens&, const Backward&);
 
   // For measuring: issue `count` full-width dot products of a kind; read `bytes` bytes.
@@ -146,14 +155,8 @@ struct Kernels {
   int64_t macs_per_float_dot, macs_per_integer_dot;
 };
 
-// Scratch bytes one thread needs for a block of a product: bf16 pairs; bytes and their scales are less.
-inline int64_t block_scratch_bytes(const Layout& layout) { return kBlockRows * layout.padded_cols() * 2; }
-
-// The same for the backward functions: a block of both transposed matrices and of LoRA's.
-inline int64_t backward_scratch_bytes(const Backward& b) {
-  const int64_t columns = b.grad_out.cols > b.grads.cols ? b.grad_out.cols : b.grads.cols;
-  return kBlockRows * columns * 2;
-}
+// Scratch bytes one thread needs for a block of a product over so many columns: bf16 pairs; bytes and their scales are less.
+inline int64_t block_scratch_bytes(int64_t padded_cols) { return kBlockRows * padded_cols * 2; }
 
 extern const Kernels kScalar, kAvx2, kAvx2Vnni, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated;
 

@@ -1,4 +1,4 @@
-// The backward pass of a layer of experts. Every weight is used where it lies: blocks of its transpose are made in cache-sized pieces.
+// What training adds to the products of forward and backward: LoRA's products with A and B, and its gradients.
 #pragma once
 #include "isa/generic.h"
 
@@ -9,10 +9,6 @@ template <class Isa>
 struct Trainer {
   using E = Engine<Isa>;
   using F = typename Isa::F;
-
-  static void store_staged(const float* values, int64_t count, const Staged& to, int64_t row, int64_t column) {
-    E::store_hidden(false, values, count, to.data + row * to.row_bytes, column);
-  }
 
   static std::vector<uint8_t>& scratch_panels(int64_t bytes) {
     static thread_local std::vector<uint8_t> memory;
@@ -39,99 +35,8 @@ struct Trainer {
         for (int64_t m = 0; m < rows; m++) {
           float* v = product + m * kBlockRows;
           for (int i = 0; i < kPanelRows; i++) v[i] *= f.scaling;
-          store_staged(v, kPanelRows, low, tokens.output[first + m], column + r);
+          E::store_staged(v, kPanelRows, low, tokens.output[first + m], column + r);
         }
-      }
-    }
-  }
-
-  // Columns [column, column + 64) of W as a block of W^T, from its line `line` on; zero from W's rows to its line `end`.
-  static void transpose_block(const Layout& layout, const uint8_t* matrix, int64_t column, int64_t line, int64_t end, uint8_t* to) {
-    constexpr int64_t kToStride = kBlockPanels * kLine;
-    alignas(64) uint8_t decoded[kColumnAlign / 2 * kBlockPanels * kLine];
-    with_encoding(layout, [&](auto encoding) {
-      using Encoding = decltype(encoding);
-      for (int64_t number = 0; number < layout.blocks(); number++) {
-        const Block block = block_at(layout, matrix, number);
-        const int64_t stride = block.panels * kLine;
-        const uint8_t* from = decoded;
-        if constexpr (std::is_same_v<Encoding, Pairs>)
-          from = block.data + column / 2 * stride;
-        else
-          decode_pairs<Isa, Encoding>(layout, block, column, column + kColumnAlign, decoded);
-        for (int p = 0; p < block.panels; p++, line += kSquareLines)
-          for (int q = 0; q < kBlockPanels; q++)
-            Isa::transpose(from + q * kSquareLines * stride + p * kLine, stride, to + line * kToStride + q * kLine, kToStride);
-      }
-    });
-    memset(to + line * kToStride, 0, (end - line) * kToStride);
-  }
-
-  // Columns [column, column + 64) of A as a block of A^T over the rank, from its line `line` on.
-  static void transpose_lora(const LoraFactor& f, int64_t expert, int64_t in, int64_t column, int64_t line, uint8_t* to) {
-    const int64_t element = f.a_type == DType::f32 ? 4 : 2;
-    for (int q = 0; q < kBlockPanels; q++) {
-      const int64_t row = column + q * kPanelRows, there = in - row;
-      const uint8_t* source = static_cast<const uint8_t*>(f.a) + (expert * f.rank * in + row) * element;
-      pack_pairs<Isa>(source, f.a_type, 1, in, there > 0 ? there : 0, f.rank, f.padded_rank() / 2, to + (line * kBlockPanels + q) * kLine,
-                      kBlockPanels * kLine);
-    }
-  }
-
-  static void backward_hidden(const Experts& layer, int64_t e, int64_t begin, int64_t end, const Tokens& tokens, const Backward& b, uint8_t* scratch) {
-    const LoraFactor& lora = b.lora->down;
-    const Block weight{scratch, kBlockPanels}, low{scratch_panels(kBlockPanels * lora.padded_rank() / 2 * kLine).data(), kBlockPanels};
-    alignas(64) float out[kBlockRows * Isa::kTileRows];
-    for (int64_t block = begin; block < end; block++) {
-      const int64_t column = block * kBlockRows, left = layer.intermediate - column;
-      const int64_t columns = left < 0 ? 0 : left < kBlockRows ? left : kBlockRows;
-      transpose_block(layer.out, layer.down[e], column, 0, b.grad_out.cols / 2, scratch);
-      if (lora.rank) transpose_lora(lora, e, layer.intermediate, column, 0, const_cast<uint8_t*>(low.data));
-      const int64_t tiles = (tokens.count + Isa::kTileRows - 1) / Isa::kTileRows;
-      for (int64_t t = 0; t < tiles; t++) {
-        const int64_t first = tokens.count * t / tiles, rows = tokens.count * (t + 1) / tiles - first;
-        E::add_pairs(weight, b.grad_out.cols, b.grad_out, tokens.input + first, rows, out, false);
-        if (lora.rank) E::add_pairs(low, lora.padded_rank(), b.d_low_down, tokens.output + first, rows, out, true);
-        for (int64_t m = 0; m < rows; m++) hidden_row(layer, b, tokens, first + m, block, column, columns, out + m * kBlockRows);
-      }
-    }
-  }
-
-  // From `d`, the gradient of one token's hidden activations before its routing weight, to those of gate and up.
-  static void hidden_row(const Experts& layer, const Backward& b, const Tokens& tokens, int64_t i, int64_t block, int64_t column, int64_t columns,
-                         float* d) {
-    const int64_t slot = tokens.output[i], at = b.row[slot] * layer.intermediate + column;
-    alignas(64) float gate[kBlockRows] = {}, up[kBlockRows] = {}, hidden[kBlockRows], d_gate[kBlockRows], d_up[kBlockRows];
-    for (int64_t c = 0; c < columns; c++) up[c] = bf16_to_float(b.up[at + c]);
-    if (layer.has_gate)
-      for (int64_t c = 0; c < columns; c++) gate[c] = bf16_to_float(b.gate[at + c]);
-    alignas(64) float weighted[kBlockRows];
-    for (int c = 0; c < kBlockRows; c++) weighted[c] = d[c] * tokens.weight[i];
-    activate_backward(layer.activation, layer.has_gate, gate, up, weighted, kBlockRows, hidden, d_gate, d_up);
-    F share = Isa::zero();
-    for (int64_t c = columns; c < kBlockRows; c++) hidden[c] = d[c] = d_gate[c] = d_up[c] = 0.0f;
-    for (int c = 0; c < kBlockRows; c += kPanelRows) share = Isa::fma(Isa::load(d + c), Isa::load(hidden + c), share);
-    b.weight_parts[block * b.slots + slot] = Isa::reduce_add(share);
-    if (layer.has_gate) store_staged(d_gate, kBlockRows, b.grads, slot, column);
-    store_staged(d_up, kBlockRows, b.grads, slot, b.up_column + column);
-    if (b.lora->down.rank) store_staged(hidden, kBlockRows, b.hidden, slot, column);
-  }
-
-  static void backward_input(const Experts& layer, int64_t e, int64_t begin, int64_t end, const Tokens& tokens, const Backward& b, float* result,
-                             int64_t stride, uint8_t* scratch) {
-    const Block weight{scratch, kBlockPanels};
-    alignas(64) float out[kBlockRows * Isa::kTileRows];
-    for (int64_t block = begin; block < end; block++) {
-      const int64_t column = block * kBlockRows;
-      if (layer.has_gate) transpose_block(layer.in, layer.gate[e], column, 0, b.up_column / 2, scratch);
-      transpose_block(layer.in, layer.up[e], column, b.up_column / 2, b.low_gate_column / 2, scratch);
-      if (b.lora->gate.rank) transpose_lora(b.lora->gate, e, layer.hidden, column, b.low_gate_column / 2, scratch);
-      if (b.lora->up.rank) transpose_lora(b.lora->up, e, layer.hidden, column, b.low_up_column / 2, scratch);
-      const int64_t tiles = (tokens.count + Isa::kTileRows - 1) / Isa::kTileRows;
-      for (int64_t t = 0; t < tiles; t++) {
-        const int64_t first = tokens.count * t / tiles, rows = tokens.count * (t + 1) / tiles - first;
-        E::add_pairs(weight, b.grads.cols, b.grads, tokens.output + first, rows, out, false);
-        for (int64_t m = 0; m < rows; m++) add(result + tokens.input[first + m] * stride + (block - begin) * kBlockRows, out + m * kBlockRows, kBlockRows);
       }
     }
   }

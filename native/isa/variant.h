@@ -20,8 +20,6 @@ constexpr Kernels kernels_of(const char* name) {
           pack_panel,
           largest_of_tiles,
           T::low_rank,
-          T::backward_hidden,
-          T::backward_input,
           T::lora_gradient,
           Isa::dots,
           E::read,

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "layer/products.h"
 #include "layer/workspace.h"
 #include "runtime/threads.h"
 
@@ -92,7 +93,7 @@ void backward(const Experts& layer, const Kernels& kernels, const BackwardBatch&
   b.low_down = w.low_down.floats(kernels, slots, lora.down.padded_rank());
   const int64_t blocks = inner / kBlockRows;
   b.weight_parts = reinterpret_cast<float*>(w.weight_parts.at_least(blocks * slots * 4 + kLine));
-  const int64_t scratch_bytes = round_up(backward_scratch_bytes(b), 4096);
+  const int64_t scratch_bytes = round_up(block_scratch_bytes(std::max(b.grad_out.cols, b.low_gate_column)), 4096);
   uint8_t* scratch = w.scratch.at_least(scratch_bytes * threads);
 
   stage_rows(kernels, layer.in, batch.grad_out, batch.grad_out_dtype, layer.hidden, layer.hidden, batch.tokens, b.grad_out);
@@ -102,14 +103,20 @@ void backward(const Experts& layer, const Kernels& kernels, const BackwardBatch&
       kernels.low_rank(lora.down, routing.experts[i], layer.intermediate, layer.hidden, true, b.grad_out, routing.by_token(i), b.d_low_down, 0);
   });
 
-  if (active) {
-    const int64_t parts = std::clamp<int64_t>((threads * kItemsPerThread + active - 1) / active, 1, blocks);
-    parallel(active * parts, [&](int64_t item, int thread) {
-      const int64_t i = item / parts, part = item % parts;
-      kernels.backward_hidden(layer, routing.experts[i], blocks * part / parts, blocks * (part + 1) / parts, routing.by_token(i), b,
-                              scratch + thread * scratch_bytes);
-    });
+  std::vector<Product> products(active);
+  for (int64_t i = 0; i < active; i++) {
+    const int64_t e = routing.experts[i];
+    Product& product = products[i];
+    product.layout = &layer.out;
+    product.transposed = true;
+    product.expert = e;
+    product.matrix[0] = layer.down[e];
+    product.lora[0] = {&lora.down, b.d_low_down, false};
+    product.x = b.grad_out;
+    product.tokens = routing.by_token(i);
+    product.slopes = {&layer.activation, layer.has_gate, &b};
   }
+  multiply_each(kernels, products, scratch, scratch_bytes);
   weight_gradients(layer, routing, b, batch, blocks);
 
   const Staged d_gate = columns(b.grads, 0, inner), d_up = columns(b.grads, b.up_column, inner);
@@ -127,20 +134,21 @@ void backward(const Experts& layer, const Kernels& kernels, const BackwardBatch&
     if (lora.down.rank) kernels.low_rank(lora.down, e, I, H, false, b.hidden, by_slot, b.low_down, 0);
   });
 
-  const int64_t out_blocks = hidden_cols / kBlockRows, items = std::min<int64_t>(out_blocks, threads * kItemsPerThread);
-  const int64_t widest = (out_blocks + items - 1) / items * kBlockRows, result_bytes = round_up(batch.tokens * widest * 4, 4096);
-  uint8_t* results = w.result.at_least(result_bytes * threads);
-  parallel(items, [&](int64_t item, int thread) {
-    const int64_t begin = out_blocks * item / items, end = out_blocks * (item + 1) / items, width = (end - begin) * kBlockRows;
-    const int64_t first = begin * kBlockRows, there = std::min(width, layer.hidden - first);
-    auto* result = reinterpret_cast<float*>(results + thread * result_bytes);
-    memset(result, 0, batch.tokens * width * 4);
-    for (int64_t i = 0; i < active; i++)
-      kernels.backward_input(layer, routing.experts[i], begin, end, routing.by_token(i), b, result, width, scratch + thread * scratch_bytes);
-    const int64_t size = batch.grad_x_dtype == DType::f32 ? 4 : 2;
-    for (int64_t t = 0; t < batch.tokens; t++)
-      kernels.store(result + t * width, there, static_cast<uint8_t*>(batch.grad_x) + (t * layer.hidden + first) * size, batch.grad_x_dtype);
-  });
+  for (int64_t i = 0; i < active; i++) {
+    const int64_t e = routing.experts[i];
+    Product& product = products[i] = {};
+    product.layout = &layer.in;
+    product.transposed = true;
+    product.expert = e;
+    product.matrix[0] = layer.has_gate ? layer.gate[e] : layer.up[e];
+    product.matrix[1] = layer.has_gate ? layer.up[e] : nullptr;
+    product.lora[0] = {&lora.gate, columns(b.grads, b.low_gate_column, lora.gate.padded_rank()), true};
+    product.lora[1] = {&lora.up, columns(b.grads, b.low_up_column, lora.up.padded_rank()), true};
+    product.x = columns(b.grads, 0, b.low_gate_column);
+    product.tokens = routing.within_result(i);
+  }
+  const Target target{batch.tokens, layer.hidden, batch.grad_x, batch.grad_x_dtype};
+  multiply_sum(kernels, products, target, w.result, scratch, scratch_bytes);
 
   std::vector<LoraGradient> wanted;
   const std::pair<LoraGradient, const void*> all[] = {

@@ -33,7 +33,7 @@ void forward_chunk(Workspace& w, const Experts& layer, const Kernels& kernels, c
   Routing& routing = w.routing;
   routing.group(batch.ids, batch.weights, batch.tokens, batch.top_k, layer.count);
   const int64_t slots = routing.slots(), active = static_cast<int64_t>(routing.experts.size());
-  const int64_t scratch_bytes = round_up(std::max(block_scratch_bytes(layer.in), block_scratch_bytes(layer.out)), 4096);
+  const int64_t scratch_bytes = round_up(block_scratch_bytes(std::max(layer.in.padded_cols(), layer.out.padded_cols())), 4096);
   uint8_t* scratch = w.scratch.at_least(scratch_bytes * threads);
 
   Staged input = integer ? w.input.integers(kernels, batch.tokens, layer.in) : w.input.floats(kernels, batch.tokens, layer.in.padded_cols());
@@ -100,7 +100,7 @@ void forward_chunk(Workspace& w, const Experts& layer, const Kernels& kernels, c
     product.tokens = routing.into_result(i);
   }
   const Target target{batch.tokens, layer.hidden, batch.out, batch.out_dtype};
-  multiply_sum(kernels, products, layer.out, target, w.result, scratch, scratch_bytes);
+  multiply_sum(kernels, products, target, w.result, scratch, scratch_bytes);
 }
 
 }  // namespace

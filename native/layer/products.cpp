@@ -10,7 +10,7 @@ namespace coterie {
 void multiply_each(const Kernels& kernels, const std::vector<Product>& products, uint8_t* scratch, int64_t scratch_bytes) {
   const int64_t count = static_cast<int64_t>(products.size());
   if (!count) return;
-  const int64_t threads = thread_count(), blocks = products[0].layout->blocks();
+  const int64_t threads = thread_count(), blocks = products[0].blocks();
   const int64_t parts = std::clamp<int64_t>((threads * kItemsPerThread + count - 1) / count, 1, blocks);
   auto first_block = [&](int64_t item) { return blocks * (item % parts) / parts; };
   parallel(count * parts, [&](int64_t item, int thread) {
@@ -21,9 +21,8 @@ void multiply_each(const Kernels& kernels, const std::vector<Product>& products,
   });
 }
 
-void multiply_sum(const Kernels& kernels, std::vector<Product>& products, const Layout& layout, const Target& target, Buffer& sums, uint8_t* scratch,
-                  int64_t scratch_bytes) {
-  const int64_t threads = thread_count(), blocks = layout.blocks(), items = std::min<int64_t>(blocks, threads * kItemsPerThread);
+void multiply_sum(const Kernels& kernels, const std::vector<Product>& products, const Target& target, Buffer& sums, uint8_t* scratch, int64_t scratch_bytes) {
+  const int64_t threads = thread_count(), blocks = round_up(target.hidden, kBlockRows) / kBlockRows, items = std::min<int64_t>(blocks, threads * kItemsPerThread);
   const int64_t widest = (blocks + items - 1) / items * kBlockRows, sum_bytes = round_up(target.tokens * widest * 4, 4096);
   uint8_t* memory = sums.at_least(sum_bytes * threads);
   parallel(items, [&](int64_t item, int thread) {
@@ -34,7 +33,7 @@ void multiply_sum(const Kernels& kernels, std::vector<Product>& products, const 
     for (size_t i = 0; i < products.size(); i++) {
       Product product = products[i];
       product.summed = {sum, width, begin};
-      const uint8_t* next = products[std::min(i + 1, products.size() - 1)].matrix[0] + layout.block_start(begin);
+      const uint8_t* next = products[std::min(i + 1, products.size() - 1)].matrix[0] + product.layout->block_start(begin);
       kernels.multiply(product, begin, end, next, scratch + thread * scratch_bytes);
     }
     const int64_t size = target.dtype == DType::f32 ? 4 : 2;

@@ -16,8 +16,7 @@ struct Target {
   DType dtype;
 };
 
-// Products of one layout that add to the same rows. The sums run in the order of the list: same bits for any number of threads.
-void multiply_sum(const Kernels& kernels, std::vector<Product>& products, const Layout& layout, const Target& target, Buffer& sums, uint8_t* scratch,
-                  int64_t scratch_bytes);
+// Products that add to the same rows. The sums run in the order of the list: same bits for any number of threads.
+void multiply_sum(const Kernels& kernels, const std::vector<Product>& products, const Target& target, Buffer& sums, uint8_t* scratch, int64_t scratch_bytes);
 
 }  // namespace coterie

@@ -23,6 +23,7 @@ struct Routing {
   Tokens into_hidden(int64_t i) const { return {&token[begin[i]], &slot[begin[i]], nullptr, begin[i + 1] - begin[i]}; }
   Tokens by_token(int64_t i) const { return {&token[begin[i]], &slot[begin[i]], &weight[begin[i]], begin[i + 1] - begin[i]}; }
   Tokens within_hidden(int64_t i) const { return {&slot[begin[i]], &slot[begin[i]], nullptr, begin[i + 1] - begin[i]}; }
+  Tokens within_result(int64_t i) const { return {&slot[begin[i]], &token[begin[i]], nullptr, begin[i + 1] - begin[i]}; }
   Tokens into_result(int64_t i) const { return {&slot[begin[i]], &token[begin[i]], &weight[begin[i]], begin[i + 1] - begin[i]}; }
 };
 
