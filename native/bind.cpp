@@ -15,9 +15,11 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "bind.h"
 #include "formats/unpack.h"
+#include "layer/placement.h"
 #include "layer/workspace.h"
 #include "runtime/dispatch.h"
 #include "runtime/memory.h"
@@ -96,7 +98,7 @@ double seconds_of(const std::function<void()>& work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Bytes per second that all threads together read from memory far larger than the caches; the best of a few passes.
+// Bytes per second that all threads together read from memory far larger than the caches, each from its NUMA node; the best of a few passes.
 double measure_read_bandwidth() {
   nb::gil_scoped_release released;
   constexpr int64_t kBytes = int64_t{512} << 20, kPart = 4 << 20;
@@ -105,13 +107,22 @@ double measure_read_bandwidth() {
   const std::unique_ptr<uint8_t, decltype(free)> pages(allocate_pages(kBytes), free);
   uint8_t* const memory = pages.get();
   if (!memory) return 0.0;
-  parallel(kBytes / kPart, [&](int64_t i, int) {
+  const int nodes = numa_nodes();
+  std::vector<int64_t> first(nodes + 1);
+  for (int node = 0; node <= nodes; node++) first[node] = first_block(kBytes / kPart, node, nodes);
+  if (nodes > 1) {
+    std::vector<int> owner(kBytes / kHugePage);
+    for (int node = 0; node < nodes; node++)
+      std::fill(owner.begin() + first[node] * (kPart / kHugePage), owner.begin() + first[node + 1] * (kPart / kHugePage), node);
+    take_pages(memory, kHugePage, owner);
+  }
+  parallel(first, [&](int64_t i, int) {
     for (int64_t b = 0; b < kPart; b += 8) *reinterpret_cast<int64_t*>(memory + i * kPart + b) = i + b;
   });
   double best = 0.0;
   std::atomic<uint64_t> sum{0};
   for (int pass = 0; pass < 4; pass++) {
-    const double s = seconds_of([&] { parallel(kBytes / kPart, [&](int64_t i, int) { sum += k.read(memory + i * kPart, kPart); }); });
+    const double s = seconds_of([&] { parallel(first, [&](int64_t i, int) { sum += k.read(memory + i * kPart, kPart); }); });
     best = std::max(best, kBytes / s);
   }
   return best;
@@ -145,12 +156,43 @@ void throw_in_worker(int thread, bool no_memory) {
   });
 }
 
-// (node numbers and their CPUs, mask) of a folder laid out as /sys/devices/system/node. For tests.
-std::pair<std::vector<std::pair<int, std::vector<int>>>, std::vector<unsigned long>> numa_layout(const std::string& folder, const std::vector<int>& allowed) {
+ExpertsMemory experts_memory(const LayoutTuple& in, const LayoutTuple& out, bool has_gate, int64_t count, int64_t bytes) {
+  return {layout_from(in), layout_from(out), has_gate, count, bytes};
+}
+
+// Has the pages of experts that lie back to back at an address, and were never written to, taken on the NUMA nodes that compute them.
+void place(const LayoutTuple& in, const LayoutTuple& out, bool has_gate, int64_t count, int64_t bytes, uintptr_t memory) {
+  nb::gil_scoped_release released;
+  place_experts(experts_memory(in, out, has_gate, count, bytes), at<uint8_t>(memory));
+}
+
+// (node that computes them, node that holds them, bytes) of one expert.
+std::vector<std::tuple<int, int, int64_t>> locate(const LayoutTuple& in, const LayoutTuple& out, bool has_gate, int64_t bytes, uintptr_t expert) {
+  std::vector<std::tuple<int, int, int64_t>> found;
+  for (const Located& l : locate_expert(experts_memory(in, out, has_gate, 1, bytes), at<uint8_t>(expert)))
+    found.emplace_back(l.computed_by, l.held_by, l.bytes);
+  return found;
+}
+
+using NodeTuple = std::pair<int, std::vector<int>>;  // number, CPUs
+
+// The items that each thread takes, in order, of those of each NUMA node; an item takes a little while. For tests.
+std::vector<std::vector<int64_t>> taken_items(const std::vector<int64_t>& first) {
+  nb::gil_scoped_release released;
+  std::vector<std::vector<int64_t>> taken(thread_count());
+  parallel(first, [&](int64_t item, int thread) {
+    taken[thread].push_back(item);
+    std::this_thread::sleep_for(std::chrono::microseconds(500));
+  });
+  return taken;
+}
+
+// (nodes, mask, node of every worker) of a folder laid out as /sys/devices/system/node. For tests.
+std::tuple<std::vector<NodeTuple>, std::vector<unsigned long>, std::vector<int>> numa_layout(const std::string& folder, const std::vector<int>& allowed) {
   const std::vector<Node> nodes = read_nodes(folder, allowed);
-  std::vector<std::pair<int, std::vector<int>>> found;
+  std::vector<NodeTuple> found;
   for (const Node& node : nodes) found.emplace_back(node.number, node.cpus);
-  return {found, node_mask(nodes)};
+  return {found, node_mask(nodes), worker_nodes(nodes)};
 }
 
 }  // namespace
@@ -183,6 +225,17 @@ NB_MODULE(_native, m) {
   }, "count"_a);
   m.def("numa_nodes", &numa_nodes);
   m.def("numa_layout", &numa_layout, "folder"_a, "allowed"_a);
+  m.def("taken_items", &taken_items, "first"_a);
+  m.def("pretend_nodes", [](const std::vector<int>& numbers) {
+    nb::gil_scoped_release released;
+    std::lock_guard<std::mutex> lock(workspace().turn);
+    pretend_nodes(numbers);
+  }, "numbers"_a, "NUMA nodes of these numbers instead of the machine's; none: the machine's. For tests.");
+  m.def("page_owners", [](const LayoutTuple& in, const LayoutTuple& out, bool has_gate, int64_t count, int64_t bytes, int nodes) {
+    return page_owners(experts_memory(in, out, has_gate, count, bytes), nodes);
+  }, "in"_a, "out"_a, "has_gate"_a, "count"_a, "bytes"_a, "nodes"_a, "The node of each huge page of experts. For tests.");
+  m.def("place", &place);
+  m.def("locate", &locate);
   m.def("throw_in_worker", &throw_in_worker, "thread"_a, "no_memory"_a);
   m.def("release_workspace", &release_workspace);
   m.def("workspace_bytes", &workspace_bytes);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "layer/shares.h"
 #include "runtime/threads.h"
 
 namespace coterie {
@@ -10,23 +11,23 @@ namespace coterie {
 void multiply_each(const Kernels& kernels, const std::vector<Product>& products, uint8_t* scratch, int64_t scratch_bytes) {
   const int64_t count = static_cast<int64_t>(products.size());
   if (!count) return;
-  const int64_t threads = thread_count(), blocks = products[0].blocks();
-  const int64_t parts = std::clamp<int64_t>((threads * kItemsPerThread + count - 1) / count, 1, blocks);
-  auto first_block = [&](int64_t item) { return blocks * (item % parts) / parts; };
-  parallel(count * parts, [&](int64_t item, int thread) {
-    const Product& product = products[item / parts];
-    const int64_t part = item % parts, next = std::min(item + threads, count * parts - 1);
-    const uint8_t* then = products[next / parts].matrix[0] + product.layout->block_start(first_block(next));
-    kernels.multiply(product, first_block(item), blocks * (part + 1) / parts, then, scratch + thread * scratch_bytes);
+  const Shares shares(count, products[0].blocks());
+  parallel(shares.first_items(), [&](int64_t item, int thread) {
+    const Share share = shares[item], next = shares.after(item);
+    const Product& product = products[share.product];
+    const uint8_t* then = products[next.product].matrix[0] + product.layout->block_start(next.begin);
+    kernels.multiply(product, share.begin, share.end, then, scratch + thread * scratch_bytes);
   });
 }
 
-void multiply_sum(const Kernels& kernels, const std::vector<Product>& products, const Target& target, Buffer& sums, uint8_t* scratch, int64_t scratch_bytes) {
-  const int64_t threads = thread_count(), blocks = round_up(target.hidden, kBlockRows) / kBlockRows, items = std::min<int64_t>(blocks, threads * kItemsPerThread);
-  const int64_t widest = (blocks + items - 1) / items * kBlockRows, sum_bytes = round_up(target.tokens * widest * 4, 4096);
-  uint8_t* memory = sums.at_least(sum_bytes * threads);
-  parallel(items, [&](int64_t item, int thread) {
-    const int64_t begin = blocks * item / items, end = blocks * (item + 1) / items, width = (end - begin) * kBlockRows;
+void multiply_sum(const Kernels& kernels, const std::vector<Product>& products, const Target& target, Buffer& sums, uint8_t* scratch,
+                  int64_t scratch_bytes) {
+  const Shares shares(1, round_up(target.hidden, kBlockRows) / kBlockRows);
+  const int64_t sum_bytes = round_up(target.tokens * shares.widest() * kBlockRows * 4, 4096);
+  uint8_t* memory = sums.at_least(sum_bytes * thread_count());
+  parallel(shares.first_items(), [&](int64_t item, int thread) {
+    const Share share = shares[item];
+    const int64_t begin = share.begin, end = share.end, width = (end - begin) * kBlockRows;
     const int64_t first = begin * kBlockRows, there = std::min(width, target.hidden - first);
     auto* sum = reinterpret_cast<float*>(memory + thread * sum_bytes);
     memset(sum, 0, target.tokens * width * 4);

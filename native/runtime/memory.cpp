@@ -6,11 +6,6 @@
 #include "runtime/numa.h"
 
 namespace coterie {
-namespace {
-
-constexpr int64_t kHugePage = 2 << 20;
-
-}  // namespace
 
 uint8_t* allocate_pages(int64_t bytes) {
   const int64_t size = round_up(bytes, kHugePage);

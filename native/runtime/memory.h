@@ -4,6 +4,8 @@
 
 namespace coterie {
 
+constexpr int64_t kHugePage = 2 << 20;
+
 uint8_t* allocate_pages(int64_t bytes);  // null when there is no memory
 void free_pages(uint8_t* memory, int64_t bytes);
 

@@ -58,7 +58,7 @@ void wait_while(std::atomic<uint32_t>& word, uint32_t old, std::atomic<int>& sle
 class Pool {
  public:
   // Where the system gives fewer threads than wanted, those there are do the work.
-  explicit Pool(int threads) : wanted_(threads) {
+  explicit Pool(int threads) : wanted_(threads), node_changes_(node_changes()), queues_(numa_nodes()) {
     workers_.reserve(threads - 1);
     for (int t = 1; t < threads; t++) {
       try {
@@ -70,12 +70,16 @@ class Pool {
       }
     }
   }
-  int wanted() const { return wanted_; }
+  bool fits(int threads) const { return wanted_ == threads && node_changes_ == node_changes(); }
 
-  void run(int64_t items, const Work& work) {
+  // Items [first[q], first[q + 1]) for queues q < count.
+  void run(const int64_t* first, int count, const Work& work) {
     work_ = &work;
-    items_ = items;
-    next_.store(0, std::memory_order_relaxed);
+    used_ = count;
+    for (int q = 0; q < count; q++) {
+      queues_[q].next.store(first[q], std::memory_order_relaxed);
+      queues_[q].end = first[q + 1];
+    }
     busy_.store(static_cast<uint32_t>(workers_.size()), std::memory_order_relaxed);
     generation_.fetch_add(1);
     if (sleepers_.load() > 0) futex(generation_, FUTEX_WAKE, INT_MAX);
@@ -87,16 +91,21 @@ class Pool {
   void stop() {
     stopping_ = true;
     const Work nothing = [](int64_t, int) {};
-    run(0, nothing);
+    constexpr int64_t kNone[] = {0, 0};
+    run(kNone, 1, nothing);
     for (auto& worker : workers_) worker.join();
   }
 
  private:
   void take(int thread) {
+    const int own = used_ > 1 ? node_of_worker(thread) : 0;
     try {
-      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) (*work_)(i, thread);
+      for (int q = 0; q < used_; q++) {
+        Queue& queue = queues_[(own + q) % used_];
+        for (int64_t i; (i = queue.next.fetch_add(1, std::memory_order_relaxed)) < queue.end;) (*work_)(i, thread);
+      }
     } catch (...) {
-      next_.store(items_, std::memory_order_relaxed);
+      for (int q = 0; q < used_; q++) queues_[q].next.store(queues_[q].end, std::memory_order_relaxed);
       std::lock_guard<std::mutex> lock(error_turn_);
       if (!error_) error_ = std::current_exception();
     }
@@ -112,14 +121,19 @@ class Pool {
     }
   }
 
-  const int wanted_;
+  struct alignas(64) Queue {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
+  const int wanted_, node_changes_;
+  std::vector<Queue> queues_;  // one for each NUMA node
   std::vector<std::thread> workers_;
   const Work* work_ = nullptr;
-  int64_t items_ = 0;
+  int used_ = 0;  // queues of this run: one, where items belong to no node
   std::atomic<bool> stopping_{false};
   std::mutex error_turn_;
   std::exception_ptr error_;  // the first of this run
-  alignas(64) std::atomic<int64_t> next_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
   alignas(64) std::atomic<uint32_t> busy_{0};
   alignas(64) std::atomic<int> sleepers_{0};
@@ -172,20 +186,31 @@ int thread_count() {
 
 void set_thread_count(int count) { shared->wanted = count; }
 
-void parallel(int64_t items, const Work& work) {
+namespace {
+
+void share_out(const int64_t* first, int queues, const Work& work) {
   std::lock_guard<std::mutex> lock(shared->turn);
   const int threads = thread_count();
-  if (shared->pool && shared->pool->wanted() != threads) {
+  if (shared->pool && !shared->pool->fits(threads)) {
     shared->pool->stop();
     delete shared->pool;
     shared->pool = nullptr;
   }
-  if (threads == 1 || items <= 1) {
-    for (int64_t i = 0; i < items; i++) work(i, 0);
+  if (threads == 1 || first[queues] - first[0] <= 1) {
+    for (int64_t i = first[0]; i < first[queues]; i++) work(i, 0);
     return;
   }
   if (!shared->pool) shared->pool = new Pool(threads);
-  shared->pool->run(items, work);
+  shared->pool->run(first, queues, work);
 }
+
+}  // namespace
+
+void parallel(int64_t items, const Work& work) {
+  const int64_t first[] = {0, items};
+  share_out(first, 1, work);
+}
+
+void parallel(const std::vector<int64_t>& first, const Work& work) { share_out(first.data(), static_cast<int>(first.size()) - 1, work); }
 
 }  // namespace coterie

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace coterie {
 
@@ -15,5 +16,9 @@ void set_thread_count(int count);  // applies from the next parallel call on
 // a call from inside `work` is not allowed. After fork the child starts a fresh pool. What `work` throws, on any thread, is thrown here once every thread
 // has left it; items that nobody had taken are left out.
 void parallel(int64_t items, const std::function<void(int64_t item, int thread)>& work);
+
+// The same for items of which [first[n], first[n + 1]) belong to NUMA node n: its workers take them first, then what is left of the next nodes' items, so
+// that nobody is idle while there is work. `first` has one number more than there are nodes.
+void parallel(const std::vector<int64_t>& first, const std::function<void(int64_t item, int thread)>& work);
 
 }  // namespace coterie

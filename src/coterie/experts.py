@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -252,7 +253,7 @@ class Experts:
     @property
     def expert_nbytes(self) -> int:
         """Bytes of one packed expert."""
-        return self.spec.expert_nbytes(self.hidden_size, self.intermediate_size, self.has_gate)
+        return self._layer.expert_nbytes
 
     def shape(self, name: str) -> tuple[int, int]:
         """Rows and columns of one expert's matrix."""
@@ -266,6 +267,17 @@ class Experts:
     def packed(self, expert: int) -> Tensor:
         """A view of one expert's packed bytes, uint8 [expert_nbytes]: gate, up and down back to back."""
         return self._weights[expert]
+
+    def numa_bytes(self) -> dict[tuple[int, int | None], int]:
+        """Bytes of the packed matrices by (NUMA node whose threads compute them first, node whose memory holds them).
+
+        Nodes have the system's numbers. None: in no node's memory, because never written or read, or swapped out.
+        """
+        found: Counter[tuple[int, int | None]] = Counter()
+        for expert, data in self._weights.items():
+            for computed_by, held_by, nbytes in self._layer.located(expert, data):
+                found[computed_by, held_by if held_by >= 0 else None] += nbytes
+        return dict(found)
 
     def dequantize_projection(self, name: str, expert: int) -> Tensor:
         """Float32 [rows, cols]: the values one packed matrix stands for."""
@@ -381,6 +393,7 @@ class Experts:
     def _allocate(self) -> None:
         size = self.expert_nbytes
         pages = memory.allocate(self.nbytes, f"packed {self.format} experts")
+        self._layer.place(pages)
         for e in range(self.num_experts):
             self._set_weights(e, pages[e * size : (e + 1) * size])
 

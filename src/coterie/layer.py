@@ -41,6 +41,7 @@ class Layer(_native.Layer):
         number = secrets.randbits(63)
         up, down = spec.layout(intermediate_size, hidden_size), spec.layout(hidden_size, intermediate_size)
         super().__init__(number, up, down, activation.native(), num_experts, has_gate)
+        self._layouts = up, down, has_gate
         self.spec, self.num_experts = spec, num_experts
         self.hidden_size, self.intermediate_size, self.has_gate = hidden_size, intermediate_size, has_gate
         self.activations, self.adapted = "auto", False
@@ -56,10 +57,25 @@ class Layer(_native.Layer):
         with torch.inference_mode(False):  # autograd saves it
             return self.handle()
 
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of one packed expert."""
+        return self.spec.expert_nbytes(self.hidden_size, self.intermediate_size, self.has_gate)
+
+    def place(self, pages: Tensor) -> None:
+        """Where there are several NUMA nodes: has fresh memory for all experts lie on the nodes that compute them."""
+        size = self.num_experts * self.expert_nbytes
+        memory = address("memory for experts", pages, BYTES, (size,))
+        _native.place(*self._layouts, self.num_experts, self.expert_nbytes, memory)
+
+    def located(self, expert: int, data: Tensor) -> list[tuple[int, int, int]]:
+        """(node that computes them, node that holds them or -1, bytes) of the packed matrices of one expert."""
+        size = self.expert_nbytes
+        return _native.locate(*self._layouts, size, address(f"expert {expert}", data, BYTES, (size,)))
+
     def set_weights(self, expert: int, data: Tensor) -> None:
         """The packed matrices of one expert, back to back, used where they lie."""
-        size = self.spec.expert_nbytes(self.hidden_size, self.intermediate_size, self.has_gate)
-        self.set_expert(expert, address(f"expert {expert}", data, BYTES, (size,)), data)
+        self.set_expert(expert, address(f"expert {expert}", data, BYTES, (self.expert_nbytes,)), data)
 
     def set_biases(self, projection: str, bias: Tensor | None) -> None:
         """Biases of one projection, float32 [E, rows padded to panels], used where they lie; None for none."""

@@ -1,8 +1,9 @@
-"""What this machine has for a model: bandwidth, arithmetic, a GPU; memory.py says how much memory."""
+"""What this machine has for a model: bandwidth, arithmetic, NUMA nodes, a GPU; memory.py says how much memory."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from coterie import _native
 from coterie.experts import Experts
 
+NUMA_SIZES = 1, 4096, 14336  # experts, H and I of the layer that is looked at: its matrices are many huge pages
 PACKING_ROWS, PACKING_COLUMNS = 1024, 2048  # of the matrix that the packing rate is measured with
 
 
@@ -34,6 +36,20 @@ def packing_rate(format: str, seconds: float = 0.2) -> float:
         experts.pack_projection("gate", 0, weight)
         done += weight.nbytes
     return done / (time.perf_counter() - start)
+
+
+def numa_shares() -> dict[int, float]:
+    """By NUMA node, the share of the expert weights it computes that its own memory holds; {} where there is one node.
+
+    As the kernel reports it of a layer that is made for this. Raises DeviceError without 100 MB of memory.
+    """
+    if _native.numa_nodes() == 1:
+        return {}
+    found = Experts.empty(*NUMA_SIZES).numa_bytes()
+    computed: Counter[int] = Counter()
+    for (node, _), nbytes in found.items():
+        computed[node] += nbytes
+    return {node: found.get((node, node), 0) / computed[node] for node in sorted(computed)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from coterie import cpu, memory, tiny
+from coterie import cpu, machine, memory, tiny
 from coterie.cli.console import count, significant, size
 from coterie.cli.convert import parse_layers
 from coterie.cli.doctor import advise
@@ -129,6 +129,12 @@ def test_doctor_says_what_was_chosen_and_measured(coterie):
     assert ran.code == 0
     assert cpu.info().isa in ran.out
     assert "GB/s" in ran.out and "GFLOP/s" in ran.out and "transformers" in ran.out
+
+
+def test_doctor_says_where_experts_lie(coterie, monkeypatch):
+    assert "experts by node" not in coterie("doctor").out or cpu.info().numa_nodes > 1
+    monkeypatch.setattr(machine, "numa_shares", lambda: {0: 0.97, 2: 0.5})
+    assert "97% of what 0 computes, 50% of what 2 computes" in coterie("doctor").out
 
 
 def test_doctor_advises():

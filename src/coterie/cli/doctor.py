@@ -26,6 +26,8 @@ def doctor() -> None:
     report.add_row("this CPU can run", ", ".join(info.isas))
     report.add_row("cores, threads used", f"{info.cores}, {info.threads}")
     report.add_row("NUMA nodes", str(info.numa_nodes))
+    if shares := machine.numa_shares():
+        report.add_row("experts by node", ", ".join(f"{share:.0%} of what {n} computes" for n, share in shares.items()))
     report.add_row("huge pages", info.huge_pages)
     ram = memory.found()
     report.add_row("memory", f"{size(ram.total)}, {size(ram.available)} available")
@@ -73,5 +75,5 @@ def advise(info: CpuInfo, problems: list[str]) -> list[str]:
     if best in ("scalar", "avx2"):
         lines.append("this CPU has no AVX512: prefill will be several times slower than on one that has")
     if info.numa_nodes > 1:
-        lines.append(f"{info.numa_nodes} NUMA nodes: memory of the other node is slower; try numactl --interleave=all")
+        lines.append(f"{info.numa_nodes} NUMA nodes share the experts; numactl --interleave=all spreads the rest, too")
     return lines + problems
