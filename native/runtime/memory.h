@@ -1,4 +1,4 @@
-// Memory for weights: anonymous, zeroed, 2 MiB aligned, huge pages asked for, interleaved over NUMA nodes.
+// Memory for weights: anonymous, zeroed, 2 MiB aligned, huge pages asked for, interleaved over NUMA nodes unless taken elsewhere (numa.h).
 #pragma once
 #include <cstdint>
 

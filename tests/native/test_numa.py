@@ -148,7 +148,9 @@ def owners(count: int, hidden: int, intermediate: int, nodes: int) -> tuple[list
         (8, 4096, 8192, 2, 1.0),  # a part of a matrix is 16 pages
         (8, 4096, 8192, 4, 1.0),
         (8, 4096, 8192, 3, 0.93),  # 10.7 pages
-        (16, 4096, 1408, 2, 0.9),  # 2.75
+        (16, 2880, 2880, 2, 0.93),  # 4
+        (16, 2880, 2880, 4, 0.86),  # 2
+        (16, 2880, 2880, 8, 0.73),  # 1
         (16, 2048, 768, 2, 0.6),  # .75
         (64, 2048, 768, 8, 0.15),  # .19: little more than in turns
         (4, 64, 64, 4, 0.0),  # all in one page
