@@ -15,7 +15,6 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <thread>
 
 #include "bind.h"
 #include "formats/unpack.h"
@@ -176,13 +175,15 @@ std::vector<std::tuple<int, int, int64_t>> locate(const LayoutTuple& in, const L
 
 using NodeTuple = std::pair<int, std::vector<int>>;  // number, CPUs
 
-// The items that each thread takes, in order, of those of each NUMA node; an item takes a little while. For tests.
+// The items that each thread takes, in order, of those of each NUMA node; nobody takes a second one before all have their first. For tests.
 std::vector<std::vector<int64_t>> taken_items(const std::vector<int64_t>& first) {
   nb::gil_scoped_release released;
   std::vector<std::vector<int64_t>> taken(thread_count());
+  std::atomic<size_t> begun{0};
   parallel(first, [&](int64_t item, int thread) {
+    if (taken[thread].empty()) begun++;
     taken[thread].push_back(item);
-    std::this_thread::sleep_for(std::chrono::microseconds(500));
+    while (begun < taken.size()) sched_yield();
   });
   return taken;
 }

@@ -271,7 +271,8 @@ class Experts:
     def numa_bytes(self) -> dict[tuple[int, int | None], int]:
         """Bytes of the packed matrices by (NUMA node whose threads compute them first, node whose memory holds them).
 
-        Nodes have the system's numbers. None: in no node's memory, because never written or read, or swapped out.
+        Nodes have the system's numbers. None: in no node's memory, because never written or read, or swapped out; or
+        the system does not say, as some versions of Linux while they look whether to move a page.
         """
         found: Counter[tuple[int, int | None]] = Counter()
         for expert, data in self._weights.items():

@@ -41,15 +41,16 @@ def packing_rate(format: str, seconds: float = 0.2) -> float:
 def numa_shares() -> dict[int, float]:
     """By NUMA node, the share of the expert weights it computes that its own memory holds; {} where there is one node.
 
-    As the kernel reports it of a layer that is made for this. Raises DeviceError without 100 MB of memory.
+    As the kernel reports it of a layer that is made for this; bytes of which it says nothing are left out. Raises
+    DeviceError without 100 MB of memory.
     """
     if _native.numa_nodes() == 1:
         return {}
     found = Experts.empty(*NUMA_SIZES).numa_bytes()
     computed: Counter[int] = Counter()
-    for (node, _), nbytes in found.items():
-        computed[node] += nbytes
-    return {node: found.get((node, node), 0) / computed[node] for node in sorted(computed)}
+    for (node, held_by), nbytes in found.items():
+        computed[node] += nbytes if held_by is not None else 0
+    return {node: found.get((node, node), 0) / total for node, total in sorted(computed.items()) if total}
 
 
 @dataclass(frozen=True, slots=True)
