@@ -17,6 +17,7 @@
 #include <string>
 
 #include "bind.h"
+#include "bind_tickets.h"
 #include "formats/unpack.h"
 #include "layer/placement.h"
 #include "layer/workspace.h"
@@ -142,7 +143,6 @@ double measure_dot_rate(bool integer) {
 
 // Has worker `thread` of the pool throw, a std::bad_alloc or a std::runtime_error, while the others are at work. For tests.
 void throw_in_worker(int thread, bool no_memory) {
-  nb::gil_scoped_release released;
   if (thread < 0 || thread >= thread_count()) throw std::out_of_range("there is no such thread");
   std::atomic<bool> thrown{false};
   parallel(64 * thread_count(), [&](int64_t, int t) {
@@ -201,6 +201,7 @@ std::tuple<std::vector<NodeTuple>, std::vector<unsigned long>, std::vector<int>>
 NB_MODULE(_native, m) {
   m.doc() = "coterie's CPU engine";
   nb::set_leak_warnings(false);  // a model that lives until the interpreter exits is no leak
+  bind_tickets(m);
   bind_layer(m);
   m.def("allocate", &allocate, "bytes"_a, "Zeroed huge-page memory as a uint8 tensor.");
   m.def("matrix_bytes", [](const LayoutTuple& t) { return layout_from(t).bytes(); }, "layout"_a, "Bytes of a packed matrix.");
@@ -237,8 +238,11 @@ NB_MODULE(_native, m) {
   }, "in"_a, "out"_a, "has_gate"_a, "count"_a, "bytes"_a, "nodes"_a, "The node of each huge page of experts. For tests.");
   m.def("place", &place);
   m.def("locate", &locate);
-  m.def("throw_in_worker", &throw_in_worker, "thread"_a, "no_memory"_a);
-  m.def("release_workspace", &release_workspace);
+  m.def("throw_in_worker", &throw_in_worker, "thread"_a, "no_memory"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("submit_throw_in_worker", [](int thread, bool no_memory) {
+    return new OwningTicket([=] { throw_in_worker(thread, no_memory); }, nb::none());
+  }, "thread"_a, "no_memory"_a);
+  m.def("release_workspace", &release_workspace, nb::call_guard<nb::gil_scoped_release>());
   m.def("workspace_bytes", &workspace_bytes);
   m.def("measure_read_bandwidth", &measure_read_bandwidth, "Bytes per second, all threads.");
   m.def("measure_dot_rate", &measure_dot_rate, "integer"_a, "Multiply-adds per second, all threads.");

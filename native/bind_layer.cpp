@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bind.h"
+#include "bind_tickets.h"
 #include "layer/backward.h"
 #include "layer/workspace.h"
 #include "runtime/dispatch.h"
@@ -91,13 +92,21 @@ class Layer {
     return made->first;
   }
 
-  void forward(int64_t tokens, int64_t top_k, uintptr_t x, int x_dtype, int64_t x_stride, uintptr_t ids, uintptr_t weights, uintptr_t out,
-               int out_dtype, bool integer, const std::optional<LoraTuple>& lora, uintptr_t gate, uintptr_t up) const {
+  // Returns when it is done, or, where `owners` of all that it reads and writes are given, at once with a ticket.
+  OwningTicket* forward(int64_t tokens, int64_t top_k, uintptr_t x, int x_dtype, int64_t x_stride, uintptr_t ids, uintptr_t weights, uintptr_t out,
+                        int out_dtype, bool integer, const std::optional<LoraTuple>& lora, uintptr_t gate, uintptr_t up, nb::object owners) const {
     const Batch batch{tokens,          top_k,          at<void>(x), static_cast<DType>(x_dtype),    x_stride,
                       at<int64_t>(ids), at<float>(weights), at<void>(out), static_cast<DType>(out_dtype), integer};
     std::optional<Training> training;
     if (lora) training = Training{lora_of(*lora), at<uint16_t>(gate), at<uint16_t>(up)};
-    run(batch, training ? &*training : nullptr);
+    if (owners.is_none()) {
+      run(batch, training ? &*training : nullptr);
+      return nullptr;
+    }
+    check_complete();
+    check_ids(batch.ids, tokens, top_k);
+    auto work = [this, &kernels = kernels(), batch, training] { coterie::forward(layer_, kernels, batch, training ? &*training : nullptr); };
+    return new OwningTicket(std::move(work), nb::make_tuple(nb::find(this), owners));
   }
 
   void backward(int64_t tokens, int64_t top_k, uintptr_t x, int x_dtype, uintptr_t grad_out, int grad_out_dtype, uintptr_t ids, uintptr_t weights,
@@ -154,7 +163,7 @@ void bind_layer(nb::module_& m) {
       .def("handle", &Layer::handle)
       .def("compute", &Layer::compute)
       .def("forward", &Layer::forward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-           nb::arg().none(), nb::arg(), nb::arg())
+           nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none())
       .def("backward", &Layer::backward);
 }
 

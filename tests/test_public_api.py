@@ -39,6 +39,8 @@ def test_a_layer_of_experts_stands_alone(tmp_path: Path) -> None:
     x, ids, weights = torch.randn(3, 128), torch.tensor([[0, 1], [2, 3], [1, -1]]), torch.rand(3, 2)
     y: torch.Tensor = experts(x, ids, weights)
     assert y.shape == x.shape
+    ticket: coterie.Ticket = experts.submit(x, ids, weights)
+    assert torch.equal(ticket.wait(), y) and ticket.done
     assert (experts.num_experts, experts.hidden_size, experts.intermediate_size) == (4, 128, 64)
     assert experts.format == "int8" and experts.nbytes > 0
     assert [tuple(w.shape) for w in experts.dequantize() if w is not None] == [(4, 64, 128), (4, 64, 128), (4, 128, 64)]

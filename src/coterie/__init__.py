@@ -11,6 +11,7 @@ from .activations import Activation
 from .experts import Experts
 from .lora import ExpertLora
 from .recompute import checkpointing
+from .tickets import Ticket
 
 if TYPE_CHECKING:
     from .hf import CoterieConfig, from_pretrained
@@ -19,7 +20,7 @@ cpu.read_environment()
 coterie_hook.install()
 
 __version__ = "0.1.0"
-__all__ = ["Activation", "CoterieConfig", "ExpertLora", "Experts", "checkpointing", "cpu", "from_pretrained"]
+__all__ = ["Activation", "CoterieConfig", "ExpertLora", "Experts", "Ticket", "checkpointing", "cpu", "from_pretrained"]
 
 
 def __getattr__(name: str) -> Any:

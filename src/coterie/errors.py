@@ -26,3 +26,7 @@ class UnsupportedModelError(CoterieError, ValueError):
 
 class DeviceError(CoterieError, RuntimeError):
     """The machine lacks what was asked for."""
+
+
+class TicketError(CoterieError, RuntimeError):
+    """A ticket of another process, or of one that ends: nobody will do its work."""

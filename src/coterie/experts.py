@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import _native, memory, ops
+from . import _native, memory, ops, tickets
 from .activations import Activation
 from .border import BYTES, DTYPES, F32, FLOATS, address, is_plain
 from .checkpoints import LayerReader, PackedFile, open_layer, open_reader, packed, write_layer
@@ -312,6 +312,19 @@ class Experts:
             ArgumentError: a wrong shape, dtype or device, or an id out of range.
         """
         return ops.forward(self, x, ids, weights, lora)
+
+    def submit(self, x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None = None) -> tickets.Ticket:
+        """Begin the same call in the background, and return at once: ``submit(...).wait()`` has the same bits.
+
+        Tickets are computed one after the other, in the order in which they were submitted. Until one is done, x, the
+        adapter and the experts must not change; they stay in memory, also where nothing else holds them.
+
+        Raises:
+            ArgumentError: as in a call; tensors that require gradients, outside of torch.no_grad(); tensors that are
+                not plain, or calls that torch traces, transforms or intercepts.
+            TicketError: Python is ending.
+        """
+        return tickets.submit(self, x, ids, weights, lora)
 
     # --- copies ---
 

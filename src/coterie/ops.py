@@ -286,6 +286,23 @@ def _compute(
     scalings: Sequence[float],
     shared_a: bool,
 ) -> Tensor:
+    inputs = _inputs(layer, x, ids, weights, parameters, scalings, shared_a)
+    _run(layer, *inputs)
+    out = inputs[3]
+    return out.half() if x.dtype == torch.float16 else out
+
+
+def _inputs(
+    layer: Layer,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    parameters: Factors,
+    scalings: Sequence[float],
+    shared_a: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, tuple[Any, ...] | None]:
+    """What `_run` takes where nothing is kept: x, ids and weights as they are or as the engine takes them, out, whether
+    to compute with int8, and LoRA."""
     factors = None
     if any(p is not None for p in parameters):
         layer.adapt()
@@ -294,10 +311,9 @@ def _compute(
         x = x.contiguous()
     ids = ids.to(torch.int64).contiguous()
     weights = weights.to(torch.float32).contiguous()
-    half = x.dtype == torch.float16
-    out = torch.empty(x.shape, dtype=torch.float32 if half else x.dtype, device="cpu")
-    _run(layer, x, ids, weights, out, factors is None and layer.uses_int8(), factors)
-    return out.half() if half else out
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    out = torch.empty(x.shape, dtype=dtype, device="cpu")
+    return x, ids, weights, out, factors is None and layer.uses_int8(), factors
 
 
 def _run(
@@ -310,13 +326,15 @@ def _run(
     factors: tuple[Any, ...] | None,
     gate: int = 0,
     up: int = 0,
-) -> None:
+    owners: tuple[Any, ...] | None = None,
+) -> Any:
+    """Compute `out`; with `owners` of all that is read and written, in the background, and return the native ticket."""
     rows, slots = (x.shape[0], layer.hidden_size), tuple(ids.shape)
     try:
-        layer.forward(
+        return layer.forward(
             *slots, address("x", x, FLOATS, rows, rows_apart=True), DTYPES[x.dtype], x.stride(0),
             address("ids", ids, I64, slots), address("weights", weights, F32, slots),
-            address("out", out, COMPUTED, rows), DTYPES[out.dtype], integer, factors, gate, up,
+            address("out", out, COMPUTED, rows), DTYPES[out.dtype], integer, factors, gate, up, owners,
         )  # fmt: skip
     except ValueError as error:
         raise ArgumentError(str(error)) from None

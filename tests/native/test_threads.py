@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import textwrap
 import threading
 
 import pytest
 import torch
 from engine_cases import FORMATS, Batch, name_of, packed
+from programs import program, run
 
 from coterie import _native, cpu
 
@@ -56,30 +55,6 @@ def test_python_threads_take_turns(spec, threads):
     done.set()
     changer.join(60)
     assert not wrong and not any(thread.is_alive() for thread in (*workers, changer))
-
-
-SETUP = """
-import os, sys, threading, time
-import torch
-import coterie
-torch.set_num_threads(1)
-coterie.cpu.set_threads(3)
-experts = coterie.Experts.pack(torch.randn(4, 64, 96), torch.randn(4, 64, 96), torch.randn(4, 96, 64), format="int4")
-x, ids, weights = torch.randn(9, 96), torch.randint(0, 4, (9, 2)), torch.rand(9, 2)
-expected = experts(x, ids, weights)
-"""
-
-
-def program(script: str) -> list[str]:
-    return [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", SETUP + textwrap.dedent(script)]
-
-
-def run(script: str) -> str:
-    """A program of its own, for it may hang or crash."""
-    done = subprocess.run(program(script), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "leaked" not in done.stderr
-    return done.stdout
 
 
 def test_a_forked_child_computes():
