@@ -18,13 +18,15 @@ expected = experts(x, ids, weights)
 """
 
 
-def program(script: str) -> list[str]:
-    return [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", SETUP + textwrap.dedent(script)]
+def program(script: str, first: str = "") -> list[str]:
+    """The command line; `first` is run before coterie is imported."""
+    code = f"{first}\n{SETUP}{textwrap.dedent(script)}"
+    return [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", code]
 
 
-def run(script: str) -> str:
+def run(script: str, first: str = "") -> str:
     """What such a program prints; it must end well, and soon."""
-    done = subprocess.run(program(script), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(program(script, first), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "leaked" not in done.stderr
     return done.stdout

@@ -320,15 +320,19 @@ def test_what_is_let_go_may_submit(experts, inputs):
 
 def test_changes_after_the_submission(experts, inputs):
     """Ids and weights may be used again at once; x and adapters may get other memory."""
-    x, ids, weights = (t.clone() for t in inputs)
-    lora = ExpertLora(**{name: t.clone() for name, t in random_lora(SIZES, 4, torch.float32).items()})
+    ids, weights = (t.clone() for t in inputs[1:])
+    made = [array_of(t) for t in (inputs[0], *random_lora(SIZES, 4, torch.float32).values())]
+    (x, *factors), memory = zip(*made, strict=True)
+    lora = ExpertLora(*factors)
     expected = experts(x, ids, weights, lora)
     with held():
         ticket = experts.submit(x, ids, weights, lora)
         ids.fill_(2**40)
         weights.zero_()
-        for tensor in (x, *lora.factors()):
+        for tensor in (x, *factors):
             tensor.data = torch.zeros(1)
+        del made, tensor
+        assert all(array() is not None for array in memory)
     assert torch.equal(ticket.wait(), expected)
 
 
@@ -411,6 +415,16 @@ def test_a_forked_child_lets_go_of_its_parents_tickets():
     """)
 
 
+def test_other_threads_run_while_one_waits():
+    run("""
+        from coterie import _native
+        flag = torch.zeros(1, dtype=torch.uint8)
+        hold = _native.submit_hold(flag.data_ptr(), flag)
+        threading.Timer(0.05, flag.fill_, [1]).start()
+        hold.wait()
+    """)
+
+
 def test_ctrl_c_ends_the_waiting_alone():
     run("""
         import signal
@@ -445,7 +459,6 @@ def test_exit_with_tickets_in_flight(drop):
 def test_tickets_after_the_end():
     """What was begun is finished, what was not is lost, and nothing more is taken."""
     script = """
-        import atexit
         from coterie import _native
         from coterie.errors import TicketError
 
@@ -473,14 +486,12 @@ def test_tickets_after_the_end():
             assert torch.equal(experts(x, ids, weights), expected)
             print("end")
 
-        atexit.unregister(_native.end_tickets)
-        atexit.register(after_the_end)
-        atexit.register(_native.end_tickets)  # what is registered last is called first
         threading.Thread(target=finish, daemon=True).start()
     """
+    registered_before = "import atexit; atexit.register(lambda: after_the_end())"  # and so called last
     lost = "Python ended before this ticket's turn came"
     refused = "Python is ending, and nothing is computed in the background any more"
-    assert run(script).splitlines() == [lost] * 3 + [refused, "end"]
+    assert run(script, registered_before).splitlines() == [lost] * 3 + [refused, "end"]
 
 
 def test_exit_while_threads_wait():
