@@ -28,8 +28,8 @@ struct ByteCodes {
   static constexpr float kUnit = 1.0f;
   static float value(uint16_t code, int) { return static_cast<float>(code - kOffset); }
   static bool valid(uint16_t code) { return code != 0; }
-  static uint32_t round(float x, float zero) { return static_cast<uint32_t>(static_cast<int32_t>(round_between(x + zero, 1.0f, 255.0f))); }
-  static float rounded(float x, float zero) { return round_between(x + zero, 1.0f, 255.0f) - zero; }
+  static Words round(Vector x, Vector zero) { return without_round(nearest(x + zero, 1.0f, 255.0f)); }
+  static Vector rounded(Vector x, Vector zero) { return nearest(x + zero, 1.0f, 255.0f) - (zero + kRound); }
 
   template <class Isa, int shift>
   static typename Isa::F column(typename Isa::I words, typename Isa::F) {
@@ -52,8 +52,8 @@ struct NibbleCodes {
   static constexpr int8_t kTable[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
   static float value(uint16_t code, int zero) { return static_cast<float>(code - zero); }
   static bool valid(uint16_t code) { return code < 16; }
-  static uint32_t round(float x, float zero) { return static_cast<uint32_t>(static_cast<int32_t>(round_between(x + zero, 0.0f, 15.0f))); }
-  static float rounded(float x, float zero) { return round_between(x + zero, 0.0f, 15.0f) - zero; }
+  static Words round(Vector x, Vector zero) { return without_round(nearest(x + zero, 0.0f, 15.0f)); }
+  static Vector rounded(Vector x, Vector zero) { return nearest(x + zero, 0.0f, 15.0f) - (zero + kRound); }
 
   template <class Isa, int shift>
   static typename Isa::F column(typename Isa::I words, typename Isa::F minus_zero) {
@@ -85,12 +85,16 @@ struct E2m1Codes {
   static float value(uint16_t code, int) { return 0.5f * kTable[code & 15]; }
   static bool valid(uint16_t code) { return code < 16; }
   // To the nearest, ties to the even code, saturating.
-  static uint32_t round(float x, float) {
-    const float a = magnitude(x);
-    const uint32_t code = (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
-    return code | float_to_bits(x) >> 31 << 3;
+  static Words round(Vector x, Vector) {
+    const Vector a = from_bits(bits_of(x) & 0x7fffffffu);
+    const Ints minus_code = (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
+    return reinterpret_cast<Words>(-minus_code) | bits_of(x) >> 31 << 3;
   }
-  static float rounded(float x, float zero) { return value(static_cast<uint16_t>(round(x, zero)), 0); }
+  static Vector rounded(Vector x, Vector zero) {
+    const Words code = round(x, zero), magnitude = code & 7;
+    const Vector small = to_float(magnitude) * 0.5f, normal = from_bits((magnitude << 22) + (126u << 23));
+    return from_bits(bits_of(magnitude < 2 ? small : normal) | code >> 3 << 31);
+  }
 
   template <class Isa, int shift>
   static typename Isa::F column(typename Isa::I words, typename Isa::F) {
@@ -124,13 +128,17 @@ struct E4m3Codes {
   }
   static bool valid(uint16_t code) { return (code & 0x7f) != 0x7f; }
   // To the nearest, ties to even, saturating.
-  static uint32_t round(float x, float) {
-    const float a = magnitude(x) < kMost ? magnitude(x) : kMost;
-    const uint32_t small = static_cast<uint32_t>(static_cast<int32_t>((a * 512.0f + kRound) - kRound));
-    const uint32_t u = float_to_bits(a), normal = ((u + 0x7ffff + ((u >> 20) & 1)) >> 20) - (120u << 3);
-    return (a < 0.015625f ? small : normal) | float_to_bits(x) >> 31 << 7;
+  static Words round(Vector x, Vector) {
+    const Vector size = from_bits(bits_of(x) & 0x7fffffffu), a = size < kMost ? size : splat(kMost);
+    const Words u = bits_of(a), normal = ((u + 0x7ffff + (u >> 20 & 1)) >> 20) - (120u << 3);
+    const Words small = without_round(a * 512.0f + kRound);
+    return (a < 0.015625f ? small : normal) | bits_of(x) >> 31 << 7;
   }
-  static float rounded(float x, float zero) { return value(static_cast<uint16_t>(round(x, zero)), 0); }
+  static Vector rounded(Vector x, Vector zero) {
+    const Words code = round(x, zero), magnitude = code & 0x7f;
+    const Vector small = to_float(magnitude) / 512.0f, normal = from_bits((magnitude << 20) + (120u << 23));
+    return from_bits(bits_of(magnitude < 8 ? small : normal) | code >> 7 << 31);
+  }
 
   template <class Isa, int shift>
   static typename Isa::F column(typename Isa::I words, typename Isa::F) {

@@ -14,7 +14,7 @@ template <class CodesOf, class ScaleOf, int Step, bool Zero, bool RowScale, clas
 struct Encoding {
   using Codes = CodesOf;
   using Scale = ScaleOf;
-  using Family = FamilyOf;  // how weights are rounded to it: `choose`
+  using Family = FamilyOf;  // how weights are rounded to it: `choose`, for kWidth rows of a group
   static constexpr int kStep = Step;
   static constexpr bool kStepScale = Scale::kRowBytes + Scale::kBlockBytes > 0;
   static constexpr bool kRowScale = RowScale;
@@ -40,31 +40,34 @@ struct Choice {
   bool exact;                // products of weights and small integers are exact in float32: weights were bf16 or fp16
 };
 
-// A scale as it will be read again.
-template <class E>
-inline float stored_scale(float scale) {
-  if constexpr (E::kStepScale)
-    return E::Scale::stored(scale);
-  else
-    return scale;
-}
+// Rows of a group, the columns that share a scale, become codes round(w / scale, zero), which stand for scale * rounded(w / scale, zero).
+struct Grid {
+  Vector scale, zero;
 
-inline void inverses(const Lanes& scale, Lanes& inverse) {
-  for (int lane = 0; lane < kLanes; lane++) inverse[lane] = scale[lane] != 0.0f ? 1.0f / scale[lane] : 0.0f;
-}
+  Vector inverse() const { return quotient(1.0f, scale); }
+};
 
-// Per lane, of `count` values rounded to codes with a scale as it is stored.
-template <class Codes>
-inline void squared_error(const float* values, int64_t count, const Lanes& scale, const Lanes& zero, Lanes& sum) {
-  Lanes inverse;
-  inverses(scale, inverse);
-  for (int lane = 0; lane < kLanes; lane++) sum[lane] = 0.0f;
-  for (int64_t k = 0; k < count; k++)
-    for (int lane = 0; lane < kLanes; lane++) {
-      const float w = values[k * kLanes + lane];
-      const float off = w - scale[lane] * Codes::rounded(w * inverse[lane], zero[lane]);
-      sum[lane] += off * off;
-    }
+// The smallest and largest weight of each row of a group, with 0 among them, and the first of largest magnitude.
+struct Reach {
+  Vector low{}, high{}, extreme{};
+  Ints magnitude{};  // as bits: those of a NaN or Inf are larger than any number's
+
+  Vector largest() const { return reinterpret_cast<Vector>(magnitude); }
+};
+
+// Adds the weights' squares to `squares`.
+inline Reach reach_of(const float* values, int64_t count, Vector& squares) {
+  Reach r;
+  for (int64_t k = 0; k < count; k++) {
+    const Vector w = load<Vector>(values + k * kLanes);
+    const Ints magnitude = reinterpret_cast<Ints>(bits_of(w) & 0x7fffffffu);
+    r.extreme = magnitude > r.magnitude ? w : r.extreme;
+    r.magnitude = magnitude > r.magnitude ? magnitude : r.magnitude;
+    r.low = w < r.low ? w : r.low;
+    r.high = w > r.high ? w : r.high;
+    squares += w * w;
+  }
+  return r;
 }
 
 }  // namespace

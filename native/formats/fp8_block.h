@@ -16,8 +16,8 @@ struct Fp8Block {
   }
 
   template <class E>
-  static void choose(const float*, int64_t, int64_t step, const Choice& choice, Lanes& scale, Lanes& zero) {
-    for (int lane = 0; lane < kLanes; lane++) scale[lane] = choice.tile_largest[step] / E4m3Codes::kMost, zero[lane] = 0.0f;
+  static Grid choose(const float*, int64_t, int64_t step, const Choice& choice, const Reach&) {
+    return {splat(choice.tile_largest[step] / E4m3Codes::kMost), Vector{}};
   }
 };
 

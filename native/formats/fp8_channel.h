@@ -16,9 +16,8 @@ struct Fp8Channel {
   }
 
   template <class E>
-  static void choose(const float* values, int64_t count, int64_t, const Choice&, Lanes& scale, Lanes& zero) {
-    largest_magnitude(values, count, scale);
-    for (int lane = 0; lane < kLanes; lane++) scale[lane] /= E4m3Codes::kMost, zero[lane] = 0.0f;
+  static Grid choose(const float*, int64_t, int64_t, const Choice&, const Reach& reach) {
+    return {reach.largest() / E4m3Codes::kMost, Vector{}};
   }
 };
 

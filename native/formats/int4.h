@@ -8,51 +8,8 @@
 namespace coterie {
 namespace {
 
-// As many lanes as an instruction takes: whatever is known of that many rows of a group stays in registers.
-#ifdef __AVX512F__
-constexpr int kWidth = 16;
-#elif defined(__AVX2__)
-constexpr int kWidth = 8;
-#else
-constexpr int kWidth = 4;
-#endif
-typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
-typedef uint32_t Words __attribute__((vector_size(kWidth * sizeof(uint32_t))));
-typedef int32_t Ints __attribute__((vector_size(kWidth * sizeof(int32_t))));
-
-template <class To, class From>
-inline To load(const From* from) {
-  To v;
-  memcpy(&v, from, sizeof v);
-  return v;
-}
-
-template <class To, class From>
-inline void store(To* to, From v) {
-  memcpy(to, &v, sizeof v);
-}
-
-inline Words bits_of(Vector v) { return reinterpret_cast<Words>(v); }
-inline Vector splat(float x) { return Vector{} + x; }
-
-// As integers, which CPUs compare faster: numbers above zero are in the order of their bits. 0 < low <= high.
-inline Vector bounded(Vector x, Vector low, Vector high) {
-  const Ints bits = reinterpret_cast<Ints>(x), least = reinterpret_cast<Ints>(low), most = reinterpret_cast<Ints>(high);
-  const Ints raised = bits > least ? bits : least;
-  return reinterpret_cast<Vector>(raised < most ? raised : most);
-}
-
-// 0 where the quotient is not a number, or too large for one.
-inline Vector quotient(float a, Vector b) {
-  const Vector q = a / b;
-  return reinterpret_cast<Ints>(bits_of(q) & 0x7fffffffu) < 0x7f800000 ? q : Vector{};
-}
-
 // The nearest int4 code.
-inline Vector rounded(Vector x) {
-  const Vector low = splat(kRound);
-  return bounded(x + low, low, low + 15.0f) - low;
-}
+inline Vector rounded(Vector x) { return NibbleCodes::rounded(x, Vector{}); }
 
 // a * b + c where a * b is exact in float32, so that one rounding and two give the same.
 inline Vector add_exact(Vector a, Vector b, Vector c) {
@@ -62,32 +19,6 @@ inline Vector add_exact(Vector a, Vector b, Vector c) {
 #else
   return a * b + c;
 #endif
-}
-
-// Rows of a group become codes round(w / scale + zero), which stand for (code - zero) * scale.
-struct Grid {
-  Vector scale, zero;
-
-  Vector inverse() const { return quotient(1.0f, scale); }
-};
-
-// The smallest and largest weight of each row, with 0 among them, and the first of largest magnitude.
-struct Reach {
-  Vector low{}, high{}, extreme{};
-  Ints magnitude{};  // as bits: those of a NaN or Inf are larger than any number's
-};
-
-inline Reach reach_of(const float* values, int64_t count) {
-  Reach r;
-  for (int64_t k = 0; k < count; k++) {
-    const Vector w = load<Vector>(values + k * kLanes);
-    const Ints magnitude = reinterpret_cast<Ints>(bits_of(w) & 0x7fffffffu);
-    r.extreme = magnitude > r.magnitude ? w : r.extreme;
-    r.magnitude = magnitude > r.magnitude ? magnitude : r.magnitude;
-    r.low = w < r.low ? w : r.low;
-    r.high = w > r.high ? w : r.high;
-  }
-  return r;
 }
 
 // Symmetric: the extreme has code 0, so that the scale may be negative. With zero points: the range has codes 0..15.
@@ -184,19 +115,14 @@ struct Int4 {
   }
 
   template <class E>
-  static void choose(const float* values, int64_t count, int64_t, const Choice& choice, Lanes& scale, Lanes& zero) {
-    for (int lane = 0; lane < kLanes; lane += kWidth) {
-      const Grid grid = choice.exact ? chosen<E, true>(values + lane, count, choice.search) : chosen<E, false>(values + lane, count, choice.search);
-      store(&scale[lane], grid.scale);
-      store(&zero[lane], grid.zero);
-    }
+  static Grid choose(const float* values, int64_t count, int64_t, const Choice& choice, const Reach& reach) {
+    return choice.exact ? chosen<E, true>(values, count, choice.search, reach) : chosen<E, false>(values, count, choice.search, reach);
   }
 
  private:
   // exact: weights of at most 11 bits, whose products with codes are exact in float32.
   template <class E, bool exact>
-  static Grid chosen(const float* values, int64_t count, bool search) {
-    const Reach reach = reach_of(values, count);
+  static Grid chosen(const float* values, int64_t count, bool search, const Reach& reach) {
     const Grid plain = plain_grid<E::kZero>(reach);
     if (!search) return plain;
     // Rounding the scale for storage can undo what the search gained.
@@ -209,7 +135,7 @@ struct Int4 {
 
   template <class E>
   static Grid stored(Grid grid) {
-    for (int i = 0; i < kWidth; i++) grid.scale[i] = stored_scale<E>(grid.scale[i]);
+    if constexpr (E::kStepScale) grid.scale = E::Scale::stored(grid.scale);
     return grid;
   }
 };

@@ -16,9 +16,8 @@ struct Int8 {
   }
 
   template <class E>
-  static void choose(const float* values, int64_t count, int64_t, const Choice&, Lanes& scale, Lanes& zero) {
-    largest_magnitude(values, count, scale);
-    for (int lane = 0; lane < kLanes; lane++) scale[lane] /= 127.0f, zero[lane] = 128.0f;
+  static Grid choose(const float*, int64_t, int64_t, const Choice&, const Reach& reach) {
+    return {reach.largest() / 127.0f, splat(128.0f)};
   }
 };
 

@@ -17,13 +17,9 @@ struct Microscaled {
   }
 
   template <class E>
-  static void choose(const float* values, int64_t count, int64_t, const Choice&, Lanes& scale, Lanes& zero) {
-    largest_magnitude(values, count, scale);
-    for (int lane = 0; lane < kLanes; lane++) {
-      const int exponent = static_cast<int>(float_to_bits(scale[lane]) >> 23) - Codes::kMostExponent;
-      scale[lane] = bits_to_float(static_cast<uint32_t>(exponent < 1 ? 1 : exponent) << 23);
-      zero[lane] = 0.0f;
-    }
+  static Grid choose(const float*, int64_t, int64_t, const Choice&, const Reach& reach) {
+    const Ints exponent = (reach.magnitude >> 23) - Codes::kMostExponent, least = Ints{} + 1;
+    return {reinterpret_cast<Vector>((exponent < least ? least : exponent) << 23), Vector{}};
   }
 };
 

@@ -18,14 +18,9 @@ struct Nvfp4 {
   static float matrix_scale(const Choice& choice) { return choice.largest / (E2m1Codes::kMost * E4m3Codes::kMost); }
 
   template <class E>
-  static void choose(const float* values, int64_t count, int64_t, const Choice& choice, Lanes& scale, Lanes& zero) {
+  static Grid choose(const float*, int64_t, int64_t, const Choice& choice, const Reach& reach) {
     const float matrix = matrix_scale(choice);
-    largest_magnitude(values, count, scale);
-    for (int lane = 0; lane < kLanes; lane++) {
-      const float wanted = scale[lane] / E2m1Codes::kMost;
-      scale[lane] = matrix > 0.0f ? wanted / matrix : 0.0f;
-      zero[lane] = 0.0f;
-    }
+    return {matrix > 0.0f ? reach.largest() / E2m1Codes::kMost / matrix : Vector{}, Vector{}};
   }
 };
 

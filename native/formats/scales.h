@@ -1,4 +1,5 @@
 // Scales that stand in a step behind its codes: one a row in 16, 8 or 0 bits, or one float for all rows of the block.
+// `stored`: a scale as it will be read again; `store` takes such scales.
 #pragma once
 #include "formats/codes.h"
 
@@ -12,11 +13,12 @@ struct NoScale {
 struct Bf16Scale {
   static constexpr int kRowBytes = 2, kBlockBytes = 0;
   static bool valid(const uint8_t*) { return true; }
-  static float stored(float scale) { return bf16_to_float(float_to_bf16(scale)); }
-  static void store(float scale, uint8_t* to) {
-    const uint16_t half = float_to_bf16(scale);
-    memcpy(to, &half, 2);
+  // Of a number.
+  static Vector stored(Vector scale) {
+    const Words bits = bits_of(scale);
+    return from_bits((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
   }
+  static void store(Vector scale, uint8_t* to) { store_narrow<uint16_t>(to, bits_of(scale) >> 16); }
   static float value(const uint8_t* from) {
     uint16_t half;
     memcpy(&half, from, 2);
@@ -33,8 +35,8 @@ struct E8m0Scale {
   static constexpr int kRowBytes = 1, kBlockBytes = 0;
   static bool valid(const uint8_t* from) { return *from != 255; }
   // Of a power of two.
-  static float stored(float scale) { return scale; }
-  static void store(float scale, uint8_t* to) { *to = static_cast<uint8_t>(float_to_bits(scale) >> 23); }
+  static Vector stored(Vector scale) { return scale; }
+  static void store(Vector scale, uint8_t* to) { store_narrow<uint8_t>(to, bits_of(scale) >> 23); }
   static float value(const uint8_t* from) { return bits_to_float(*from ? static_cast<uint32_t>(*from) << 23 : 0x00400000u); }
   template <class Isa>
   static typename Isa::F load(const uint8_t* panel) {
@@ -45,8 +47,8 @@ struct E8m0Scale {
 struct E4m3Scale {
   static constexpr int kRowBytes = 1, kBlockBytes = 0;
   static bool valid(const uint8_t* from) { return E4m3Codes::valid(*from); }
-  static float stored(float scale) { return E4m3Codes::rounded(scale, 0.0f); }
-  static void store(float scale, uint8_t* to) { *to = static_cast<uint8_t>(E4m3Codes::round(scale, 0.0f)); }
+  static Vector stored(Vector scale) { return E4m3Codes::rounded(scale, Vector{}); }
+  static void store(Vector scale, uint8_t* to) { store_narrow<uint8_t>(to, E4m3Codes::round(scale, Vector{})); }
   static float value(const uint8_t* from) { return E4m3Codes::value(*from, 0); }
   template <class Isa>
   static typename Isa::F load(const uint8_t* panel) {
@@ -58,7 +60,7 @@ struct E4m3Scale {
 struct BlockScale {
   static constexpr int kRowBytes = 0, kBlockBytes = kLanes * 4;
   static bool valid(const uint8_t*) { return true; }
-  static float stored(float scale) { return scale; }
+  static Vector stored(Vector scale) { return scale; }
   static void store(float scale, uint8_t* to) {
     for (int lane = 0; lane < kLanes; lane++) memcpy(to + lane * 4, &scale, 4);
   }

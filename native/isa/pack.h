@@ -1,4 +1,4 @@
-// Packing one panel: 16 rows side by side as lanes, so that every loop over `lane` is one vector operation.
+// Packing one panel: 16 rows side by side as lanes, as many at a time as an instruction takes.
 // Scales: docs/format.md says how they are chosen.
 #pragma once
 #include <cstdint>
@@ -74,11 +74,12 @@ inline void store_columns(const uint32_t (&rows)[kLanes][words], float* to) {
     }
 }
 
-// values[column][lane], zero beyond the matrix.
-inline void load_lanes(const Layout& layout, int64_t panel, const void* source, DType dtype, int64_t stride, float* values) {
+// to[column][lane], columns [begin, begin + count) of a panel, zero beyond the matrix; `count` is a multiple of 64.
+inline void load_lanes(const Layout& layout, int64_t panel, const void* source, DType dtype, int64_t stride, int64_t begin, int64_t count,
+                       float* to) {
   constexpr int kChunk = 64;
   alignas(64) uint32_t rows[kLanes][kChunk];
-  for (int64_t begin = 0; begin < layout.padded_cols(); begin += kChunk, values += kChunk * kLanes) {
+  for (const int64_t end = begin + count; begin < end; begin += kChunk, to += kChunk * kLanes) {
     const int64_t there = layout.cols - begin < kChunk ? layout.cols - begin : kChunk;
     for (int lane = 0; lane < kLanes; lane++) {
       const int64_t row = panel * kLanes + lane, offset = row * stride + begin, wanted = row < layout.rows && there > 0 ? there : 0;
@@ -95,136 +96,168 @@ inline void load_lanes(const Layout& layout, int64_t panel, const void* source, 
         memcpy(rows[lane], from, wanted * 2);
     }
     if (dtype == DType::bf16)
-      store_columns<true>(rows, values);
+      store_columns<true>(rows, to);
     else
-      store_columns<false>(rows, values);
+      store_columns<false>(rows, to);
   }
-}
-
-inline bool all_finite(const float* values, int64_t count) {
-  Lanes poison = {};
-  for (int64_t k = 0; k < count; k++)
-    for (int lane = 0; lane < kLanes; lane++) poison[lane] += values[k * kLanes + lane] * 0.0f;
-  float sum = 0.0f;
-  for (int lane = 0; lane < kLanes; lane++) sum += poison[lane];
-  return sum == 0.0f;
-}
-
-inline void add_squares(const float* values, int64_t count, double& sum) {
-  Lanes squares = {};
-  for (int64_t k = 0; k < count; k++)
-    for (int lane = 0; lane < kLanes; lane++) squares[lane] += values[k * kLanes + lane] * values[k * kLanes + lane];
-  for (float square : squares) sum += square;
 }
 
 // tiles[tile of 128 rows][step] = the largest magnitude there, for the tile of rows `tile`.
 inline void largest_of_tiles(const Layout& layout, int64_t tile, const void* source, DType dtype, int64_t stride, float* tiles) {
-  constexpr int kChunk = 64;
-  float chunk[kChunk];
+  constexpr int kChunk = 128;
+  float chunk[kChunk + kWidth];  // zeros behind what is there
   const int64_t first = tile * kScaleTileRows, end = first + kScaleTileRows < layout.rows ? first + kScaleTileRows : layout.rows;
   for (int64_t step = 0; step < layout.steps(); step++) {
-    float most = 0.0f;
+    const int64_t stop = (step + 1) * layout.step < layout.cols ? (step + 1) * layout.step : layout.cols;
+    Ints most{};
     for (int64_t row = first; row < end; row++)
-      for (int64_t begin = step * layout.step; begin < (step + 1) * layout.step && begin < layout.cols; begin += kChunk) {
-        const int64_t stop = (step + 1) * layout.step < layout.cols ? (step + 1) * layout.step : layout.cols;
+      for (int64_t begin = step * layout.step; begin < stop; begin += kChunk) {
         const int64_t count = stop - begin < kChunk ? stop - begin : kChunk;
         load_row(source, dtype, row * stride + begin, count, chunk);
-        for (int64_t i = 0; i < count; i++) most = magnitude(chunk[i]) > most ? magnitude(chunk[i]) : most;
+        for (int i = 0; i < kWidth; i++) chunk[count + i] = 0.0f;
+        for (int64_t i = 0; i < count; i += kWidth) {
+          const Ints magnitude = load<Ints>(chunk + i) & 0x7fffffff;
+          most = magnitude > most ? magnitude : most;
+        }
       }
-    tiles[tile * layout.steps() + step] = most;
+    float& largest = tiles[tile * layout.steps() + step] = 0.0f;
+    for (int i = 0; i < kWidth; i++) largest = bits_to_float(most[i]) > largest ? bits_to_float(most[i]) : largest;
   }
 }
 
-// Four columns as one little-endian word per lane, in the order of kQuadOrder.
-template <class Codes>
-inline void quad_words(const float* values, const Lanes& inverse, const Lanes& zero, uint32_t* words) {
-  for (int lane = 0; lane < kLanes; lane++) {
-    uint32_t word = 0;
-    for (int i = 0; i < 4; i++) word |= Codes::round(values[kQuadOrder[i] * kLanes + lane] * inverse[lane], zero[lane]) << (8 * i);
-    words[lane] = word;
-  }
-}
+// Where a panel's codes and scales go.
+struct PanelPlace {
+  int panels, panel;  // of the block, and which of them
+  int64_t step_bytes, step_code_bytes;
+  uint8_t *steps, *end;
 
-// One step of one panel, whose lines lie `stride` bytes apart.
+  PanelPlace(const Layout& layout, int64_t number, uint8_t* matrix)
+      : panels(layout.panels_of(number / kBlockPanels)), panel(static_cast<int>(number % kBlockPanels)), step_bytes(layout.step_bytes(panels)),
+        step_code_bytes(layout.step_code_bytes(panels)), steps(matrix + layout.block_start(number / kBlockPanels)),
+        end(steps + layout.steps() * step_bytes) {}
+
+  uint8_t* line(int64_t step) const { return steps + step * step_bytes + panel * kLine; }
+  int64_t line_stride() const { return panels * kLine; }
+  uint8_t* tail(int64_t step) const { return steps + step * step_bytes + step_code_bytes; }
+  int row(int lane) const { return panel * kLanes + lane; }
+  int rows() const { return panels * kLanes; }
+};
+
+// What is summed over a panel, by rows.
+struct PanelSums {
+  Ints magnitude{};
+  Vector squares{}, difference{};
+};
+
+// Some columns of kWidth rows. The squares of what rounding changes are added to `difference`.
 template <class E>
-inline void pack_codes(const float* values, int64_t columns, const Lanes& inverse, const Lanes& zero, uint8_t* to, int64_t stride) {
-  for (int64_t k = 0; k < columns; k += E::kLineColumns, to += stride) {
-    uint32_t words[kLanes];
-    const float* from = values + k * kLanes;
-    if constexpr (E::Codes::kBits == 16) {
-      for (int lane = 0; lane < kLanes; lane++)
-        words[lane] = float_to_bf16(from[lane]) | static_cast<uint32_t>(float_to_bf16(from[kLanes + lane])) << 16;
-    } else {
-      quad_words<typename E::Codes>(from, inverse, zero, words);
+inline void pack_columns(const float* values, int64_t count, const Grid& grid, Vector inverse, uint8_t* line, int64_t stride, Vector& difference) {
+  for (int64_t k = 0; k < count; k += E::kLineColumns, line += stride) {
+    Words words{};  // layout.h has the order of their bytes
+#pragma GCC unroll 8
+    for (int i = 0; i < E::kLineColumns; i++) {
+      const Vector w = load<Vector>(values + (k + i / 4 * 4 + kQuadOrder[i % 4]) * kLanes), x = w * inverse;
+      words |= E::Codes::round(x, grid.zero) << (i % 4 * 8 + i / 4 * 4);
+      const Vector off = w - grid.scale * E::Codes::rounded(x, grid.zero);
+      difference += off * off;
     }
-    if constexpr (E::Codes::kBits == 4) {
-      uint32_t high[kLanes];
-      quad_words<typename E::Codes>(from + 4 * kLanes, inverse, zero, high);
-      for (int lane = 0; lane < kLanes; lane++) words[lane] |= high[lane] << 4;
-    }
-    memcpy(to, words, sizeof words);
+    store(line, words);
   }
+}
+
+// kWidth rows, from `lane` on, of the columns [begin, begin + count), which share a scale. `values`: of those columns and rows.
+template <class E>
+inline void pack_group(const Layout& layout, const float* values, int64_t begin, int64_t count, int lane, const Choice& choice,
+                       const PanelPlace& to, PanelSums& sums) {
+  const int64_t columns = E::kStep ? E::kStep : layout.step;
+  int64_t step = begin / columns;
+  const Reach reach = reach_of(values, count, sums.squares);
+  sums.magnitude = reach.magnitude > sums.magnitude ? reach.magnitude : sums.magnitude;
+  Grid grid = E::Family::template choose<E>(values, count, step, choice, reach);
+  if constexpr (E::kStepScale) {
+    uint8_t* const tail = to.tail(step);
+    grid.scale = E::Scale::stored(grid.scale);
+    if constexpr (E::Scale::kRowBytes > 0) E::Scale::store(grid.scale, tail + to.row(lane) * E::Scale::kRowBytes);
+    if constexpr (E::Scale::kBlockBytes > 0)
+      if (to.row(lane) == 0) E::Scale::store(grid.scale[0], tail);
+    if constexpr (E::kRowScale) grid.scale *= E::Family::matrix_scale(choice);
+  } else {
+    store(to.end + to.row(lane) * 4, grid.scale);
+  }
+  if constexpr (E::kZero) {
+    uint8_t* const zeros = E::kStepZero ? to.tail(step) + to.rows() * E::Scale::kRowBytes : to.end + to.rows() * 4;
+    store_narrow<uint8_t>(zeros + to.row(lane), without_round(grid.zero + kRound));
+  }
+  const Vector inverse = grid.inverse();
+  for (const float* const stop = values + count * kLanes; values < stop; values += columns * kLanes, step++)
+    pack_columns<E>(values, columns, grid, inverse, to.line(step) + lane * 4, to.line_stride(), sums.difference);
 }
 
 template <class E>
 inline bool pack_panel_as(const Layout& layout, int64_t panel, const void* source, DType dtype, int64_t stride, const Choice& choice, uint8_t* matrix,
                           float* scratch, PackError& error) {
-  const int64_t cols = layout.padded_cols(), block = panel / kBlockPanels, step = layout.step;
-  const int panels = layout.panels_of(block), p = static_cast<int>(panel % kBlockPanels);
-  uint8_t* const start = matrix + layout.block_start(block);
-  uint8_t* const end = start + layout.steps() * layout.step_bytes(panels);
-  load_lanes(layout, panel, source, dtype, stride, scratch);
-  Lanes scale, zero, inverse, row;
-  if constexpr (E::Codes::kBits == 16) {
-    for (int64_t s = 0; s < layout.steps(); s++)
-      pack_codes<E>(scratch + s * step * kLanes, step, inverse, zero, start + s * layout.step_bytes(panels) + p * kLine, panels * kLine);
-    if (dtype == DType::bf16) return true;
-    add_squares(scratch, cols, error.total);
-    for (int64_t i = 0; i < cols * kLanes; i++) scratch[i] -= bf16_to_float(float_to_bf16(scratch[i]));
-    add_squares(scratch, cols, error.difference);
-    return true;
-  } else {
-    if (!all_finite(scratch, cols)) return false;
-    add_squares(scratch, cols, error.total);
-    for (float& r : row) r = 1.0f;
-    if constexpr (E::kRowScale && E::kStepScale)
-      for (float& r : row) r = E::Family::matrix_scale(choice);
-    const int64_t span = E::kStepScale ? step : cols;  // columns that share a scale
-    for (int64_t begin = 0, s = 0; begin < cols; begin += step, s++) {
-      const float* values = scratch + begin * kLanes;
-      uint8_t* const tail = start + s * layout.step_bytes(panels) + layout.step_code_bytes(panels);
-      if (begin % span == 0) {
-        E::Family::template choose<E>(values, span, s, choice, scale, zero);
-        for (int lane = 0; lane < kLanes; lane++) {
-          scale[lane] = stored_scale<E>(scale[lane]);
-          if constexpr (!E::kStepScale) row[lane] = scale[lane];
-          if constexpr (E::Scale::kRowBytes > 0) E::Scale::store(scale[lane], tail + (p * kLanes + lane) * E::Scale::kRowBytes);
-          if constexpr (E::kStepZero) tail[panels * kLanes * E::Scale::kRowBytes + p * kLanes + lane] = static_cast<uint8_t>(zero[lane]);
-          if constexpr (E::kRowZero) end[panels * kLanes * 4 + p * kLanes + lane] = static_cast<uint8_t>(zero[lane]);
-          if constexpr (E::kRowScale && E::kStepScale) scale[lane] *= row[lane];
-        }
-        if constexpr (E::Scale::kBlockBytes > 0)
-          if (p == 0) E::Scale::store(scale[0], tail);
-        inverses(scale, inverse);
-        Lanes off;
-        squared_error<typename E::Codes>(values, span, scale, zero, off);
-        for (float square : off) error.difference += square;
-      }
-      pack_codes<E>(values, step, inverse, zero, start + s * layout.step_bytes(panels) + p * kLine, panels * kLine);
-    }
-    if constexpr (E::kRowScale) memcpy(end + p * kLanes * 4, row, sizeof row);
-    return true;
+  const PanelPlace to(layout, panel, matrix);
+  const int64_t cols = layout.padded_cols(), group = E::kStepScale ? layout.step : cols;  // columns that share a scale
+  const int64_t chunk = round_up(group, kColumnAlign);  // that are worked on while the cache has them
+  PanelSums sums[kLanes / kWidth];
+  for (int64_t begin = 0; begin < cols; begin += chunk) {
+    load_lanes(layout, panel, source, dtype, stride, begin, chunk, scratch);
+    for (int64_t k = 0; k < chunk; k += group)
+      for (int lane = 0; lane < kLanes; lane += kWidth)
+        pack_group<E>(layout, scratch + k * kLanes + lane, begin + k, group, lane, choice, to, sums[lane / kWidth]);
   }
+  if constexpr (E::kRowScale && E::kStepScale)
+    for (int lane = 0; lane < kLanes; lane += kWidth) store(to.end + to.row(lane) * 4, splat(E::Family::matrix_scale(choice)));
+  bool finite = true;
+  for (const PanelSums& s : sums)
+    for (int i = 0; i < kWidth; i++) {
+      finite &= s.magnitude[i] < 0x7f800000;
+      error.total += s.squares[i];
+      error.difference += s.difference[i];
+    }
+  return finite;
 }
 
-// Returns false, having written nothing, if codes with scales are asked to hold a NaN or Inf. `scratch`: 16 floats per padded column.
+inline void add_squares(const float* values, int64_t count, double& sum) {
+  float squares[kLanes] = {};
+  for (int64_t k = 0; k < count; k++)
+    for (int lane = 0; lane < kLanes; lane++) squares[lane] += values[k * kLanes + lane] * values[k * kLanes + lane];
+  for (float square : squares) sum += square;
+}
+
+inline void pack_bf16(const Layout& layout, int64_t panel, const void* source, DType dtype, int64_t stride, uint8_t* matrix, float* scratch,
+                      PackError& error) {
+  const PanelPlace to(layout, panel, matrix);
+  const int64_t cols = layout.padded_cols();
+  load_lanes(layout, panel, source, dtype, stride, 0, cols, scratch);
+  const float* values = scratch;
+  for (int64_t step = 0; step < layout.steps(); step++) {
+    uint8_t* line = to.line(step);
+    for (int64_t k = 0; k < layout.step; k += 2, values += 2 * kLanes, line += to.line_stride()) {
+      uint32_t words[kLanes];
+      for (int lane = 0; lane < kLanes; lane++)
+        words[lane] = float_to_bf16(values[lane]) | static_cast<uint32_t>(float_to_bf16(values[kLanes + lane])) << 16;
+      memcpy(line, words, sizeof words);
+    }
+  }
+  if (dtype == DType::bf16) return;
+  add_squares(scratch, cols, error.total);
+  for (int64_t i = 0; i < cols * kLanes; i++) scratch[i] -= bf16_to_float(float_to_bf16(scratch[i]));
+  add_squares(scratch, cols, error.difference);
+}
+
+// Returns false if codes with scales are asked to hold a NaN or Inf: what was written then means nothing. `scratch`: 16 floats per padded column.
 // `error` is added to.
 inline bool pack_panel(const Layout& layout, int64_t panel, const void* source, DType dtype, int64_t stride, const PackOptions& options,
                        uint8_t* matrix, float* scratch, PackError& error) {
   const float* tiles = options.tiles ? options.tiles + panel * kPanelRows / kScaleTileRows * layout.steps() : nullptr;
   const Choice choice{options.search, tiles, options.largest, dtype != DType::f32};
   return with_encoding(layout, [&](auto encoding) {
-    return pack_panel_as<decltype(encoding)>(layout, panel, source, dtype, stride, choice, matrix, scratch, error);
+    using E = decltype(encoding);
+    if constexpr (E::Codes::kBits == 16)
+      return pack_bf16(layout, panel, source, dtype, stride, matrix, scratch, error), true;
+    else
+      return pack_panel_as<E>(layout, panel, source, dtype, stride, choice, matrix, scratch, error);
   });
 }
 

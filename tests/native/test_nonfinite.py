@@ -84,3 +84,13 @@ def test_int8_of_the_largest_values():
     experts.pack_projection("up", 0, torch.full((16, 64), 3e38))
     assert experts.dequantize_projection("up", 0).isfinite().all()
     assert Format("int8") == experts.spec
+
+
+@pytest.mark.parametrize("spec", [s for s in FORMATS[1:] if s.encoding.bits in (4, 8)], ids=name_of)
+def test_zero_stays_zero_where_a_scale_has_no_inverse(isa, spec):
+    weight = dense(SIZES)[2][0] * 1e-38
+    weight[:, ::3] = 0
+    experts = Experts.empty(1, *SIZES[1:], **options(spec))
+    experts.pack_projection("down", 0, weight)
+    found = experts.dequantize_projection("down", 0)
+    assert not found[:, ::3].any() and found.abs().max() <= 1.01 * weight.abs().max()
