@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _native, memory, ops, tickets
 from .activations import Activation
 from .border import BYTES, DTYPES, F32, FLOATS, address, is_plain
-from .checkpoints import LayerReader, PackedFile, open_layer, open_reader, packed, write_layer
+from .checkpoints import Codes, LayerReader, PackedFile, open_layer, open_reader, packed, write_layer
 from .cpu import current_isa
 from .errors import ArgumentError
 from .formats import PANEL_ROWS, Format, resolve, round_up
@@ -198,6 +198,18 @@ class Experts:
         if not _native.pack_codes(spec.layout(rows, cols), *addresses, self._address(name, expert)):
             raise ArgumentError(f"{label}: a code or a scale is NaN, or out of {self.format}'s range")
 
+    def pack_stored(self, name: str, expert: int, weight: Tensor | Codes) -> float:
+        """Pack one matrix as a checkpoint stores it: codes of this very format without loss, others dequantised anew.
+
+        Returns the relative error of what was packed.
+        """
+        if isinstance(weight, Codes):
+            if weight.spec == self.spec:
+                self.pack_codes(name, expert, weight.codes, weight.scale, row_scale=weight.row_scale)
+                return 0.0
+            weight = weight.dequantize()
+        return self.pack_projection(name, expert, weight)
+
     def set_biases(self, gate: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None) -> None:
         """Biases of the projections: gate and up [E,I], down [E,H]; None for none."""
         for name, bias in (("gate", gate), ("up", up), ("down", down)):
@@ -348,7 +360,8 @@ class Experts:
     def open(cls, path: str | Path, layer: int = 0, mmap: bool = False, activations: str = "auto") -> Experts:
         """Experts of one layer of a checkpoint in any format that can be read: a folder or a file.
 
-        Packed experts are opened as they are, others packed into bf16.
+        Packed experts are opened as they are, plain ones packed into bf16, quantised ones in their own format without
+        loss.
 
         Args:
             mmap: use the pages of the file itself, shared between processes and evicted under memory pressure; for
@@ -366,7 +379,8 @@ class Experts:
                 raise ArgumentError(
                     f"{path} is not packed, so its experts cannot be mapped: convert it, or open it with mmap=False"
                 )
-            experts = cls.from_reader(reader, format="bf16")
+            spec = reader.spec or Format("bf16")
+            experts = cls.from_reader(reader, format=spec.name, group_size=spec.group_size)
         experts.activations = activations
         return experts
 
@@ -397,7 +411,7 @@ class Experts:
         )  # fmt: skip
         for e in range(layer.num_experts):
             for name, weight in layer.expert(e).items():
-                experts.pack_projection(name, e, weight)
+                experts.pack_stored(name, e, weight)
             layer.release(e)
         experts.set_biases(**layer.biases())
         return experts

@@ -10,7 +10,8 @@ from coterie import Experts
 from coterie.convert import convert_cpu
 from coterie.errors import CheckpointError
 
-METHODS = ["gptq", "awq", "fp8", "mxfp4", "compressed-tensors", "bitsandbytes", "auto-round"]
+METHODS = ["gptq", "awq", "bitsandbytes", "auto-round"]
+READ = ["fp8", "mxfp4", "compressed-tensors", "modelopt"]
 
 
 def refused(folder, message):
@@ -28,7 +29,21 @@ def test_the_config_names_it(tmp_path, method, nested):
     folder, _ = two_layers(tmp_path / "in")
     config = CONFIG | {"quantization_config": {"quant_method": method, "bits": 4}}
     (folder / "config.json").write_text(json.dumps({"text_config": config} if nested else config))
-    refused(folder, f"in is quantised by {method}: this version reads bf16, fp16 and f32 only; use the original")
+    refused(
+        folder,
+        f"in is quantised by {method}: this version reads bf16, fp16 and f32, and what .* {', '.join(READ)}; use",
+    )
+
+
+@pytest.mark.parametrize("method", READ)
+@pytest.mark.parametrize("nested", [False, True], ids=["top", "text_config"])
+def test_plain_experts_of_a_method_that_is_read(tmp_path, method, nested):
+    folder, _ = two_layers(tmp_path / "in")
+    config = CONFIG | {"quantization_config": {"quant_method": method, "weight_block_size": [128, 128]}}
+    (folder / "config.json").write_text(json.dumps({"text_config": config} if nested else config))
+    refused(
+        folder, "in no quantised format that this version reads: '.*experts.0.up_proj.weight' BF16 .*weight_scale_inv"
+    )
 
 
 def test_packed_but_no_layers(tmp_path):
@@ -40,7 +55,7 @@ def test_packed_but_no_layers(tmp_path):
 def test_modelopt(tmp_path):
     folder, _ = two_layers(tmp_path / "in")
     (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
-    refused(folder, "quantised by ModelOpt 'NVFP4'")
+    refused(folder, "in no quantised format that this version reads")
 
 
 STEM = "model.layers.0.mlp.experts"

@@ -20,6 +20,7 @@ from coterie.checkpoints.folder import PACKED_INDEX
 from coterie.checkpoints.packed import UNFINISHED
 from coterie.convert import convert_cpu
 from coterie.convert import rest as rest_of_checkpoint
+from coterie.convert import tensors as tensors_of_checkpoint
 from coterie.errors import ArgumentError, CheckpointError, CoterieError, MissingTensorError
 
 EXPERT_BYTES = 3 * H * I * 2
@@ -52,7 +53,7 @@ def test_experts_are_packed_as_ever(tmp_path, dtype, options):
 
 def test_the_rest_is_copied(tmp_path, monkeypatch):
     monkeypatch.setattr(rest_of_checkpoint, "SHARD_BYTES", 7000)
-    monkeypatch.setattr(rest_of_checkpoint, "CHUNK", 1000)
+    monkeypatch.setattr(tensors_of_checkpoint, "CHUNK", 1000)
     folder, _ = two_layers(tmp_path / "in", shards=2)
     draft = {"mtp.layers.0.mlp.experts.0.up_proj.weight": torch.randn(I, H), "empty": torch.zeros(0, 4)}
     save_file(draft, folder / "model-00003.safetensors")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.packed import UNFINISHED, is_packed, packed_layers
 from coterie.checkpoints.packed_read import PackedFile, open_layer
 from coterie.checkpoints.packed_write import LayerWriter, write_layer
@@ -17,6 +18,7 @@ from coterie.checkpoints.readers import open_reader
 from coterie.checkpoints.tensorfile import TensorFile
 
 __all__ = [
+    "Codes",
     "LayerReader",
     "LayerWriter",
     "PackedFile",

@@ -1,4 +1,4 @@
-"""Plain (bf16, fp16, f32) Hugging Face checkpoints."""
+"""Hugging Face checkpoints, plain (bf16, fp16, f32) and quantised."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.hf_fused import open_fused
 from coterie.checkpoints.hf_separate import open_separate
 from coterie.checkpoints.naming import find_layers
+from coterie.checkpoints.quantised import check_quantised
 from coterie.checkpoints.reader import LayerReader, Reader
+from coterie.checkpoints.schemes import PLAIN, PLAIN_STACKS, QUANTISED, QUANTISED_STACKS
 from coterie.errors import CheckpointError
 
 # Models that store gate and up of fused experts as alternating columns.
@@ -16,13 +18,15 @@ COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_e
 
 
 class HFReader(Reader):
-    """A plain Hugging Face checkpoint, each expert stored apart or all of a layer stacked.
+    """A Hugging Face checkpoint, each expert stored apart or all of a layer stacked.
 
-    Raises MissingTensorError when it has no experts, listing the names tried.
+    Raises MissingTensorError when it has no experts, listing the names tried, CheckpointError when it is quantised in a
+    way that is not read.
     """
 
     def __init__(self, folder: Folder):
         self.folder = folder
+        self.quantised = check_quantised(folder)
         config = folder.text_config
         num_layers = config.get("num_hidden_layers")
         self.activation = activation_of(config)
@@ -47,9 +51,10 @@ class HFReader(Reader):
         names, config = self._names[layer], self.folder.text_config
         reader: LayerReader
         if names.fused:
-            reader = open_fused(self.folder, names, self.activation, config.get("model_type") in INTERLEAVED)
+            schemes = QUANTISED_STACKS if self.quantised else PLAIN_STACKS
+            reader = open_fused(self.folder, names, self.activation, config.get("model_type") in INTERLEAVED, schemes)
         else:
-            reader = open_separate(self.folder, names, self.activation)
+            reader = open_separate(self.folder, names, self.activation, QUANTISED if self.quantised else PLAIN)
         counts = [config[key] for key in COUNT_KEYS if isinstance(config.get(key), int)]
         if counts and reader.num_experts not in counts:
             raise CheckpointError(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from coterie.activations import Activation
+from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.gate_up import join_gate_up, split_gate_up
+from coterie.checkpoints.hf_separate import refuse_other_kinds
 from coterie.checkpoints.naming import FUSED, UNGATED, LayerNames, names_tried
 from coterie.checkpoints.reader import LayerReader
+from coterie.checkpoints.schemes import Scheme, choose
 from coterie.checkpoints.tensorfile import PLAIN_DTYPES
 from coterie.errors import CheckpointError, MissingTensorError
 
@@ -27,6 +31,7 @@ class FusedExperts(LayerReader):
     down: str
     transposed: bool
     interleaved: bool
+    scheme: Scheme
 
     def _split(self, both: Tensor, dim: int) -> dict[str, Tensor]:
         """gate and up out of the dimension that holds both."""
@@ -35,8 +40,12 @@ class FusedExperts(LayerReader):
         gate, up = split_gate_up(both, dim, self.interleaved)
         return {"gate": gate, "up": up}
 
-    def expert(self, expert: int) -> dict[str, Tensor]:
-        first, down = self.folder.tensor(self.first)[expert], self.folder.tensor(self.down)[expert]
+    def expert(self, expert: int) -> dict[str, Tensor | Codes]:
+        first, down = (self.scheme.read(self.folder, base, expert) for base in (self.first, self.down))
+        if isinstance(first, Codes):
+            parts = ("gate", "up") if self.has_gate else ("up",)
+            halves = {part: first.each(lambda t, part=part: self._split(t, 0)[part].contiguous()) for part in parts}
+            return halves | {"down": down}
         if self.transposed:
             first, down = first.T, down.T
         weights = self._split(first, 0) | {"down": down}
@@ -56,11 +65,13 @@ class FusedExperts(LayerReader):
         return {part: bias.float().contiguous() for part, bias in biases.items()}
 
     def release(self, expert: int) -> None:
-        for name in (self.first, self.down):
-            self.folder.release(name, expert, self.num_experts)
+        for base in (self.first, self.down):
+            self.scheme.release(self.folder, base, expert, self.num_experts)
 
 
-def open_fused(folder: Folder, names: LayerNames, activation: Activation, interleaved: bool) -> FusedExperts:
+def open_fused(
+    folder: Folder, names: LayerNames, activation: Activation, interleaved: bool, schemes: Sequence[Scheme]
+) -> FusedExperts:
     """Reads the layout off the two shapes. Raises CheckpointError when they fit neither layout."""
     pair = next((pair for pair in FUSED if names.leaves == set(pair)), None)
     if pair is None or (pair == UNGATED) == names.has_gate:
@@ -70,18 +81,22 @@ def open_fused(folder: Folder, names: LayerNames, activation: Activation, interl
         )
     first, down = (f"{names.stem}.{leaf}" for leaf in pair)
     folds = 2 if names.has_gate else 1
-    experts, *found = folder.shape(first, 3, PLAIN_DTYPES)
-    _, rows, columns = folder.shape(down, 3, PLAIN_DTYPES)
+    scheme = choose(schemes, folder, first, stacked=True)
+    refuse_other_kinds(folder, names, scheme, bias="_bias")
+    experts, *found = scheme.size(folder, first, stacked=True)
+    _, rows, columns = scheme.size(folder, down, stacked=True)
     if found == [folds * columns, rows]:
         transposed, hidden, intermediate = False, rows, columns
-    elif found == [columns, folds * rows]:
+    elif found == [columns, folds * rows] and scheme.spec is None:
         transposed, hidden, intermediate = True, columns, rows
     else:
         raise CheckpointError(
-            f"{folder.file_of(first).path}, tensors {first} {[experts, *found]} and {down} {[_, rows, columns]}: "
-            f"expected [E, {folds}I, H] and [E, H, I], or [E, H, {folds}I] and [E, I, H]"
+            f"{folder.file_of(first + scheme.codes.suffix).path}, tensors {first} {[experts, *found]} and "
+            f"{down} {[_, rows, columns]}: expected [E, {folds}I, H] and [E, H, I]"
+            + (f", or [E, H, {folds}I] and [E, I, H]" if scheme.spec is None else "")
         )
-    folder.expect(down, (experts, rows, columns), PLAIN_DTYPES)
+    scheme.check(folder, first, (experts, *found))
+    scheme.check(folder, down, (experts, rows, columns))
     biased = f"{first}_bias" in folder.shard_of
     if biased:
         folder.expect(f"{first}_bias", (experts, folds * intermediate), PLAIN_DTYPES)
@@ -93,11 +108,17 @@ def open_fused(folder: Folder, names: LayerNames, activation: Activation, interl
         has_gate=names.has_gate,
         biased=(("gate",) if names.has_gate else ()) + ("up", "down") if biased else (),
         activation=activation,
-        tensors=(first, down, f"{first}_bias", f"{down}_bias") if biased else (first, down),
-        nbytes=folder.nbytes(first) + folder.nbytes(down),
+        spec=scheme.spec,
+        tensors=(
+            *scheme.names(folder, first),
+            *scheme.names(folder, down),
+            *((f"{first}_bias", f"{down}_bias") if biased else ()),
+        ),
+        nbytes=scheme.nbytes(folder, first) + scheme.nbytes(folder, down),
         folder=folder,
         first=first,
         down=down,
         transposed=transposed,
         interleaved=interleaved,
+        scheme=scheme,
     )

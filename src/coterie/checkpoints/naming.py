@@ -31,8 +31,10 @@ DRAFT = "mtp."
 _LEAVES = "|".join(sorted({leaf for row in PER_EXPERT for leaf in row.values()}))
 _STACKS = "|".join(sorted({re.escape(leaf) for row in FUSED for leaf in row}))
 _BLOCK = rf"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:{'|'.join(BLOCKS)})"
-_SEPARATE = re.compile(rf"(?P<stem>{_BLOCK}\.experts)\.(?P<expert>\d+)\.(?P<leaf>{_LEAVES})\.weight")
-_FUSED = re.compile(rf"(?P<stem>{_BLOCK})\.(?P<leaf>{_STACKS})")
+_SEPARATE = re.compile(rf"(?P<stem>{_BLOCK}\.experts)\.(?P<expert>\d+)\.(?P<leaf>{_LEAVES})(?P<kind>\.\w+)")
+_FUSED = re.compile(rf"(?P<stem>{_BLOCK})\.(?P<leaf>{_STACKS})(?P<kind>(?:_[a-z0-9_]+)?)")
+# What follows the name of a matrix in that of the tensor with its numbers or codes; other tensors belong to these.
+WEIGHTS = (".weight", ".weight_packed", "", "_blocks")
 
 
 @dataclass(slots=True)
@@ -40,13 +42,15 @@ class LayerNames:
     """The expert tensors of one layer: `stem` is what their names begin with.
 
     Stored one by one, `experts` maps each expert's number to the leaves it has and `stem` ends in "experts"; stored as
-    stacks, `experts` is empty, `leaves` has the stacks' and `stem` ends in the block.
+    stacks, `experts` is empty, `leaves` has the stacks' and `stem` ends in the block. `kinds` has what follows a
+    matrix's name in those of its tensors, and the first tensor that is called so.
     """
 
     layer: int
     stem: str
     leaves: set[str] = field(default_factory=set)
     experts: dict[int, set[str]] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
 
     @property
     def fused(self) -> bool:
@@ -64,12 +68,16 @@ def find_layers(names: Iterable[str], num_layers: int | None = None) -> dict[int
     out. Raises MissingTensorError when there are none, CheckpointError when two modules claim the same layer.
     """
     found: dict[int, LayerNames] = {}
+    kinds: dict[str, dict[str, str]] = {}
     for name in names:
         match = _SEPARATE.fullmatch(name) or _FUSED.fullmatch(name)
         if match is None or name.startswith(DRAFT):
             continue
         layer, stem = int(match["layer"]), match["stem"]
         if num_layers is not None and layer >= num_layers:
+            continue
+        kinds.setdefault(stem, {}).setdefault(match["kind"], name)
+        if match["kind"] not in WEIGHTS:
             continue
         names_of = found.setdefault(layer, LayerNames(layer, stem))
         if names_of.stem != stem:
@@ -78,6 +86,8 @@ def find_layers(names: Iterable[str], num_layers: int | None = None) -> dict[int
             names_of.experts.setdefault(int(match["expert"]), set()).add(match["leaf"])
         else:
             names_of.leaves.add(match["leaf"])
+    for names_of in found.values():
+        names_of.kinds = kinds[names_of.stem]
     if not found:
         raise MissingTensorError("no experts found; the names tried: " + ", ".join(names_tried()))
     return dict(sorted(found.items()))

@@ -1,7 +1,8 @@
-"""Checkpoints that another method quantised: told apart, described, and never read as if their numbers were plain."""
+"""Checkpoints that another method quantised: told apart, described, never read as if their numbers were plain."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,20 @@ BITS = {
 }
 
 
+CONFIG_KEYS = ("quantization_config", "compression_config")
+MODELOPT_FILE = "hf_quant_config.json"
+# The methods whose checkpoints are read, and the options, with the values, under which their tensors say everything.
+METHODS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "fp8": {"weight_block_size": lambda block: block == [128, 128]},
+    "mxfp4": {},
+    "compressed-tensors": {
+        "transform_config": lambda found: not found,
+        "sparsity_config": lambda found: not found or found.get("format") == "dense",
+    },
+    "modelopt": {},
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Quantised:
     """`method` as config.json spells it, `name` of the format for people, `bits` of an expert's weight if known."""
@@ -41,16 +56,13 @@ class Quantised:
 
 def read_quantised(config: dict) -> Quantised | None:
     """How the weights of a model with this config.json are quantised; None where it does not say that they are."""
-    text = config.get("text_config")
-    nested = text if isinstance(text, dict) else {}
-    keys = ("quantization_config", "compression_config")
-    found = next((part[key] for part in (config, nested) for key in keys if part.get(key)), None)
+    found = _options(config)
     if found is None:
         return None
     if not isinstance(found, dict):
         return Quantised("an unnamed method", "unnamed", None)
     method = str(found.get("quant_method") or "an unnamed method")
-    expert_dtype = config.get("expert_dtype") or nested.get("expert_dtype")
+    expert_dtype = next((part["expert_dtype"] for part in _parts(config) if part.get("expert_dtype")), None)
     if isinstance(expert_dtype, str):
         return Quantised(method, expert_dtype, BITS.get(expert_dtype))
     if method == "compressed-tensors":
@@ -68,33 +80,66 @@ def read_quantised(config: dict) -> Quantised | None:
     return Quantised(method, *_integers(found.get("bits"), found.get("group_size"), zeros=found.get("sym") is not True))
 
 
-def refuse_quantised(folder: Folder) -> None:
-    """Raises CheckpointError, naming the method, for a checkpoint that is quantised."""
-    method = _method(folder)
+def _parts(config: dict) -> list[dict]:
+    """The config and, of multimodal models, that of the language model."""
+    text = config.get("text_config")
+    return [config, text] if isinstance(text, dict) else [config]
+
+
+def _options(config: dict) -> Any:
+    """What a config.json says of quantisation, None where it says nothing."""
+    return next((part[key] for part in _parts(config) for key in CONFIG_KEYS if part.get(key)), None)
+
+
+def without_quantisation(config: dict) -> dict:
+    """A copy of a config.json that says nothing of quantisation."""
+    kept = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+    if isinstance(text := config.get("text_config"), dict):
+        kept["text_config"] = without_quantisation(text)
+    return kept
+
+
+def check_quantised(folder: Folder) -> bool:
+    """Whether a checkpoint is quantised by one of METHODS, as its config says.
+
+    Raises CheckpointError, naming the method, for another method, for options that change what the codes mean, and for
+    tensors of quantised weights that no config describes.
+    """
+    found = _method(folder)
+    if found is None:
+        return False
+    method, options = found
     if method == "coterie":
         raise CheckpointError(
             f"{folder.path} says that coterie packed it, but holds no packed layers; convert the original again"
         )
-    if method is not None:
+    if options is None or method not in METHODS:
         raise CheckpointError(
-            f"{folder.path} is quantised by {method}: this version reads bf16, fp16 and f32 only; "
-            "use the original checkpoint"
+            f"{folder.path} is quantised by {method}: this version reads bf16, fp16 and f32, and what config.json says "
+            f"is quantised by {', '.join(METHODS)}; use the original checkpoint"
         )
+    changed = {key: options.get(key) for key, reads in METHODS[method].items() if not reads(options.get(key))}
+    if changed:
+        raise CheckpointError(
+            f"{folder.path} is quantised by {method} with "
+            + ", ".join(f"{key} {shown(value)}" for key, value in changed.items())
+            + ", which this version does not read; use the original checkpoint"
+        )
+    return True
 
 
-def _method(folder: Folder) -> str | None:
-    """By config.json, by ModelOpt's file, or by the names of tensors."""
+def _method(folder: Folder) -> tuple[str, dict | None] | None:
+    """(method, its options) by config.json or by ModelOpt's file; by the names of tensors, without options."""
     if (quantised := read_quantised(folder.config)) is not None:
-        return shown(quantised.method).strip("'")
-    modelopt = folder.root / "hf_quant_config.json"
+        return shown(quantised.method).strip("'"), _options(folder.config)
+    modelopt = folder.root / MODELOPT_FILE
     if folder.path.is_dir() and modelopt.exists():
-        algorithm = read_json(modelopt).get("quantization")
-        name = algorithm.get("quant_algo") if isinstance(algorithm, dict) else None
-        return f"ModelOpt {shown(name)}"
+        options = read_json(modelopt).get("quantization")
+        return "modelopt", options if isinstance(options, dict) else {}
     for name in folder.shard_of:
         for mark, method in MARKS.items():
             if name.endswith(mark):
-                return f"{method} (it has {shown(name)})"
+                return f"{method} (it has {shown(name)})", None
     return None
 
 

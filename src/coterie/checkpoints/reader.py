@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from coterie.activations import Activation
+from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.folder import Folder
+from coterie.formats import Format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +18,8 @@ class LayerReader(ABC):
     """The experts of one layer of a checkpoint. Everything but the weights' values was checked when it was made.
 
     num_experts (E), hidden_size (H), intermediate_size (I), has_gate, biased (those of gate,
-    up, down that have biases) and activation say what the layer is;
+    up, down that have biases) and activation say what the layer is; `spec` is the format that holds its weights without
+    loss where they are quantised, else None;
     `tensors` names every tensor it is made of, `nbytes` counts the bytes of its weights as stored.
     """
 
@@ -26,19 +29,22 @@ class LayerReader(ABC):
     has_gate: bool
     biased: tuple[str, ...]
     activation: Activation
+    spec: Format | None
     tensors: tuple[str, ...]
     nbytes: int
 
     @abstractmethod
-    def expert(self, expert: int) -> dict[str, Tensor]:
+    def expert(self, expert: int) -> dict[str, Tensor | Codes]:
         """The weights of one expert: {"gate": [I, H], "up": [I, H], "down": [H, I]}, no "gate" where has_gate is False.
 
-        Floating point, rows contiguous; views of the mapped file wherever the stored layout allows.
+        Floating point, rows contiguous; views of the mapped file wherever the stored layout allows. Where they are
+        quantised, `Codes` of `spec`.
         """
 
     @abstractmethod
     def stored(self, expert: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `expert`: what the checkpoint stores of it, by tensor name; of a stack, its slice of it."""
+        """The inverse of `expert` where the weights are plain: what the checkpoint stores of it, by tensor name; of a
+        stack, its slice of it."""
 
     @abstractmethod
     def biases(self) -> dict[str, Tensor]:
@@ -50,9 +56,13 @@ class LayerReader(ABC):
 
 
 class Reader(ABC):
-    """A checkpoint whose experts can be read. One subclass a format, one row in `readers.READERS`."""
+    """A checkpoint whose experts can be read. One subclass a format, one row in `readers.READERS`.
+
+    quantised: whether its config says that its weights are quantised; only then are codes looked for.
+    """
 
     folder: Folder
+    quantised: bool
 
     @abstractmethod
     def __init__(self, folder: Folder): ...

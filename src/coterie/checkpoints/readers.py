@@ -6,7 +6,6 @@ import os
 
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.hf import HFReader
-from coterie.checkpoints.quantised import refuse_quantised
 from coterie.checkpoints.reader import Reader
 
 # HFReader recognises everything, and says what it looked for when it finds nothing: it stays last.
@@ -16,8 +15,8 @@ READERS: tuple[type[Reader], ...] = (HFReader,)
 def open_reader(path: str | os.PathLike) -> Reader:
     """A reader of the experts of an unpacked checkpoint: a folder or a .safetensors file.
 
-    Raises CheckpointError when it is broken or quantised, MissingTensorError when no format finds experts in it.
+    Raises CheckpointError when it is broken or quantised in a way that is not read, MissingTensorError when no format
+    finds experts in it.
     """
     folder = Folder(path)
-    refuse_quantised(folder)
     return next(reader for reader in READERS if reader.recognises(folder))(folder)

@@ -25,8 +25,12 @@ def cpu(
     input_path: Annotated[Path, typer.Option("--input-path", "-i", help="Folder of a Hugging Face MoE checkpoint.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New or empty folder for the packed checkpoint.")],
     quant_method: Annotated[
-        str, typer.Option(help="Format: int4, int8, bf16, fp8_block, fp8_channel, mxfp4, mxfp8 or nvfp4.")
-    ] = "int4",
+        str | None,
+        typer.Option(
+            help="Format: int4, int8, bf16, fp8_block, fp8_channel, mxfp4, mxfp8 or nvfp4. "
+            "[default: the checkpoint's own if it is quantised, else int4]"
+        ),
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(help="Columns that share a scale: 32, 64, 128, or 0 for a whole row. [default: int4 32, int8 0]"),
@@ -39,7 +43,11 @@ def cpu(
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Only these layers, like 0-3 or 5, as loose files.")] = None,
 ) -> None:
-    """Pack the experts of a checkpoint (bf16, fp16 or fp32) for the CPU, and copy the rest of it.
+    """Pack the experts of a checkpoint for the CPU, and copy the rest of it.
+
+    The checkpoint is bf16, fp16, fp32, or quantised: FP8 (by blocks or rows), MXFP4, NVFP4 or int4 as DeepSeek, Qwen,
+    gpt-oss, compressed-tensors and ModelOpt store them. Quantised experts keep their codes and scales unless another
+    format is asked for; what else is quantised is dequantised.
 
     Reads one expert at a time, so it needs little memory. An interrupted conversion never looks finished.
     """
@@ -64,7 +72,9 @@ def cpu(
     ratio = report.source_bytes / report.packed_bytes
     summary = table(f"{report.output}: experts in {report.quant_method}", "", "input", "output", "ratio")
     summary.add_row("experts", size(report.source_bytes), size(report.packed_bytes), significant(ratio))
-    summary.add_row("rest", size(report.rest_bytes), size(report.rest_bytes), "1")
+    if report.rest_bytes:
+        ratio = report.rest_source_bytes / report.rest_bytes
+        summary.add_row("rest", size(report.rest_source_bytes), size(report.rest_bytes), significant(ratio))
     console.print(summary)
     accuracy = table("relative error of the weights", "", "mean", "worst", "in layer", "expert")
     for name, e in report.errors.items():

@@ -1,10 +1,10 @@
-"""Packing the experts of a Hugging Face checkpoint for the CPU; the rest of the checkpoint is copied."""
+"""Packing the experts of a Hugging Face checkpoint for the CPU; the rest is copied, dequantised."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -32,7 +32,7 @@ class Progress(Protocol):
 def convert_cpu(
     source: str | os.PathLike,
     output: str | os.PathLike,
-    quant_method: str = "int4",
+    quant_method: str | None = None,
     group_size: int | None = None,
     zero_point: bool = False,
     threads: int | None = None,
@@ -41,6 +41,8 @@ def convert_cpu(
 ) -> ConversionReport:
     """Converts the checkpoint folder `source` into the new or empty folder `output`.
 
+    `quant_method` None: int4 for a plain checkpoint; for a quantised one its own format, which keeps codes and scales
+    as they are. For any other a quantised checkpoint is dequantised, a matrix at a time.
     Beyond the page cache, one expert is in memory at a time, and a packed one that is being written. `layers` packs
     those layers alone, as loose files to be merged, without the rest of the checkpoint. Everything that can be checked
     is checked before `output` is touched; a conversion that fails removes what it wrote, one that is killed leaves a
@@ -50,19 +52,22 @@ def convert_cpu(
     """
     started = time.perf_counter()
     source, output = Path(source), Path(output)
-    spec = resolve(quant_method, group_size, zero_point)
+    if quant_method is not None:
+        resolve(quant_method, group_size, zero_point)
     if packed(source):
         raise ArgumentError(f"{source} is packed already: convert the original checkpoint")
     reader = open_reader(source)
     if not reader.folder.config:
         raise CheckpointError(f"{source} is not a model folder: it has no config.json")
     readers = {layer: reader.layer(layer) for layer in _selected(reader, layers)}
+    spec = _format(readers, quant_method, group_size, zero_point)
     layouts = {layer: _layout(layer, r, spec, source) for layer, r in readers.items()}
     scratch = {
         (r.hidden_size, r.intermediate_size, r.has_gate): (_one_expert(r, spec), _one_expert(r, spec))
         for r in readers.values()
     }
-    rest = Rest(reader.folder, {name for r in readers.values() for name in r.tensors}) if layers is None else None
+    experts = {name for r in readers.values() for name in r.tensors}
+    rest = Rest(reader.folder, experts, reader.quantised) if layers is None else None
     packed_bytes = sum(layout.nbytes for layout in layouts.values())
 
     errors: dict[str, ProjectionError] = {}
@@ -93,6 +98,7 @@ def convert_cpu(
         layers=tuple(readers),
         source_bytes=sum(r.nbytes for r in readers.values()),
         packed_bytes=packed_bytes,
+        rest_source_bytes=rest.source_bytes if rest else 0,
         rest_bytes=rest.tensor_bytes if rest else 0,
         seconds=time.perf_counter() - started,
         errors=errors,
@@ -107,6 +113,21 @@ def _selected(reader: Reader, layers: Sequence[int] | None) -> Sequence[int]:
         asked = f"layer {unknown[0]} has no experts" if unknown else "no layers were asked for"
         raise ArgumentError(f"{asked}; layers with experts: {spans(reader.layers)}")
     return sorted(set(layers))
+
+
+def _format(
+    readers: Mapping[int, LayerReader], quant_method: str | None, group_size: int | None, zero_point: bool
+) -> Format:
+    """The format asked for, or else that of the source."""
+    if quant_method is None:
+        layer_of = {reader.spec: layer for layer, reader in readers.items()}
+        if len(layer_of) > 1:
+            found = ", ".join(f"layer {layer} {spec}" for spec, layer in layer_of.items())
+            raise ArgumentError(f"the layers are quantised in different ways ({found}): name one format for all")
+        own = next(iter(layer_of))
+        quant_method = own.name if own else "int4"
+        group_size = own.group_size if own and group_size is None else group_size
+    return resolve(quant_method, group_size, zero_point)
 
 
 def _layout(layer: int, reader: LayerReader, spec: Format, source: Path) -> PackedLayer:
@@ -142,7 +163,7 @@ def _pack_expert(
 ) -> None:
     for projection, weight in reader.expert(expert).items():
         try:
-            error = one.pack_projection(projection, 0, weight)
+            error = one.pack_stored(projection, 0, weight)
         except ArgumentError as problem:
             raise CheckpointError(f"layer {layer}, expert {expert}, {projection}: {problem}") from problem
         errors.setdefault(projection, ProjectionError()).add(layer, expert, error)

@@ -25,7 +25,8 @@ class ProjectionError:
 
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
-    """source_bytes and packed_bytes count the experts alone, rest_bytes every other tensor; errors by projection."""
+    """source_bytes and packed_bytes count the experts alone, rest_source_bytes and rest_bytes every other tensor;
+    errors by projection, 0 where codes were kept."""
 
     source: Path
     output: Path
@@ -35,6 +36,7 @@ class ConversionReport:
     layers: tuple[int, ...]
     source_bytes: int
     packed_bytes: int
+    rest_source_bytes: int
     rest_bytes: int
     seconds: float
     errors: dict[str, ProjectionError]

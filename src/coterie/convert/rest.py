@@ -1,4 +1,4 @@
-"""All of a checkpoint but its experts, copied: the other tensors into shards, the other files as they are."""
+"""All of a checkpoint but its experts: the other tensors in new shards, the other files as they are."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ import torch
 
 from coterie.checkpoints.folder import PACKED_INDEX, Folder
 from coterie.checkpoints.packed import VERSION, PackedLayer, layer_file
+from coterie.checkpoints.quantised import MODELOPT_FILE, without_quantisation
 from coterie.checkpoints.tensorfile import DTYPES
 from coterie.checkpoints.tensorwriter import TensorWriter, copy_file, write_text
 from coterie.convert.output import OutputFolder
+from coterie.convert.tensors import Written, written_tensors
 from coterie.formats import Format
 
 SHARD_BYTES = 5 << 30
-CHUNK = 16 << 20
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 
 
 class Rest:
-    """Everything of a checkpoint but the tensors named in `experts`.
+    """Everything of a checkpoint but the tensors named in `experts`; what is `quantised` of it is dequantised.
 
     Every shard is opened, so a broken one raises CheckpointError here, before anything is written.
     """
 
-    def __init__(self, folder: Folder, experts: Collection[str]):
+    def __init__(self, folder: Folder, experts: Collection[str], quantised: bool):
         self._folder = folder
-        self._names = [name for name in folder.shard_of if name not in experts]
+        names = [name for name in folder.shard_of if name not in experts]
+        self._tensors = written_tensors(folder, names, quantised)
         self._files = list(other_files(folder.root))
-        self.tensor_bytes = sum(folder.nbytes(name) for name in self._names)
+        self.source_bytes = sum(folder.nbytes(name) for name in names)
+        self.tensor_bytes = sum(tensor.nbytes for tensor in self._tensors)
         self.nbytes = self.tensor_bytes + sum((folder.root / name).stat().st_size for name in self._files)
 
     def copy(self, spec: Format, layers: Iterable[PackedLayer], output: OutputFolder) -> None:
@@ -45,7 +48,7 @@ class Rest:
             weight_map |= {name: layer_file("", layer.layer).name for name, _, _ in layer.tensors()}
             total_size += layer.nbytes
         self._copy_files(output)
-        config = self._folder.config | {"quantization_config": quantization_config(spec)}
+        config = without_quantisation(self._folder.config) | {"quantization_config": quantization_config(spec)}
         write_text(output.file("config.json"), json.dumps(config, indent=2) + "\n")
         metadata = {"total_size": total_size, "dtype": self._dtype()}
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
@@ -53,25 +56,22 @@ class Rest:
 
     def _dtype(self) -> str:
         """The dtype of the first tensor of numbers, for a config.json that names none: Transformers asks the index."""
-        dtypes = (DTYPES[self._folder.file_of(name).entry(name).dtype][1] for name in self._names)
+        dtypes = (DTYPES[tensor.dtype][1] for tensor in self._tensors)
         found = next((dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point), torch.float32)
         return str(found).removeprefix("torch.")
 
     def _copy_tensors(self, output: OutputFolder) -> dict[str, str]:
-        """Copies the tensors bit for bit into new shards; returns the shard of each."""
-        folder = self._folder
-        shards = list(_shards(folder, self._names))
+        """Writes the tensors into new shards; returns the shard of each."""
+        shards = list(_shards(self._folder, self._tensors))
         weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards, 1):
+        for number, tensors in enumerate(shards, 1):
             shard = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            entries = [folder.file_of(name).entry(name) for name in names]
-            layout = [(entry.name, entry.dtype, entry.shape) for entry in entries]
+            layout = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
             with TensorWriter(output.file(shard), layout, {"format": "pt"}) as writer:
-                for name in names:
-                    for chunk in folder.file_of(name).bytes(name).split(CHUNK):
-                        writer.write(name, chunk)
-                        folder.release(name)
-            weight_map |= dict.fromkeys(names, shard)
+                for tensor in tensors:
+                    for chunk in tensor.chunks(self._folder):
+                        writer.write(tensor.name, chunk)
+            weight_map |= {tensor.name: shard for tensor in tensors}
         return weight_map
 
     def _copy_files(self, output: OutputFolder) -> None:
@@ -79,34 +79,37 @@ class Rest:
             copy_file(self._folder.root / name, output.file(name))
 
 
-def _shards(folder: Folder, names: list[str]) -> Iterator[list[str]]:
-    """Names in the order of the source's files, cut into shards; wide dtypes first, so that all are aligned."""
-    shard: list[str] = []
+def _shards(folder: Folder, tensors: list[Written]) -> Iterator[list[Written]]:
+    """The tensors in the order of the source's files, cut into shards; wide dtypes first, so that all are aligned."""
+    shard: list[Written] = []
     size = 0
-    for name in sorted(names, key=lambda name: (folder.shard_of[name], folder.file_of(name).entry(name).start)):
-        nbytes = folder.nbytes(name)
-        if shard and size + nbytes > SHARD_BYTES:
-            yield _aligned(folder, shard)
+
+    def place(tensor: Written) -> tuple[str, int]:
+        return folder.shard_of[tensor.source], folder.file_of(tensor.source).entry(tensor.source).start
+
+    for tensor in sorted(tensors, key=place):
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield _aligned(shard)
             shard, size = [], 0
-        shard.append(name)
-        size += nbytes
+        shard.append(tensor)
+        size += tensor.nbytes
     if shard:
-        yield _aligned(folder, shard)
+        yield _aligned(shard)
 
 
-def _aligned(folder: Folder, names: list[str]) -> list[str]:
-    return sorted(names, key=lambda name: -DTYPES[folder.file_of(name).entry(name).dtype][0])
+def _aligned(tensors: list[Written]) -> list[Written]:
+    return sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype][0])
 
 
 def other_files(root: Path) -> Iterator[str]:
-    """Files that are not weights, an index of them, config.json or hidden (tokenizer, templates, code, licence): paths
-    within `root`."""
+    """Files that are not weights, an index of them, config.json, ModelOpt's or hidden (tokenizer, templates, code,
+    licence): paths within `root`."""
     for parent, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = Path(parent, name)
             skipped = name.startswith(".") or path.suffix in WEIGHTS or name.endswith(".index.json")
-            if not skipped and path != root / "config.json":
+            if not skipped and path not in (root / "config.json", root / MODELOPT_FILE):
                 yield str(path.relative_to(root))
 
 

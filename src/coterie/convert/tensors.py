@@ -1,0 +1,112 @@
+"""The tensors of a checkpoint that are not its experts, as a conversion writes them: plain ones as they are, quantised
+ones dequantised, so that the packed checkpoint has no quantisation but coterie's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coterie.checkpoints.codes import Codes
+from coterie.checkpoints.folder import Folder
+from coterie.checkpoints.quantised import MARKS
+from coterie.checkpoints.schemes import QUANTISED, Scheme, choose
+from coterie.checkpoints.tensorfile import DTYPES, PLAIN_DTYPES, shown
+from coterie.errors import CheckpointError
+
+CHUNK = 16 << 20
+# Beside a quantised weight; a bias stays, and what scales a cache or a result says nothing of weights.
+BESIDE = {".bias", ".k_scale", ".v_scale", ".q_scale", ".output_scale"}
+# Dtypes that a weight has only where it is quantised.
+CODES = ("F8_E4M3", "F8_E5M2", "U8", "I8", "I32", "F4")
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A tensor to be written: its name, dtype as in a file, and shape.
+
+    source: the tensor of the checkpoint that it is copied from or, with `scheme`, that has its codes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: str
+    scheme: Scheme | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][0] // 8
+
+    def chunks(self, folder: Folder) -> Iterator[Tensor]:
+        """Its bytes, uint8, piece by piece; memory that reading took is let go."""
+        if self.scheme is None:
+            for chunk in folder.file_of(self.source).bytes(self.source).split(CHUNK):
+                yield chunk
+                folder.release(self.source)
+            return
+        base, (rows, cols) = self.source.removesuffix(self.scheme.codes.suffix), self.shape
+        codes = self.scheme.read(folder, base)
+        assert isinstance(codes, Codes)
+        step = max(1, CHUNK // 4 // cols // 128) * 128
+        for start in range(0, rows, step):
+            dense = codes.rows(start, min(rows, start + step)).dequantize().to(DTYPES[self.dtype][1])
+            yield dense.flatten().view(torch.uint8)
+        self.scheme.release(folder, base)
+
+
+def written_tensors(folder: Folder, names: Iterable[str], quantised: bool) -> list[Written]:
+    """The tensors `names` as they are written, quantised weights in the model's dtype (bf16 where it does not say).
+
+    Raises CheckpointError, naming the tensor, for a quantised weight that is in none of the formats that are read.
+    """
+    names, found, used = list(names), list[Written](), set[str]()
+    if quantised:
+        suffixes: dict[str, set[str]] = {}
+        for name in names:
+            base, _, last = name.rpartition(".")
+            suffixes.setdefault(base, set()).add(f".{last}")
+        dtype = _dtype(folder)
+        for base, ends in suffixes.items():
+            if not _quantised(folder, base, ends):
+                continue
+            scheme = choose(QUANTISED, folder, base)
+            size = scheme.size(folder, base)
+            scheme.check(folder, base, size)
+            unknown = sorted(ends - BESIDE - {*scheme.suffixes, *scheme.ignored})
+            if unknown:
+                raise _refusal(folder, base + unknown[0])
+            found.append(Written(f"{base}.weight", dtype, size, base + scheme.codes.suffix, scheme))
+            used.update(scheme.names(folder, base))
+    for name in names:
+        if name in used:
+            continue
+        entry = folder.file_of(name).entry(name)
+        if quantised and (entry.dtype.startswith(("F8", "F4")) or name.endswith(tuple(MARKS))):
+            raise _refusal(folder, name)
+        found.append(Written(name, entry.dtype, entry.shape, name))
+    return found
+
+
+def _quantised(folder: Folder, base: str, ends: set[str]) -> bool:
+    if ends & {*MARKS, ".weight_packed"}:
+        return True
+    return ".weight" in ends and folder.file_of(f"{base}.weight").entry(f"{base}.weight").dtype in CODES
+
+
+def _dtype(folder: Folder) -> str:
+    configs = (folder.text_config, folder.config)
+    named = next((c[key] for c in configs for key in ("dtype", "torch_dtype") if isinstance(c.get(key), str)), "")
+    names = {str(dtype).removeprefix("torch."): name for name, (_, dtype) in DTYPES.items() if name in PLAIN_DTYPES}
+    return names.get(named, "BF16")
+
+
+def _refusal(folder: Folder, name: str) -> CheckpointError:
+    file = folder.file_of(name)
+    return CheckpointError(
+        f"{file.path}, tensor {shown(name)} ({file.entry(name).dtype}): this version does not know what it is to a "
+        "quantised weight; use the original checkpoint"
+    )

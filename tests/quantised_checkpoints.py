@@ -1,0 +1,176 @@
+"""Small checkpoints of random codes and scales, as each method stores them, and what they stand for in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from made_checkpoints import CONFIG, QWEN
+from torch import Tensor
+
+E, H, I = 3, 256, 192  # noqa: E741
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def integers(random: torch.Generator, high: int, *shape: int) -> Tensor:
+    return torch.randint(high, shape, generator=random)
+
+
+def e4m3(random: torch.Generator, *shape: int) -> Tensor:
+    codes = integers(random, 256, *shape)
+    return torch.where(codes & 0x7F == 0x7F, 0, codes).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def uniform(random: torch.Generator, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=random) * 1e-3 + 1e-4
+
+
+def by_blocks(scale: Tensor, rows: int, cols: int) -> Tensor:
+    return scale.float().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :cols]
+
+
+def by_groups(scale: Tensor, cols: int) -> Tensor:
+    return scale.repeat_interleave(cols // scale.shape[1], 1)
+
+
+def two_to_a_byte(codes: Tensor) -> Tensor:
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+
+
+def fp8_block(random, rows, cols):
+    weight, scale = e4m3(random, rows, cols), uniform(random, -(-rows // 128), -(-cols // 128))
+    return {"weight": weight, "weight_scale_inv": scale}, weight.float() * by_blocks(scale, rows, cols)
+
+
+def fp8_block_bf16(random, rows, cols):
+    parts, _ = fp8_block(random, rows, cols)
+    parts["weight_scale_inv"] = parts["weight_scale_inv"].bfloat16()
+    return parts, parts["weight"].float() * by_blocks(parts["weight_scale_inv"], rows, cols)
+
+
+def fp8_block_compressed(random, rows, cols):
+    parts, dense = fp8_block(random, rows, cols)
+    return {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"]}, dense
+
+
+def fp8_channel(random, rows, cols):
+    weight, scale = e4m3(random, rows, cols), uniform(random, rows, 1).bfloat16()
+    return {"weight": weight, "weight_scale": scale}, weight.float() * scale.float()
+
+
+def fp8_tensor(random, rows, cols):
+    weight, scale = e4m3(random, rows, cols), uniform(random, 1)[0]
+    return {"weight": weight, "weight_scale": scale, "input_scale": torch.tensor(2.0)}, weight.float() * scale
+
+
+def nvfp4(random, rows, cols):
+    codes, scale = integers(random, 16, rows, cols), e4m3(random, rows, cols // 16).abs()
+    whole = uniform(random, 1)[0]
+    parts = {"weight": two_to_a_byte(codes), "weight_scale": scale, "weight_scale_2": whole}
+    return parts | {"input_scale": torch.tensor(2.0)}, E2M1[codes] * by_groups(scale.float() * whole, cols)
+
+
+def nvfp4_compressed(random, rows, cols):
+    parts, _ = nvfp4(random, rows, cols)
+    whole = 1 / uniform(random, 1)
+    parts = {
+        "weight_packed": parts["weight"],
+        "weight_scale": parts["weight_scale"],
+        "weight_global_scale": whole,
+        "input_global_scale": torch.tensor([2.0]),
+    }
+    codes = torch.stack((parts["weight_packed"] & 15, parts["weight_packed"] >> 4), -1).flatten(1).long()
+    return parts, E2M1[codes] * by_groups(parts["weight_scale"].float() / whole, cols)
+
+
+def mxfp4(random, rows, cols):
+    codes, scale = integers(random, 16, rows, cols), integers(random, 40, rows, cols // 32) + 100
+    dense = E2M1[codes] * by_groups(torch.exp2(scale.double() - 127).float(), cols)
+    return {"weight_packed": two_to_a_byte(codes), "weight_scale": scale.to(torch.uint8)}, dense
+
+
+def mxfp4_deepseek(random, rows, cols):
+    parts, dense = mxfp4(random, rows, cols)
+    scale = parts["weight_scale"].view(torch.float8_e8m0fnu)
+    return {"weight": parts["weight_packed"].view(torch.int8), "scale": scale}, dense
+
+
+def int4(random, rows, cols, group=32):
+    codes, scale = integers(random, 16, rows, cols), uniform(random, rows, cols // group if group else 1).bfloat16()
+    packed = sum(codes[:, n::8] << 4 * n for n in range(8))
+    packed = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+    parts = {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor([rows, cols])}
+    return parts, (codes - 8).float() * by_groups(scale.float(), cols)
+
+
+def int4_row(random, rows, cols):
+    return int4(random, rows, cols, group=0)
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
+COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": {}}
+MODELOPT = {"quant_method": "modelopt"}
+# One row a way to store matrices: (how one is made, the quantization_config, the format that keeps it, its group size).
+METHODS = {
+    "fp8 by blocks": (fp8_block, FP8, "fp8_block", 128),
+    "fp8 by blocks, bf16 scales": (fp8_block_bf16, FP8, "fp8_block", 128),
+    "compressed-tensors fp8 by blocks": (fp8_block_compressed, COMPRESSED, "fp8_block", 128),
+    "compressed-tensors fp8 by rows": (fp8_channel, COMPRESSED, "fp8_channel", 0),
+    "ModelOpt fp8": (fp8_tensor, MODELOPT | {"quant_algo": "FP8"}, "fp8_channel", 0),
+    "ModelOpt nvfp4": (nvfp4, MODELOPT | {"quant_algo": "NVFP4"}, "nvfp4", 16),
+    "compressed-tensors nvfp4": (nvfp4_compressed, COMPRESSED, "nvfp4", 16),
+    "compressed-tensors mxfp4": (mxfp4, COMPRESSED, "mxfp4", 32),
+    "DeepSeek-V4": (mxfp4_deepseek, FP8 | {"scale_fmt": "ue8m0"}, "mxfp4", 32),
+    "compressed-tensors int4": (int4, COMPRESSED, "int4", 32),
+    "compressed-tensors int4 by rows": (int4_row, COMPRESSED, "int4", 0),
+}
+ATTENTION = "model.layers.0.self_attn.q_proj"
+STEM = "model.layers.{}.mlp.experts"
+
+
+def quantised(method: str, layers: int = 2) -> tuple[dict[str, Tensor], dict, dict[str, Tensor]]:
+    """(tensors, config.json, {weight name without ".weight": float32 values}) of a checkpoint quantised by `method`.
+
+    A projection of the attention is quantised too; norms, router and embedding are not.
+    """
+    make, config, _, _ = METHODS[method]
+    random = torch.Generator().manual_seed(0)
+    bases = {ATTENTION: (I, H)}
+    for layer in range(layers):
+        for expert in range(E):
+            for part, leaf in QWEN.items():
+                bases[f"{STEM.format(layer)}.{expert}.{leaf}"] = (H, I) if part == "down" else (I, H)
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(50, H, generator=random).bfloat16(),
+        "model.layers.0.input_layernorm.weight": torch.ones(H, dtype=torch.bfloat16),
+        f"{ATTENTION}.bias": torch.randn(I, generator=random).bfloat16(),
+    }
+    dense = {}
+    for base, size in bases.items():
+        parts, dense[base] = make(random, *size)
+        tensors |= {f"{base}.{name}": tensor.contiguous().clone() for name, tensor in parts.items()}
+    return tensors, CONFIG | {"quantization_config": config}, dense
+
+
+def stacks(dense: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """gate, up and down of a layer, [E, rows, cols], out of what `quantised` gives."""
+    stem = STEM.format(layer)
+    return {part: torch.stack([dense[f"{stem}.{e}.{leaf}"] for e in range(E)]) for part, leaf in QWEN.items()}
+
+
+def gpt_oss(layers: int = 1) -> tuple[dict[str, Tensor], dict, list[dict[str, Tensor]]]:
+    """(tensors, config.json, {projection: float32 values} of each layer) as gpt-oss stores its experts, with biases."""
+    random, tensors, dense = torch.Generator().manual_seed(0), {}, []
+    for layer in range(layers):
+        stem, values = STEM.format(layer), {}
+        for leaf, rows, cols in (("gate_up_proj", 2 * I, H), ("down_proj", H, I)):
+            made = [mxfp4(random, rows, cols) for _ in range(E)]
+            blocks = torch.stack([parts["weight_packed"] for parts, _ in made])
+            tensors |= {
+                f"{stem}.{leaf}_blocks": blocks.unflatten(-1, (-1, 16)).contiguous(),
+                f"{stem}.{leaf}_scales": torch.stack([parts["weight_scale"] for parts, _ in made]),
+                f"{stem}.{leaf}_bias": torch.randn(E, rows, generator=random).bfloat16(),
+            }
+            values[leaf] = torch.stack([weights for _, weights in made])
+        both = values["gate_up_proj"]
+        dense.append({"gate": both[:, 0::2], "up": both[:, 1::2], "down": values["down_proj"]})
+    config = CONFIG | {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
+    return tensors, config, dense
