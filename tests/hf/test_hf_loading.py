@@ -365,9 +365,10 @@ def test_not_finite(plain):
 
 
 def test_other_quantisation(plain):
-    edit_json(plain / "config.json", quantization_config={"quant_method": "fp8"})
-    with pytest.raises(UnsupportedModelError, match="quantised by fp8"):
-        coterie.from_pretrained(plain)
+    for method, way in (("gptq", "or one that coterie packed$"), ("mxfp4", "pack it with coterie convert cpu$")):
+        edit_json(plain / "config.json", quantization_config={"quant_method": method})
+        with pytest.raises(UnsupportedModelError, match=f"quantised by {method}; expected a bf16.*{way}"):
+            coterie.from_pretrained(plain)
 
 
 def test_stacked_count(tmp_path):

@@ -56,7 +56,7 @@ class Quantised:
 
 def read_quantised(config: dict) -> Quantised | None:
     """How the weights of a model with this config.json are quantised; None where it does not say that they are."""
-    found = _options(config)
+    found = quantisation_of(config)
     if found is None:
         return None
     if not isinstance(found, dict):
@@ -86,7 +86,7 @@ def _parts(config: dict) -> list[dict]:
     return [config, text] if isinstance(text, dict) else [config]
 
 
-def _options(config: dict) -> Any:
+def quantisation_of(config: dict) -> Any:
     """What a config.json says of quantisation, None where it says nothing."""
     return next((part[key] for part in _parts(config) for key in CONFIG_KEYS if part.get(key)), None)
 
@@ -113,25 +113,29 @@ def check_quantised(folder: Folder) -> bool:
         raise CheckpointError(
             f"{folder.path} says that coterie packed it, but holds no packed layers; convert the original again"
         )
-    if options is None or method not in METHODS:
-        raise CheckpointError(
-            f"{folder.path} is quantised by {method}: this version reads bf16, fp16 and f32, and what config.json says "
-            f"is quantised by {', '.join(METHODS)}; use the original checkpoint"
-        )
-    changed = {key: options.get(key) for key, reads in METHODS[method].items() if not reads(options.get(key))}
-    if changed:
-        raise CheckpointError(
-            f"{folder.path} is quantised by {method} with "
-            + ", ".join(f"{key} {shown(value)}" for key, value in changed.items())
-            + ", which this version does not read; use the original checkpoint"
-        )
+    if problem := unread(method, options):
+        raise CheckpointError(f"{folder.path} is quantised by {problem}; use the original checkpoint")
     return True
 
 
-def _method(folder: Folder) -> tuple[str, dict | None] | None:
+def unread(method: str, options: Any) -> str | None:
+    """What of a method with these options, as config.json has them, is not read, and why; None where nothing."""
+    if not isinstance(options, dict) or method not in METHODS:
+        return (
+            f"{method}: this version reads bf16, fp16 and f32, and what config.json says is quantised by "
+            f"{', '.join(METHODS)}"
+        )
+    changed = {key: options.get(key) for key, reads in METHODS[method].items() if not reads(options.get(key))}
+    if not changed:
+        return None
+    named = ", ".join(f"{key} {shown(value)}" for key, value in changed.items())
+    return f"{method} with {named}, which this version does not read"
+
+
+def _method(folder: Folder) -> tuple[str, Any] | None:
     """(method, its options) by config.json or by ModelOpt's file; by the names of tensors, without options."""
     if (quantised := read_quantised(folder.config)) is not None:
-        return shown(quantised.method).strip("'"), _options(folder.config)
+        return shown(quantised.method).strip("'"), quantisation_of(folder.config)
     modelopt = folder.root / MODELOPT_FILE
     if folder.path.is_dir() and modelopt.exists():
         options = read_json(modelopt).get("quantization")

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from coterie.checkpoints.folder import PACKED_INDEX, Folder, read_json
 from coterie.checkpoints.packed import UNFINISHED
+from coterie.checkpoints.quantised import unread
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.hf.config import LOADING, METHOD, CoterieConfig
 
@@ -62,10 +63,12 @@ def from_pretrained(
     if stored is None:
         return auto_class.from_pretrained(path_or_id, config=config, quantization_config=asked, **kwargs)
     stored = stored if isinstance(stored, dict) else stored.to_dict()
-    if stored.get("quant_method") != METHOD:
+    method = str(stored.get("quant_method"))
+    if method != METHOD:
         raise UnsupportedModelError(
-            f"{path_or_id} is quantised by {stored.get('quant_method')}; expected a bf16, fp16 or f32 checkpoint, "
-            "or one that coterie packed"
+            f"{path_or_id} is quantised by {method}; expected a bf16, fp16 or f32 checkpoint, or one that coterie "
+            "packed"
+            + (": pack it with coterie convert cpu" if unread(method, stored) is None else "")
         )
     packed = CoterieConfig(**stored)
     packed.asked = asked.asked

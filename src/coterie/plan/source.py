@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from coterie.checkpoints.folder import Folder, read_json
 from coterie.checkpoints.packed import UNFINISHED
-from coterie.checkpoints.quantised import Quantised, read_quantised
+from coterie.checkpoints.quantised import Quantised, quantisation_of, read_quantised, unread
 from coterie.checkpoints.tensorfile import PLAIN_DTYPES
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import FORMATS, Format, resolve
@@ -69,7 +69,7 @@ def open_source(model: str) -> Source:
     quantised, packed = read_quantised(values), None
     if quantised and quantised.method == METHOD:
         quantised, packed = None, CoterieConfig(**values["quantization_config"]).spec
-    stored, problem = {}, _quantised_problem(quantised)
+    stored, problem = {}, _quantised_problem(quantised, quantisation_of(values))
     if path.is_dir():
         try:
             stored = stored_nbytes(path)
@@ -113,11 +113,16 @@ def _instead_of_a_model(folder: Path) -> str:
     return "expected a model folder"
 
 
-def _quantised_problem(quantised: Quantised | None) -> str | None:
+def _quantised_problem(quantised: Quantised | None, options: Any) -> str | None:
     if quantised is None:
         return None
     name = quantised.name if quantised.name == quantised.method else f"{quantised.name} ({quantised.method})"
-    return f"its weights are {name}: {OPENS}; use the original, or a copy written in bf16"
+    way = (
+        "the original, or a copy written in bf16"
+        if unread(quantised.method, options)
+        else "what coterie convert cpu makes of it"
+    )
+    return f"its weights are {name}: {OPENS}; use {way}"
 
 
 def _folder_problem(folder: Path, stored: dict[str, int], packed: Format | None) -> str | None:
