@@ -51,6 +51,13 @@ def fp8_block_compressed(random, rows, cols):
     return {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"]}, dense
 
 
+def fp8_block_ue8m0(random, rows, cols):
+    parts, _ = fp8_block(random, rows, cols)
+    scale = integers(random, 20, *parts["weight_scale_inv"].shape) + 110
+    dense = parts["weight"].float() * by_blocks(torch.exp2(scale.double() - 127), rows, cols)
+    return {"weight": parts["weight"], "scale": scale.to(torch.uint8).view(torch.float8_e8m0fnu)}, dense
+
+
 def fp8_channel(random, rows, cols):
     weight, scale = e4m3(random, rows, cols), uniform(random, rows, 1).bfloat16()
     return {"weight": weight, "weight_scale": scale}, weight.float() * scale.float()
@@ -87,6 +94,12 @@ def mxfp4(random, rows, cols):
     return {"weight_packed": two_to_a_byte(codes), "weight_scale": scale.to(torch.uint8)}, dense
 
 
+def mxfp8(random, rows, cols):
+    weight, scale = e4m3(random, rows, cols), integers(random, 40, rows, cols // 32) + 90
+    dense = weight.float() * by_groups(torch.exp2(scale.double() - 127).float(), cols)
+    return {"weight": weight, "weight_scale": scale.to(torch.uint8)}, dense
+
+
 def mxfp4_deepseek(random, rows, cols):
     parts, dense = mxfp4(random, rows, cols)
     scale = parts["weight_scale"].view(torch.float8_e8m0fnu)
@@ -119,6 +132,8 @@ METHODS = {
     "compressed-tensors nvfp4": (nvfp4_compressed, COMPRESSED, "nvfp4", 16),
     "compressed-tensors mxfp4": (mxfp4, COMPRESSED, "mxfp4", 32),
     "DeepSeek-V4": (mxfp4_deepseek, FP8 | {"scale_fmt": "ue8m0"}, "mxfp4", 32),
+    "DeepSeek-V4, not experts": (fp8_block_ue8m0, FP8, "fp8_block", 128),
+    "compressed-tensors mxfp8": (mxfp8, COMPRESSED, "mxfp8", 32),
     "compressed-tensors int4": (int4, COMPRESSED, "int4", 32),
     "compressed-tensors int4 by rows": (int4_row, COMPRESSED, "int4", 0),
 }

@@ -80,6 +80,14 @@ def test_the_rest_is_dequantised(tmp_path, method, dtype):
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
 
 
+def test_only_modelopts_file_says_it(tmp_path):
+    tensors, _, dense = quantised("ModelOpt nvfp4")
+    folder = write_checkpoint(tmp_path / "in", tensors)
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    convert_cpu(folder, tmp_path / "out")
+    assert_same(Experts.open(tmp_path / "out").dequantize(), stacks(dense, 0), "")
+
+
 def test_a_matrix_larger_than_a_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr("coterie.convert.tensors.CHUNK", 1 << 10)  # 128 rows at a time
     folder, dense = made(tmp_path / "in", BLOCKS)
@@ -150,6 +158,11 @@ REFUSED = {
         BLOCKS,
         lambda tensors, config: tensors[f"{EXPERT}.weight"].view(torch.uint8).fill_(0x7F),
         "layer 0, expert 0, down: .*a code or a scale is NaN",
+    ),
+    "8-bit attention in int4's dtypes": (
+        "compressed-tensors int4",
+        lambda tensors, config: tensors.update({f"{ATTENTION}.weight_shape": torch.tensor([192, 128])}),
+        rf"tensor '{ATTENTION}.weight_shape': says \[192, 128\], the codes are int4 \[192, 256\]",
     ),
     "scaled inputs": (
         "ModelOpt nvfp4",

@@ -106,7 +106,7 @@ def refuse_other_kinds(folder: Folder, names: LayerNames, scheme: Scheme, bias: 
     the codes mean."""
     if scheme.spec is None:
         return
-    unknown = sorted(names.kinds.keys() - {*scheme.suffixes, *scheme.ignored, bias})
+    unknown = sorted(names.kinds.keys() - scheme.known - {bias})
     if unknown:
         name = names.kinds[unknown[0]]
         raise CheckpointError(

@@ -31,7 +31,8 @@ class Scheme:
     spec: the format that holds its codes and scales without loss; None for plain numbers.
     codes: [rows, cols], `in_element` of them in an element, those of the low bits first; `blocks`: [rows, groups, ...].
     scale: of groups, as in `Codes`. row_scale: [rows, 1], [rows], or one number for the matrix, which the weights are
-    divided by where `divides` says so. ignored: what ends the names of tensors that say nothing of the weights.
+    divided by where `divides` says so. stated: what ends the name of the tensor with rows and columns, where there is
+    one. ignored: the same of tensors that say nothing of the weights.
     """
 
     codes: Part
@@ -41,7 +42,13 @@ class Scheme:
     scale: Part | None = None
     row_scale: Part | None = None
     divides: bool = False
+    stated: str | None = None
     ignored: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> set[str]:
+        """What ends the names of all tensors that a matrix may have."""
+        return {*self.suffixes, *self.ignored} | ({self.stated} if self.stated else set())
 
     @property
     def suffixes(self) -> list[str]:
@@ -65,6 +72,14 @@ class Scheme:
 
     def check(self, folder: Folder, base: str, size: tuple[int, ...]) -> None:
         """Raises CheckpointError unless the tensors of `base` are those of a matrix, or of a stack, of that size."""
+        if self.stated is not None and base + self.stated in folder.shard_of:
+            name = base + self.stated
+            found = folder.tensor(name).flatten().tolist()
+            if found != list(size):
+                raise CheckpointError(
+                    f"{folder.file_of(name).path}, tensor {shown(name)}: says {found}, "
+                    f"the codes are {self.spec.name if self.spec else 'plain'} {list(size)}"
+                )
         *stack, rows, cols = size
         elements = cols // self.in_element
         columns = (elements,)
@@ -87,8 +102,7 @@ class Scheme:
 
     def names(self, folder: Folder, base: str) -> list[str]:
         """All tensors of matrix `base`, those that say nothing of the weights too."""
-        ignored = (base + suffix for suffix in self.ignored)
-        return [base + suffix for suffix in self.suffixes] + [name for name in ignored if name in folder.shard_of]
+        return [base + suffix for suffix in sorted(self.known) if base + suffix in folder.shard_of]
 
     def nbytes(self, folder: Folder, base: str) -> int:
         """Bytes that hold the weights of `base`."""
@@ -175,6 +189,8 @@ QUANTISED = (
         divides=True,
         ignored=(".input_global_scale",),
     ),
+    # ModelOpt and compressed-tensors
+    Scheme(spec=resolve("mxfp8"), codes=Part(".weight", E4M3), scale=Part(".weight_scale", U8)),
     # DeepSeek-V4's experts; compressed-tensors
     Scheme(spec=resolve("mxfp4"), codes=Part(".weight", ("I8",)), in_element=2, scale=Part(".scale", ("F8_E8M0",))),
     Scheme(spec=resolve("mxfp4"), codes=Part(".weight_packed", U8), in_element=2, scale=Part(".weight_scale", U8)),
@@ -186,7 +202,7 @@ QUANTISED = (
             in_element=8,
             scale=Part(".weight_scale", ("BF16",)) if group_size else None,
             row_scale=None if group_size else Part(".weight_scale", PLAIN_DTYPES),
-            ignored=(".weight_shape",),
+            stated=".weight_shape",
         )
         for group_size in (32, 64, 128, 0)
     ),

@@ -76,7 +76,7 @@ def written_tensors(folder: Folder, names: Iterable[str], quantised: bool) -> li
             scheme = choose(QUANTISED, folder, base)
             size = scheme.size(folder, base)
             scheme.check(folder, base, size)
-            unknown = sorted(ends - BESIDE - {*scheme.suffixes, *scheme.ignored})
+            unknown = sorted(ends - BESIDE - scheme.known)
             if unknown:
                 raise _refusal(folder, base + unknown[0])
             found.append(Written(f"{base}.weight", dtype, size, base + scheme.codes.suffix, scheme))
