@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from made_checkpoints import write_checkpoint
 from peft import PeftModel
+from quantised_checkpoints import quantised
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -23,10 +25,11 @@ from transformers import (
 import coterie
 from coterie import tiny
 from coterie.adapters import folder as adapter_folder
+from coterie.adapters.base import open_plain
 from coterie.adapters.export import export_adapter
 from coterie.adapters.merge import merge_adapter
 from coterie.convert import convert_cpu
-from coterie.errors import ArgumentError
+from coterie.errors import ArgumentError, CheckpointError
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 BF16 = 0.012
@@ -278,3 +281,13 @@ def test_adapters_that_cannot_be_merged(changes, message, trained, tmp_path):
     with pytest.raises(ArgumentError, match=message):
         merge_adapter(trained, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_quantised_base_is_refused_whoever_says_so(tmp_path):
+    """ModelOpt's file may be the only one that says it; nothing is merged into codes."""
+    tensors, _, _ = quantised("ModelOpt nvfp4", layers=1)
+    base = write_checkpoint(tmp_path, tensors)
+    (base / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    name = "model.layers.0.mlp.experts"
+    with pytest.raises(CheckpointError, match=r"is quantised \(nvfp4\): merge into the original model"):
+        open_plain(base, {name: None}, {name})

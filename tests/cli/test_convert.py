@@ -1,4 +1,4 @@
-"""Stopping `coterie convert` with Ctrl-C."""
+"""What `coterie convert` says of quantised checkpoints, and when it is stopped with Ctrl-C."""
 
 import os
 import signal
@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from made_checkpoints import write_checkpoint
+from quantised_checkpoints import quantised
 
 from coterie import tiny
 
@@ -38,3 +40,14 @@ def test_ctrl_c_says_what_is_kept(tmp_path, existing):
     assert progress.startswith("layer 1/4: ") and progress.endswith("s left")
     assert stopped == f"coterie: stopped; nothing is kept: what was written to {out} has been removed"
     assert out.exists() == existing and not (existing and os.listdir(out))
+
+
+def test_says_what_becomes_of_codes(tmp_path, coterie):
+    tensors, config, _ = quantised("fp8 by blocks")
+    folder = write_checkpoint(tmp_path / "in", tensors, config)
+    kept = coterie("convert", "cpu", "-i", str(folder), "-o", str(tmp_path / "kept"))
+    assert kept.code == 0 and "Codes and scales of the experts are the checkpoint's own." in kept.out
+    anew = coterie("convert", "cpu", "-i", str(folder), "-o", str(tmp_path / "anew"), "--quant-method", "int4")
+    said = " ".join(anew.out.split())
+    assert anew.code == 0 and "quantised already (fp8_block), and these errors come on top" in said
+    assert "checkpoint's own" not in said and "makes a better int4" in said

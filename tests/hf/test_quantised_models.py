@@ -5,9 +5,10 @@ import re
 
 import pytest
 import torch
-from quantised_checkpoints import METHODS, mxfp4
+from quantised_checkpoints import METHODS, STEM, gpt_oss, mxfp4
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import coterie
 from coterie.convert import convert_cpu
@@ -74,6 +75,15 @@ def test_experts_and_attention(tmp_path, method, scale):
         parts, plain[name] = shrink(*make(random, *tensor.shape), scale)
         quantised |= {f"{name.removesuffix('.weight')}.{part}": value for part, value in parts.items()}
     assert_computes_the_same(tmp_path, config, quantization, quantised, plain)
+
+
+def test_gpt_oss_is_dequantised_as_transformers_does():
+    tensors, _, dense = gpt_oss()
+    for leaf in ("gate_up_proj", "down_proj"):
+        parts = (tensors[f"{STEM.format(0)}.{leaf}_{part}"] for part in ("blocks", "scales"))
+        weights = convert_moe_packed_tensors(*parts, dtype=torch.float32).mT
+        found = {"gate": weights[:, 0::2], "up": weights[:, 1::2]} if leaf == "gate_up_proj" else {"down": weights}
+        assert all(torch.equal(found[part], dense[0][part]) for part in found)
 
 
 def test_gpt_oss(tmp_path):

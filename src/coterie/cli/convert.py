@@ -81,6 +81,16 @@ def cpu(
         place = str(e.worst_layer), str(e.worst_expert)
         accuracy.add_row(name, significant(e.mean), significant(e.worst), *place)
     console.print(accuracy)
+    if report.kept:
+        console.print("Codes and scales of the experts are the checkpoint's own.", highlight=False)
+    elif report.quantised:
+        names = " and ".join(dict.fromkeys(spec.name for spec in report.quantised))
+        console.print(
+            f"[yellow]The experts were quantised already ({names}), and these errors come on top:[/] without "
+            "--quant-method they keep their codes, and the unquantised original makes a better "
+            f"{report.quant_method}.",
+            highlight=False,
+        )
     speed = report.source_bytes / report.seconds
     console.print(f"{len(report.layers)} layers in {significant(report.seconds)} s, {size(speed)}/s")
 

@@ -102,6 +102,7 @@ def convert_cpu(
         rest_bytes=rest.tensor_bytes if rest else 0,
         seconds=time.perf_counter() - started,
         errors=errors,
+        quantised=tuple(dict.fromkeys(r.spec for r in readers.values() if r.spec is not None)),
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from coterie.formats import Format
+
 
 @dataclass(slots=True)
 class ProjectionError:
@@ -26,7 +28,8 @@ class ProjectionError:
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
     """source_bytes and packed_bytes count the experts alone, rest_source_bytes and rest_bytes every other tensor;
-    errors by projection, 0 where codes were kept."""
+    errors by projection, 0 where codes were kept. quantised: the formats that the experts were in, () for plain ones.
+    """
 
     source: Path
     output: Path
@@ -40,3 +43,9 @@ class ConversionReport:
     rest_bytes: int
     seconds: float
     errors: dict[str, ProjectionError]
+    quantised: tuple[Format, ...]
+
+    @property
+    def kept(self) -> bool:
+        """Whether codes and scales are those of the source."""
+        return self.quantised == (Format(self.quant_method, self.group_size, self.zero_point),)
