@@ -45,9 +45,9 @@ def cpu(
 ) -> None:
     """Pack the experts of a checkpoint for the CPU, and copy the rest of it.
 
-    The checkpoint is bf16, fp16, fp32, or quantised: FP8 (by blocks or rows), MXFP4, NVFP4 or int4 as DeepSeek, Qwen,
-    gpt-oss, compressed-tensors and ModelOpt store them. Quantised experts keep their codes and scales unless another
-    format is asked for; what else is quantised is dequantised.
+    The checkpoint is bf16, fp16, fp32, or quantised: FP8 (by blocks or rows), MXFP4, MXFP8, NVFP4 or int4 as DeepSeek,
+    Qwen, gpt-oss, compressed-tensors and ModelOpt store them. Quantised experts keep their codes and scales unless
+    another format is asked for; what else is quantised is dequantised.
 
     Reads one expert at a time, so it needs little memory. An interrupted conversion never looks finished.
     """
