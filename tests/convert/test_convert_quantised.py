@@ -112,7 +112,7 @@ def test_layers_of_two_formats(tmp_path):
     tensors = {k: v for k, v in first.items() if ".layers.1." not in k}
     tensors |= {k: v for k, v in second.items() if ".layers.1." in k}
     folder = write_checkpoint(tmp_path / "in", tensors, config)
-    with pytest.raises(ArgumentError, match=r"different ways .layer 0 .*fp8_channel.*layer 1 .*nvfp4"):
+    with pytest.raises(ArgumentError, match=r"different ways \(layer 0 fp8_channel, layer 1 nvfp4 in groups of 16\)"):
         convert_cpu(folder, tmp_path / "out")
     convert_cpu(folder, tmp_path / "out", "fp8_channel")
     assert_same(Experts.open(tmp_path / "out", 0).dequantize(), stacks(dense, 0), "")
@@ -133,6 +133,11 @@ REFUSED = {
         "compressed-tensors fp8 by rows",
         lambda tensors, config: config["quantization_config"].update(transform_config={"config_groups": {"u": 1}}),
         "quantised by compressed-tensors with transform_config",
+    ),
+    "sparse weights": (
+        "compressed-tensors fp8 by rows",
+        lambda tensors, config: config["quantization_config"].update(sparsity_config={"format": "sparse-24-bitmask"}),
+        "quantised by compressed-tensors with sparsity_config",
     ),
     "a scale too few": (
         BLOCKS,

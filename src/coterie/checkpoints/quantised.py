@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "mxfp4": {},
     "compressed-tensors": {
         "transform_config": lambda found: not found,
-        "sparsity_config": lambda found: not found or found.get("format") == "dense",
+        "sparsity_config": lambda found: not found or (isinstance(found, dict) and found.get("format") == "dense"),
     },
     "modelopt": {},
 }

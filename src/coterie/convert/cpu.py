@@ -1,4 +1,4 @@
-"""Packing the experts of a Hugging Face checkpoint for the CPU; the rest is copied, dequantised."""
+"""Packing the experts of a checkpoint for the CPU; the rest of it is copied, and dequantised where it is quantised."""
 
 from __future__ import annotations
 
@@ -123,7 +123,11 @@ def _format(
     if quant_method is None:
         layer_of = {reader.spec: layer for layer, reader in readers.items()}
         if len(layer_of) > 1:
-            found = ", ".join(f"layer {layer} {spec}" for spec, layer in layer_of.items())
+            found = ", ".join(
+                f"layer {layer} {spec.name}" + (f" in groups of {spec.group_size}" if spec.group_size else "")
+                for spec, layer in layer_of.items()
+                if spec is not None
+            )
             raise ArgumentError(f"the layers are quantised in different ways ({found}): name one format for all")
         own = next(iter(layer_of))
         quant_method = own.name if own else "int4"
