@@ -16,7 +16,7 @@ from coterie.adapters.modules import changed_parameters, merge_module
 from coterie.checkpoints.folder import INDEX
 from coterie.checkpoints.tensorfile import DTYPES
 from coterie.checkpoints.tensorwriter import TensorWriter, write_text
-from coterie.convert.rest import CHUNK
+from coterie.convert.tensors import CHUNK
 from coterie.errors import ArgumentError
 from coterie.hf.names import parameters_of, stored_name
 from coterie.hf.peft import factors, wrappers
