@@ -6,7 +6,6 @@ namespace coterie {
 namespace {
 
 struct Bf16 {
-  static constexpr const char* kName = "bf16";
   template <class F>
   static decltype(auto) with(const Layout&, const F& f) {
     return f(Encoding<Bf16Codes, NoScale, 0, false, false, Bf16>{});

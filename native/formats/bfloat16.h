@@ -6,18 +6,23 @@
 namespace coterie {
 namespace {
 
-inline float bf16_to_float(uint16_t h) {
-  uint32_t u = static_cast<uint32_t>(h) << 16;
+inline float bits_to_float(uint32_t u) {
   float f;
   memcpy(&f, &u, 4);
   return f;
 }
 
-// Round to nearest even; NaN stays NaN.
-inline uint16_t float_to_bf16(float f) {
+inline uint32_t float_to_bits(float f) {
   uint32_t u;
   memcpy(&u, &f, 4);
-  uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return u;
+}
+
+inline float bf16_to_float(uint16_t h) { return bits_to_float(static_cast<uint32_t>(h) << 16); }
+
+// Round to nearest even; NaN stays NaN.
+inline uint16_t float_to_bf16(float f) {
+  const uint32_t u = float_to_bits(f), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   return static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded);
 }
 

@@ -1,5 +1,7 @@
 // What the codes of weights are: how many bits, which values they stand for, how a value is rounded to one, and how a line of them is read.
 #pragma once
+#include <type_traits>
+
 #include "formats/lanes.h"
 
 namespace coterie {
@@ -14,10 +16,6 @@ struct Bf16Codes {
   static constexpr int kOffset = 0;
   static constexpr float kUnit = 1.0f;
   static float value(uint16_t code, int) { return bf16_to_float(code); }
-  template <class Isa>
-  static void pairs(const uint8_t* line, typename Isa::Pair (&to)[1]) {
-    to[0] = Isa::load_pair(line);
-  }
 };
 
 // Bytes q + 128, q from -127 to 127.
@@ -35,11 +33,9 @@ struct ByteCodes {
   static typename Isa::F column(typename Isa::I words, typename Isa::F) {
     return Isa::add(Isa::to_float(Isa::template field<shift, 255>(words)), Isa::set1(-128.0f));
   }
-  template <class Isa>
-  static void pairs(const uint8_t* line, typename Isa::Pair (&to)[2]);
   template <class Isa, int>
-  static typename Isa::Quad quads(const uint8_t* line) {
-    return Isa::quad_of(Isa::load_integers(line));
+  static typename Isa::I bytes(const uint8_t* line) {
+    return Isa::load_integers(line);
   }
 };
 
@@ -59,16 +55,10 @@ struct NibbleCodes {
   static typename Isa::F column(typename Isa::I words, typename Isa::F minus_zero) {
     return Isa::add(Isa::to_float(Isa::template field<shift, 15>(words)), minus_zero);
   }
-  template <class Isa>
-  static void pairs(const uint8_t* line, typename Isa::Pair (&to)[4]);
-  // The first or second four columns as unsigned bytes.
+  // The first or second four columns as unsigned bytes: the value's units, plus kOffset.
   template <class Isa, int half>
   static typename Isa::I bytes(const uint8_t* line) {
     return half ? Isa::high_nibbles(line) : Isa::low_nibbles(line);
-  }
-  template <class Isa, int half>
-  static typename Isa::Quad quads(const uint8_t* line) {
-    return Isa::quad_of(bytes<Isa, half>(line));
   }
 };
 
@@ -100,15 +90,9 @@ struct E2m1Codes {
   static typename Isa::F column(typename Isa::I words, typename Isa::F) {
     return Isa::lookup(Isa::template field<shift, 15>(words), kTable);
   }
-  template <class Isa>
-  static void pairs(const uint8_t* line, typename Isa::Pair (&to)[4]);
   template <class Isa, int half>
   static typename Isa::I bytes(const uint8_t* line) {
     return Isa::lookup_bytes(half ? Isa::high_nibbles(line) : Isa::low_nibbles(line), kBytes);
-  }
-  template <class Isa, int half>
-  static typename Isa::Quad quads(const uint8_t* line) {
-    return Isa::quad_of(bytes<Isa, half>(line));
   }
 };
 
@@ -144,8 +128,6 @@ struct E4m3Codes {
   static typename Isa::F column(typename Isa::I words, typename Isa::F) {
     return Isa::e4m3(Isa::template field<shift, 255>(words));
   }
-  template <class Isa>
-  static void pairs(const uint8_t* line, typename Isa::Pair (&to)[2]);
 };
 
 // The columns of a line in natural order, two by two: take(index of the pair, first, second).
@@ -163,41 +145,18 @@ inline void each_pair(const uint8_t* line, typename Isa::F minus_zero, const Tak
   }
 }
 
+// A line as bf16 pairs of its columns, without scales; stored zero points are not subtracted. Sixteen entries are one register of any instruction set
+// that looks pairs up, whatever they stand for.
 template <class Isa, class Codes>
-inline void pairs_by_column(const uint8_t* line, typename Isa::Pair* to) {
-  each_pair<Isa, Codes>(line, Isa::set1(-8.0f), [&](int i, auto first, auto second) { to[i] = Isa::pair_of(first, second); });
-}
-
-template <class Isa>
-void ByteCodes::pairs(const uint8_t* line, typename Isa::Pair (&to)[2]) {
-  pairs_by_column<Isa, ByteCodes>(line, to);
-}
-
-// Sixteen entries are one register of any instruction set that looks pairs up, whatever they stand for.
-template <class Isa, class Codes>
-inline void nibble_pairs(const uint8_t* line, typename Isa::Pair (&to)[4]) {
-  if constexpr (Isa::kLooksUpPairs)
+inline void pairs_of_line(const uint8_t* line, typename Isa::Pair (&to)[Codes::kPairs]) {
+  if constexpr (Codes::kBits == 16)
+    to[0] = Isa::load_pair(line);
+  else if constexpr (Codes::kBits == 4 && Isa::kLooksUpPairs)
     Isa::lookup_pairs(line, Codes::kTable, to);
-  else
-    pairs_by_column<Isa, Codes>(line, to);
-}
-
-template <class Isa>
-void NibbleCodes::pairs(const uint8_t* line, typename Isa::Pair (&to)[4]) {
-  nibble_pairs<Isa, NibbleCodes>(line, to);
-}
-
-template <class Isa>
-void E2m1Codes::pairs(const uint8_t* line, typename Isa::Pair (&to)[4]) {
-  nibble_pairs<Isa, E2m1Codes>(line, to);
-}
-
-template <class Isa>
-void E4m3Codes::pairs(const uint8_t* line, typename Isa::Pair (&to)[2]) {
-  if constexpr (Isa::kE4m3Pairs)
+  else if constexpr (std::is_same_v<Codes, E4m3Codes> && Isa::kE4m3Pairs)
     Isa::e4m3_pairs(line, to);
   else
-    pairs_by_column<Isa, E4m3Codes>(line, to);
+    each_pair<Isa, Codes>(line, Isa::set1(-8.0f), [&](int i, auto first, auto second) { to[i] = Isa::pair_of(first, second); });
 }
 
 }  // namespace

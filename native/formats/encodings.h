@@ -47,9 +47,7 @@ inline Layout layout_of(int encoding, int64_t rows, int64_t cols, int64_t group,
     l.step_block_bytes = E::Scale::kBlockBytes;
     l.block_row_bytes = 4 * E::kRowScale + E::kRowZero;
     l.needs_largest = E::Scale::kBlockBytes > 0 || (E::kStepScale && E::kRowScale);
-    l.integer = E::Codes::kInteger;
     l.code_offset = E::kZero ? 1 : E::Codes::kOffset;  // the kernel multiplies stored zero points by it
-    l.code_unit = E::Codes::kUnit;
   });
   return l;
 }

@@ -9,7 +9,6 @@ namespace coterie {
 namespace {
 
 struct Fp8Block {
-  static constexpr const char* kName = "fp8_block";
   template <class F>
   static decltype(auto) with(const Layout&, const F& f) {
     return f(Encoding<E4m3Codes, BlockScale, 128, false, false, Fp8Block>{});

@@ -9,7 +9,6 @@ namespace coterie {
 namespace {
 
 struct Fp8Channel {
-  static constexpr const char* kName = "fp8_channel";
   template <class F>
   static decltype(auto) with(const Layout&, const F& f) {
     return f(Encoding<E4m3Codes, NoScale, 0, false, true, Fp8Channel>{});

@@ -104,7 +104,6 @@ inline void nibble_errors(const float* values, int64_t count, const Grid* grid, 
 }
 
 struct Int4 {
-  static constexpr const char* kName = "int4";
   template <class F>
   static decltype(auto) with(const Layout& l, const F& f) {
     if (l.zero_point)

@@ -9,7 +9,6 @@ namespace coterie {
 namespace {
 
 struct Int8 {
-  static constexpr const char* kName = "int8";
   template <class F>
   static decltype(auto) with(const Layout& l, const F& f) {
     return l.group ? f(Encoding<ByteCodes, Bf16Scale, 0, false, false, Int8>{}) : f(Encoding<ByteCodes, NoScale, 0, false, true, Int8>{});

@@ -40,20 +40,6 @@ inline void store_narrow(uint8_t* to, Words v) {
   store(to, __builtin_convertvector(v, Narrow));
 }
 
-inline float bits_to_float(uint32_t u) {
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-
-inline uint32_t float_to_bits(float f) {
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  return u;
-}
-
-inline float magnitude(float x) { return x < 0 ? -x : x; }
-
 inline Words bits_of(Vector v) { return reinterpret_cast<Words>(v); }
 inline Vector from_bits(Words bits) { return reinterpret_cast<Vector>(bits); }
 inline Vector splat(float x) { return Vector{} + x; }

@@ -27,9 +27,7 @@ struct Layout {
   int step_block_bytes;  // behind the codes of a step, for the block
   int block_row_bytes;   // at the end of a block, for each row
   bool needs_largest;    // to be packed from floats: the largest magnitudes of tiles of the matrix, first
-  bool integer;          // can be multiplied with int8 activations
-  int code_offset;       // what is added to codes to make them unsigned bytes, there
-  float code_unit;       // and what a step of them stands for
+  int code_offset;       // what is added to codes to make them the unsigned bytes that int8 activations are multiplied with
 
   int64_t padded_cols() const { return round_up(cols, step > kColumnAlign ? step : kColumnAlign); }
   int64_t panels() const { return round_up(rows, kPanelRows) / kPanelRows; }

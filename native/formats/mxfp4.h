@@ -5,9 +5,7 @@
 namespace coterie {
 namespace {
 
-struct Mxfp4 : Microscaled<Mxfp4, E2m1Codes> {
-  static constexpr const char* kName = "mxfp4";
-};
+struct Mxfp4 : Microscaled<Mxfp4, E2m1Codes> {};
 
 }  // namespace
 }  // namespace coterie

@@ -5,9 +5,7 @@
 namespace coterie {
 namespace {
 
-struct Mxfp8 : Microscaled<Mxfp8, E4m3Codes> {
-  static constexpr const char* kName = "mxfp8";
-};
+struct Mxfp8 : Microscaled<Mxfp8, E4m3Codes> {};
 
 }  // namespace
 }  // namespace coterie

@@ -9,7 +9,6 @@ namespace coterie {
 namespace {
 
 struct Nvfp4 {
-  static constexpr const char* kName = "nvfp4";
   template <class F>
   static decltype(auto) with(const Layout&, const F& f) {
     return f(Encoding<E2m1Codes, E4m3Scale, 16, false, true, Nvfp4>{});

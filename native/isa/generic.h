@@ -23,9 +23,10 @@ struct Engine {
   using F = typename Isa::F;
 
   // M rows times every panel of a block: all four at once where the tile is wide enough, or else in several sweeps. They share out between them the
-  // `lines` at `next` to fetch.
+  // `lines` at `next` to fetch. `add`: to what is there, for pairs.
   template <class E, int M>
-  static void sweep(const Layout& layout, const Block& block, const Staged& x, const int32_t* index, float* out, const uint8_t* next, int64_t lines) {
+  static void sweep(const Layout& layout, const Block& block, const Staged& x, const int32_t* index, float* out, const uint8_t* next, int64_t lines,
+                    bool add) {
     constexpr int NP = Isa::tile_panels(M);
     const Rows<M> rows(x, index, std::is_same_v<E, Bytes>);
     const int64_t share = lines / ((block.panels + NP - 1) / NP);
@@ -33,29 +34,29 @@ struct Engine {
     ahead.spread(share, x.cols / E::kLineColumns);
     int panel = 0;
     for (; panel + NP <= block.panels; panel += NP, ahead.from += share * kLine)
-      tile<E, M, NP>(layout, block, panel, x, rows, out + panel * kPanelRows, ahead);
+      tile<E, M, NP>(layout, block, panel, x, rows, out + panel * kPanelRows, ahead, add);
     if constexpr (NP > 1)
-      for (; panel < block.panels; panel++) tile<E, M, 1>(layout, block, panel, x, rows, out + panel * kPanelRows, Ahead{});
+      for (; panel < block.panels; panel++) tile<E, M, 1>(layout, block, panel, x, rows, out + panel * kPanelRows, Ahead{}, add);
   }
 
   template <class E, int M, int NP>
-  static void tile(const Layout& layout, const Block& block, int panel, const Staged& x, const Rows<M>& rows, float* out, const Ahead& ahead) {
+  static void tile(const Layout& layout, const Block& block, int panel, const Staged& x, const Rows<M>& rows, float* out, const Ahead& ahead, bool add) {
     if (x.integer) {
       if constexpr (E::Codes::kInteger)
         quads_tile<Isa, E, M, NP>(block, panel, rows, x.cols, std::is_same_v<E, Bytes> ? kActivationGroup : x.unit, out, ahead);
     } else if constexpr (E::kFused && !std::is_same_v<E, Bytes>) {
-      pairs_tile<Isa, E, M, NP>(layout, block, panel, rows, x.cols, out, ahead);
+      pairs_tile<Isa, E, M, NP>(layout, block, panel, rows, x.cols, out, ahead, add);
     }
   }
 
   // Up to M rows times a block.
   template <class E, int M = Isa::kTileRows>
   static void rows_of(int64_t count, const Layout& layout, const Block& block, const Staged& x, const int32_t* index, float* out, const uint8_t* next,
-                      int64_t lines) {
+                      int64_t lines, bool add = false) {
     if constexpr (M > 1) {
-      if (count < M) return rows_of<E, M - 1>(count, layout, block, x, index, out, next, lines);
+      if (count < M) return rows_of<E, M - 1>(count, layout, block, x, index, out, next, lines, add);
     }
-    sweep<E, M>(layout, block, x, index, out, next, lines);
+    sweep<E, M>(layout, block, x, index, out, next, lines, add);
   }
 
   // Tile registers want rows next to each other: those of an expert, copied once for all its panels. Null where tiles are not used.
@@ -137,7 +138,6 @@ struct Engine {
   // Rows of B, or columns of A, that belong to a block, as a block of bf16 pairs over the rank.
   struct LoraBlock {
     Block block{};
-    int64_t cols = 0;
 
     LoraBlock(const Product& product, int i, int64_t number, int panels, std::vector<uint8_t>& memory) {
       const LoraFactor* f = product.lora[i].factor;
@@ -146,12 +146,12 @@ struct Engine {
       const int64_t element = dtype == DType::f32 ? 4 : 2, stride = panels * kLine;
       const int64_t rows = product.transposed ? product.layout->cols : product.layout->rows;  // of results
       const auto* source = static_cast<const uint8_t*>(product.transposed ? f->a : f->b) + product.expert * rows * f->rank * element;
-      cols = f->padded_rank();
-      memory.resize(cols / 2 * stride);
+      const int64_t lines = f->padded_rank() / 2;
+      memory.resize(lines * stride);
       for (int p = 0; p < panels; p++) {
         const int64_t row = number * kBlockRows + p * kPanelRows, there = rows - row > 0 ? rows - row : 0;
         const int64_t row_stride = product.transposed ? 1 : f->rank, col_stride = product.transposed ? rows : 1;
-        pack_pairs<Isa>(source + row * row_stride * element, dtype, row_stride, col_stride, there, f->rank, cols / 2, memory.data() + p * kLine, stride);
+        pack_pairs<Isa>(source + row * row_stride * element, dtype, row_stride, col_stride, there, f->rank, lines, memory.data() + p * kLine, stride);
       }
       block = {memory.data(), panels};
     }
@@ -159,30 +159,16 @@ struct Engine {
 
   // out[m] += B low[index[m]]
   static void add_low_rank(const LoraBlock& lora, const LoraTerm& term, const Tokens& tokens, int64_t first, int64_t rows, float* out) {
-    if (lora.cols) add_pairs(lora.block, lora.cols, term.low, (term.by_input ? tokens.input : tokens.output) + first, rows, out, true);
+    if (lora.block.data) add_pairs(lora.block, term.low, (term.by_input ? tokens.input : tokens.output) + first, rows, out, true);
   }
 
-  // out[m][..] = or += pairs times staged rows, for any number of rows.
-  static void add_pairs(const Block& block, int64_t cols, const Staged& x, const int32_t* index, int64_t rows, float* out, bool add) {
-    constexpr int kRows = Isa::kTileRows;
-    const int64_t tiles = (rows + kRows - 1) / kRows;
+  // out[m][..] = or += a block of pairs times staged rows, for any number of rows.
+  static void add_pairs(const Block& block, const Staged& x, const int32_t* index, int64_t rows, float* out, bool add) {
+    const int64_t tiles = (rows + Isa::kTileRows - 1) / Isa::kTileRows;
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t first = rows * t / tiles;
-      pairs_of<kRows>(rows * (t + 1) / tiles - first, block, cols, x, index + first, out + first * kBlockRows, add);
+      rows_of<Pairs>(rows * (t + 1) / tiles - first, Layout{}, block, x, index + first, out + first * kBlockRows, nullptr, 0, add);
     }
-  }
-
-  template <int M>
-  static void pairs_of(int64_t rows, const Block& block, int64_t cols, const Staged& x, const int32_t* index, float* out, bool add) {
-    if constexpr (M > 1) {
-      if (rows < M) return pairs_of<M - 1>(rows, block, cols, x, index, out, add);
-    }
-    constexpr int NP = Isa::tile_panels(M);
-    const Rows<M> all(x, index, false);
-    int panel = 0;
-    for (; panel + NP <= block.panels; panel += NP) pairs_tile<Isa, Pairs, M, NP>(Layout{}, block, panel, all, cols, out + panel * kPanelRows, Ahead{}, add);
-    if constexpr (NP > 1)
-      for (; panel < block.panels; panel++) pairs_tile<Isa, Pairs, M, 1>(Layout{}, block, panel, all, cols, out + panel * kPanelRows, Ahead{}, add);
   }
 
   static void multiply(const Product& product, int64_t begin, int64_t end, const uint8_t* next, uint8_t* scratch) {

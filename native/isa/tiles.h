@@ -52,7 +52,7 @@ struct Totals {
 // out[m][16 p + lane] = (with `add`: +=) sum over columns of weight * activation, in f32, for M rows and NP panels from `panel` on.
 template <class Isa, class E, int M, int NP>
 __attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& block, int panel, const Rows<M>& rows, int64_t cols, float* out,
-                                          const Ahead& ahead, bool add = false) {
+                                          const Ahead& ahead, bool add) {
   constexpr int kPairs = E::Codes::kPairs;
   const int64_t stride = block.panels * kLine, steps = E::kStepScale ? layout.steps() : 1;
   const int64_t lines = (E::kStep ? E::kStep : E::kStepScale ? layout.step : cols) / E::kLineColumns;
@@ -74,7 +74,7 @@ __attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& blo
       if constexpr (kPairs == 1 && !kPanelMajor<Isa>) {
         typename Isa::Pair w[NP][1];
 #pragma GCC unroll 4
-        for (int p = 0; p < NP; p++) E::Codes::template pairs<Isa>(at + p * kLine, w[p]);
+        for (int p = 0; p < NP; p++) pairs_of_line<Isa, typename E::Codes>(at + p * kLine, w[p]);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
           auto v = Isa::broadcast_pair(x.data[m] + line * 2 * Isa::kFloatBytes);
@@ -85,7 +85,7 @@ __attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& blo
 #pragma GCC unroll 4
         for (int p = 0; p < NP; p++) {
           typename Isa::Pair w[kPairs];
-          E::Codes::template pairs<Isa>(at + p * kLine, w);
+          pairs_of_line<Isa, typename E::Codes>(at + p * kLine, w);
 #pragma GCC unroll 8
           for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
@@ -158,14 +158,14 @@ __attribute__((noinline)) void quads_tile(const Block& block, int panel, const R
         if constexpr (kPanelMajor<Isa>) {
 #pragma GCC unroll 4
           for (int p = 0; p < NP; p++) {
-            const auto w = E::Codes::template quads<Isa, i>(at + p * kLine);
+            const auto w = Isa::quad_of(E::Codes::template bytes<Isa, i>(at + p * kLine));
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) acc[m][p] = Isa::dot(acc[m][p], w, activations(m));
           }
         } else {
           typename Isa::Quad w[NP];
 #pragma GCC unroll 4
-          for (int p = 0; p < NP; p++) w[p] = E::Codes::template quads<Isa, i>(at + p * kLine);
+          for (int p = 0; p < NP; p++) w[p] = Isa::quad_of(E::Codes::template bytes<Isa, i>(at + p * kLine));
 #pragma GCC unroll 8
           for (int m = 0; m < M; m++) {
             const auto v = activations(m);

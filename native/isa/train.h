@@ -31,7 +31,7 @@ struct Trainer {
         pack_pairs<Isa>(source + r * cols * element, dtype, cols, 1, f.rank - r, cols, lines, panel, kLine);
       for (int64_t first = 0; first < tokens.count; first += Isa::kTileRows) {
         const int64_t rows = tokens.count - first < Isa::kTileRows ? tokens.count - first : Isa::kTileRows;
-        E::add_pairs({panel, 1}, x.cols, x, tokens.input + first, rows, product, false);
+        E::add_pairs({panel, 1}, x, tokens.input + first, rows, product, false);
         for (int64_t m = 0; m < rows; m++) {
           float* v = product + m * kBlockRows;
           for (int i = 0; i < kPanelRows; i++) v[i] *= f.scaling;

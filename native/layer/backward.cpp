@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "formats/bfloat16.h"
 #include "layer/products.h"
 #include "layer/workspace.h"
 #include "runtime/threads.h"
@@ -20,11 +21,7 @@ Staged columns(const Staged& s, int64_t begin, int64_t count) {
 }
 
 float value_at(const void* values, DType dtype, int64_t i) {
-  if (dtype == DType::f32) return static_cast<const float*>(values)[i];
-  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(values)[i]) << 16;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
+  return dtype == DType::f32 ? static_cast<const float*>(values)[i] : bf16_to_float(static_cast<const uint16_t*>(values)[i]);
 }
 
 // d weights[t, k] = <grad_out[t], y>: the shares of the blocks of hidden columns, in order, and that of the down bias.
@@ -105,12 +102,8 @@ void backward(const Experts& layer, const Kernels& kernels, const BackwardBatch&
 
   std::vector<Product> products(active);
   for (int64_t i = 0; i < active; i++) {
-    const int64_t e = routing.experts[i];
-    Product& product = products[i];
-    product.layout = &layer.out;
+    Product& product = products[i] = down_of(layer, routing.experts[i]);
     product.transposed = true;
-    product.expert = e;
-    product.matrix[0] = layer.down[e];
     product.lora[0] = {&lora.down, b.d_low_down, false};
     product.x = b.grad_out;
     product.tokens = routing.by_token(i);
@@ -135,13 +128,8 @@ void backward(const Experts& layer, const Kernels& kernels, const BackwardBatch&
   });
 
   for (int64_t i = 0; i < active; i++) {
-    const int64_t e = routing.experts[i];
-    Product& product = products[i] = {};
-    product.layout = &layer.in;
+    Product& product = products[i] = gate_up_of(layer, routing.experts[i]);
     product.transposed = true;
-    product.expert = e;
-    product.matrix[0] = layer.has_gate ? layer.gate[e] : layer.up[e];
-    product.matrix[1] = layer.has_gate ? layer.up[e] : nullptr;
     product.lora[0] = {&lora.gate, columns(b.grads, b.low_gate_column, lora.gate.padded_rank()), true};
     product.lora[1] = {&lora.up, columns(b.grads, b.low_up_column, lora.up.padded_rank()), true};
     product.x = columns(b.grads, 0, b.low_gate_column);

@@ -59,11 +59,7 @@ void forward_chunk(Workspace& w, const Experts& layer, const Kernels& kernels, c
   std::vector<Product> products(active);
   for (int64_t i = 0; i < active; i++) {
     const int64_t e = routing.experts[i];
-    Product& product = products[i];
-    product.layout = &layer.in;
-    product.expert = e;
-    product.matrix[0] = layer.has_gate ? layer.gate[e] : layer.up[e];
-    product.matrix[1] = layer.has_gate ? layer.up[e] : nullptr;
+    Product& product = products[i] = gate_up_of(layer, e);
     product.bias[0] = bias_of(layer.has_gate ? layer.gate_bias : layer.up_bias, layer.in, e);
     product.bias[1] = layer.has_gate ? bias_of(layer.up_bias, layer.in, e) : nullptr;
     product.x = input;
@@ -90,10 +86,7 @@ void forward_chunk(Workspace& w, const Experts& layer, const Kernels& kernels, c
     down_lora = {&training->lora.down, low_rank(w.low_down, training->lora.down, layer.intermediate, layer.hidden, kernels, routing, hidden, true), true};
   for (int64_t i = 0; i < active; i++) {
     const int64_t e = routing.experts[i];
-    Product& product = products[i] = {};
-    product.layout = &layer.out;
-    product.expert = e;
-    product.matrix[0] = layer.down[e];
+    Product& product = products[i] = down_of(layer, e);
     product.bias[0] = bias_of(layer.down_bias, layer.out, e);
     product.lora[0] = down_lora;
     product.x = hidden;

@@ -8,6 +8,23 @@
 
 namespace coterie {
 
+Product gate_up_of(const Experts& layer, int64_t expert) {
+  Product product{};
+  product.layout = &layer.in;
+  product.expert = expert;
+  product.matrix[0] = layer.has_gate ? layer.gate[expert] : layer.up[expert];
+  product.matrix[1] = layer.has_gate ? layer.up[expert] : nullptr;
+  return product;
+}
+
+Product down_of(const Experts& layer, int64_t expert) {
+  Product product{};
+  product.layout = &layer.out;
+  product.expert = expert;
+  product.matrix[0] = layer.down[expert];
+  return product;
+}
+
 void multiply_each(const Kernels& kernels, const std::vector<Product>& products, uint8_t* scratch, int64_t scratch_bytes) {
   const int64_t count = static_cast<int64_t>(products.size());
   if (!count) return;

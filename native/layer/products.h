@@ -6,6 +6,10 @@
 
 namespace coterie {
 
+// Gate and up of an expert, or up alone; and down. Input, tokens and epilogue are left open.
+Product gate_up_of(const Experts& layer, int64_t expert);
+Product down_of(const Experts& layer, int64_t expert);
+
 // Products whose results do not meet: each has rows, or columns, of its own.
 void multiply_each(const Kernels& kernels, const std::vector<Product>& products, uint8_t* scratch, int64_t scratch_bytes);
 
