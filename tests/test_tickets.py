@@ -17,6 +17,7 @@ from engine_cases import FORMATS, Batch, dense, name_of, options, packed
 from gradient_cases import random_batch, random_lora
 from instruction_sets import ISAS
 from programs import program, run
+from python_threads import compute_at_once
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -132,7 +133,7 @@ def test_threads_that_submit_wait_and_call(experts, threads):
     batches = [Batch(tokens, 2).tensors(SIZES) for tokens in (1, 3, 17, 40)]
     expected = [experts(*batch) for batch in batches]
     tickets = [[] for _ in batches]
-    wrong, done, ready = [], threading.Event(), threading.Barrier(len(batches))
+    wrong, ready = [], threading.Barrier(len(batches))
 
     def compute(number: int) -> None:
         for n in range(40):
@@ -144,20 +145,8 @@ def test_threads_that_submit_wait_and_call(experts, threads):
             if not all(torch.equal(ticket.wait(), expected[neighbour]) for ticket in tickets[neighbour]):
                 wrong.append(neighbour)
 
-    def change() -> None:
-        while not done.is_set():
-            for count in (1, 8, 2):
-                cpu.set_threads(count)
-
-    workers = [threading.Thread(target=compute, args=(number,)) for number in range(len(batches))]
-    changer = threading.Thread(target=change)
-    for thread in (*workers, changer):
-        thread.start()
-    for thread in workers:
-        thread.join(60)
-    done.set()
-    changer.join(60)
-    assert not wrong and not any(thread.is_alive() for thread in (*workers, changer))
+    compute_at_once(compute, len(batches))
+    assert not wrong
     assert sum(map(len, tickets)) == 160
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import threading
 
 import pytest
 import torch
 from engine_cases import FORMATS, Batch, name_of, packed
 from programs import program, run
+from python_threads import compute_at_once
 
 from coterie import _native, cpu
 
@@ -34,27 +34,15 @@ def test_python_threads_take_turns(spec, threads):
     """Among them one that keeps changing the number of threads."""
     batches = [Batch(tokens, 2).tensors(SIZES) for tokens in (1, 3, 17, 40)]
     expected = [packed(spec, SIZES)(*inputs) for inputs in batches]
-    wrong, done = [], threading.Event()
+    wrong = []
 
     def compute(number: int) -> None:
         for _ in range(30):
             if not torch.equal(packed(spec, SIZES)(*batches[number]), expected[number]):
                 wrong.append(number)
 
-    def change() -> None:
-        while not done.is_set():
-            for count in (1, 8, 2):
-                cpu.set_threads(count)
-
-    workers = [threading.Thread(target=compute, args=(number,)) for number in range(len(batches))]
-    changer = threading.Thread(target=change)
-    for thread in (*workers, changer):
-        thread.start()
-    for thread in workers:
-        thread.join(60)
-    done.set()
-    changer.join(60)
-    assert not wrong and not any(thread.is_alive() for thread in (*workers, changer))
+    compute_at_once(compute, len(batches))
+    assert not wrong
 
 
 def test_a_forked_child_computes():
