@@ -119,7 +119,7 @@ class Experts:
         hidden_size: int,
         intermediate_size: int,
         *,
-        format: str = "int4",
+        format: str | Format = "int4",
         group_size: int | None = None,
         zero_point: bool = False,
         activation: Activation = Activation(),  # noqa: B008
@@ -128,6 +128,7 @@ class Experts:
     ) -> Experts:
         """Zeroed memory for the weights, to be filled by :meth:`pack_projection`.
 
+        ``format``: by name, with its options, or whole.
         Raises DeviceError, before anything is allocated, where there is not enough memory.
         """
         spec = resolve(format, group_size, zero_point)
@@ -379,8 +380,7 @@ class Experts:
                 raise ArgumentError(
                     f"{path} is not packed, so its experts cannot be mapped: convert it, or open it with mmap=False"
                 )
-            spec = reader.spec or Format("bf16")
-            experts = cls.from_reader(reader, format=spec.name, group_size=spec.group_size)
+            experts = cls.from_reader(reader, format=reader.spec or "bf16")
         experts.activations = activations
         return experts
 
@@ -402,7 +402,12 @@ class Experts:
 
     @classmethod
     def from_reader(
-        cls, layer: LayerReader, *, format: str = "int4", group_size: int | None = None, zero_point: bool = False
+        cls,
+        layer: LayerReader,
+        *,
+        format: str | Format = "int4",
+        group_size: int | None = None,
+        zero_point: bool = False,
     ) -> Experts:
         """Experts of a layer of an unpacked checkpoint, packed: beyond what is kept, one is in memory at a time."""
         experts = cls.empty(

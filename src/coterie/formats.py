@@ -42,6 +42,7 @@ class Encoding:
     row_scales: bool = False
 
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes of a 4-bit float
 U8, E4M3 = torch.uint8, torch.float8_e4m3fn
 
 # In the order of native/formats/encodings.h.
@@ -108,12 +109,14 @@ class Format:
         return FORMATS.index(self.name), rows, cols, self.group_size, self.zero_point
 
 
-def resolve(name: str, group_size: int | None = None, zero_point: bool = False) -> Format:
-    """A format by name; ``group_size`` None means the format's default (int4: 32, int8: per row).
+def resolve(name: str | Format, group_size: int | None = None, zero_point: bool = False) -> Format:
+    """A format by name; ``group_size`` None means the format's default (int4: 32, int8: per row). A Format is itself.
 
     Raises:
         ArgumentError: an unknown name, or an option the format does not have.
     """
+    if isinstance(name, Format):
+        return name
     if name not in FORMATS:
         raise ArgumentError(f"unknown format {name!r}: expected one of {', '.join(FORMATS)}")
     encoding = ENCODINGS[name]

@@ -24,12 +24,10 @@ def forward(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: E
         out = _as_they_are(experts._layer, x, ids, weights)
         if out is not None:
             return out
-    check(experts, x, ids, weights)
-    given = () if lora is None else [factor for factor in lora.factors() if factor is not None]
-    if given:
-        lora.check(experts)
+    given = checked(experts, x, ids, weights, lora)
+    lora = lora or ExpertLora()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *given)):
-        return _train(experts, x, ids, weights, lora or ExpertLora())
+        return _train(experts, x, ids, weights, lora)
     factors, scalings, shared = _prepared(lora) if given else NO_LORA
     if runs_now() and all(is_plain(t) for t in (x, ids, weights, *given)):
         return _compute(experts._layer, x, ids, weights, factors, scalings, shared)
@@ -76,8 +74,16 @@ def _parameter(tensor: Tensor | None) -> Tensor | None:
     return tensor.permute(1, 2, 0).view(rows * rank, experts).t().contiguous().view(experts, rows, rank)
 
 
-def check(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor) -> None:
-    """Raise ArgumentError for anything the engine cannot take."""
+def checked(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None) -> list[Tensor]:
+    """The factors of LoRA that are given. Raises ArgumentError for anything the engine cannot take."""
+    _check_batch(experts, x, ids, weights)
+    given = [factor for factor in (lora or ExpertLora()).factors() if factor is not None]
+    if lora is not None and given:
+        lora.check(experts)
+    return given
+
+
+def _check_batch(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor) -> None:
     if x.dim() != 2 or x.shape[1] != experts.hidden_size:
         raise ArgumentError(f"x: expected shape [tokens, {experts.hidden_size}], found {list(x.shape)}")
     if x.dtype not in DTYPES:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import Activation
-from .formats import Format
+from .formats import E2M1, Format
 from .lora import ExpertLora
 
 _Factors = tuple[Tensor | None, Tensor | None, float]
@@ -70,9 +70,6 @@ def forward(
         y = _linear(act(activation, g, u), down, down_bias, down_lora, e)
         out = out.index_add(0, t, y * weights[t, k, None])
     return out
-
-
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes of a 4-bit float
 
 
 def quantise(w: Tensor, spec: Format) -> Tensor:

@@ -37,9 +37,7 @@ class LayerSteps(Steps):
 
 def random_experts(shape: Shape, spec: Format) -> Experts:
     """Packed experts that all have the same random weights."""
-    experts = Experts.empty(
-        shape.E, shape.H, shape.I, format=spec.name, group_size=spec.group_size, zero_point=spec.zero_point
-    )
+    experts = Experts.empty(shape.E, shape.H, shape.I, format=spec)
     random = torch.Generator().manual_seed(0)
     for name in experts.projections:
         rows, cols = experts.shape(name)

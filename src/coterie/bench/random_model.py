@@ -82,9 +82,7 @@ def pack(module: Any, source: Any, spec: Format) -> None:
         layout.num_experts,
         layout.hidden_size,
         layout.intermediate_size,
-        format=spec.name,
-        group_size=spec.group_size,
-        zero_point=spec.zero_point,
+        format=spec,
         activation=layout.activation,
     )
     for e in range(layout.num_experts):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.formats import Format
+from coterie.formats import E2M1, Format
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+SIGNED = (*E2M1, *(-value for value in E2M1))
 # The values of 4-bit codes, by format.
-VALUES = {"mxfp4": E2M1, "nvfp4": E2M1, "int4": tuple(range(-8, 8))}
+VALUES = {"mxfp4": SIGNED, "nvfp4": SIGNED, "int4": tuple(range(-8, 8))}
 
 
 @dataclass(frozen=True, slots=True)

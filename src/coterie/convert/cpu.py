@@ -155,9 +155,7 @@ def _one_expert(reader: LayerReader, spec: Format) -> Experts:
         1,
         reader.hidden_size,
         reader.intermediate_size,
-        format=spec.name,
-        group_size=spec.group_size,
-        zero_point=spec.zero_point,
+        format=spec,
         activation=reader.activation,
         has_gate=reader.has_gate,
     )

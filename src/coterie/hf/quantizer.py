@@ -162,9 +162,7 @@ class CoterieQuantizer(HfQuantizer):
             layout.num_experts,
             layout.hidden_size,
             layout.intermediate_size,
-            format=config.experts,
-            group_size=config.group_size,
-            zero_point=config.zero_point,
+            format=config.spec,
             activation=layout.activation,
             has_gate=layout.has_gate,
         )
