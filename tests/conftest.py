@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from instruction_sets import ISAS
+from instruction_sets import FLOAT32, ISAS
 
 import coterie
 
@@ -39,3 +39,13 @@ def threads() -> Iterator[None]:
     before = coterie.cpu.threads()
     yield
     coterie.cpu.set_threads(before)
+
+
+@pytest.fixture
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels of this and of started processes that keep activations in float32."""
+    before = coterie.cpu.current_isa()
+    coterie.cpu.use_isa(FLOAT32)
+    monkeypatch.setenv("COTERIE_ISA", FLOAT32)
+    yield
+    coterie.cpu.use_isa(before)

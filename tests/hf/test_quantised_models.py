@@ -51,9 +51,12 @@ def assert_computes_the_same(tmp_path, config, method, quantised, plain):
 
 
 def shrink(parts, dense, scale):
-    """Scales and values times a power of two: as large as weights are, so that the attention is not all or nothing."""
-    small = 2.0 ** (-4 - dense.std().log2().round())
-    return parts | {scale: parts[scale] * small.to(parts[scale].dtype)}, dense * small
+    """Scales and values times a power of two: as large as weights are, so that neither the attention nor a clamped
+    activation is all or nothing."""
+    exponent = -4 - dense.std().log2().round()
+    e8m0 = parts[scale].dtype == torch.uint8
+    small = (parts[scale] + exponent).to(torch.uint8) if e8m0 else parts[scale] * (2.0**exponent).to(parts[scale].dtype)
+    return parts | {scale: small}, dense * 2.0**exponent
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_gpt_oss(tmp_path):
         if not re.search(r"experts\.\w+_proj$", name):
             quantised[name] = plain[name] = tensor
             continue
-        made = [mxfp4(random, *weight.T.shape) for weight in tensor]
+        made = [shrink(*mxfp4(random, *weight.T.shape), "weight_scale") for weight in tensor]
         blocks = torch.stack([parts["weight_packed"] for parts, _ in made]).unflatten(-1, (-1, 16))
         scales = torch.stack([parts["weight_scale"] for parts, _ in made])
         quantised |= {f"{name}_blocks": blocks, f"{name}_scales": scales}

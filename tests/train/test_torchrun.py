@@ -32,7 +32,7 @@ def losses(folder: Path, name: str = "loss") -> dict[int, float]:
     return {row["step"]: row[name] for row in rows if name in row}
 
 
-def test_two_processes_train_like_one(write, configure, train, tmp_path):
+def test_two_processes_train_like_one(write, configure, train, tmp_path, float32_products):
     few = tmp_path / "few.jsonl"  # a number that neither processes nor batches divide
     few.write_text("\n".join((DATA / "heldout.jsonl").read_text().splitlines()[:5]))
     evaluation = {"test_datasets": [{"path": str(few)}], "eval_steps": 4}
