@@ -5,12 +5,13 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <fstream>
-#include <sstream>
+#include <cstdio>
 #include <string>
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include "runtime/text.h"
 
 namespace coterie {
 namespace {
@@ -18,24 +19,21 @@ namespace {
 // "0-3,8,10-11" -> numbers
 std::vector<int> parse_list(const std::string& text) {
   std::vector<int> numbers;
-  std::stringstream parts(text);
-  for (std::string part; std::getline(parts, part, ',');) {
-    int first = 0, last = 0;
-    char dash = 0;
-    std::stringstream range(part);
-    if (!(range >> first)) continue;
-    if (!(range >> dash >> last)) last = first;
+  for (const char* at = text.c_str(); *at;) {
+    int first = 0, last = 0, read = 0;
+    if (std::sscanf(at, "%d%n", &first, &read) != 1) break;
+    at += read;
+    if (std::sscanf(at, "-%d%n", &last, &read) == 1)
+      at += read;
+    else
+      last = first;
     for (int i = first; i <= last; i++) numbers.push_back(i);
+    if (*at++ != ',') break;
   }
   return numbers;
 }
 
-std::vector<int> read_list(const std::string& path) {
-  std::ifstream file(path);
-  std::string line;
-  std::getline(file, line);
-  return parse_list(line);
-}
+std::vector<int> read_list(const std::string& path) { return parse_list(first_line(path)); }
 
 std::vector<int> allowed_cpus() {
   cpu_set_t set;

@@ -8,8 +8,8 @@
 #include <chrono>
 #include <climits>
 #include <cmath>
+#include <cstdio>
 #include <exception>
-#include <fstream>
 #include <linux/futex.h>
 #include <memory>
 #include <mutex>
@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "runtime/numa.h"
+#include "runtime/text.h"
 
 namespace coterie {
 namespace {
@@ -159,13 +160,11 @@ const int registered = pthread_atfork(nullptr, nullptr, after_fork);
 
 // Whole CPUs of a cgroup quota ("max 100000" or "200000 100000"), or INT_MAX.
 int cgroup_quota() {
-  std::string quota;
-  double period = 0;
-  if (std::ifstream file("/sys/fs/cgroup/cpu.max"); file >> quota >> period && quota != "max" && period > 0)
-    return std::max(1, static_cast<int>(std::ceil(std::stod(quota) / period)));
-  double q1 = 0, p1 = 0;
-  std::ifstream quota1("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), period1("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
-  if (quota1 >> q1 && period1 >> p1 && q1 > 0 && p1 > 0) return std::max(1, static_cast<int>(std::ceil(q1 / p1)));
+  double quota = 0, period = 0;
+  const bool found = std::sscanf(first_line("/sys/fs/cgroup/cpu.max").c_str(), "%lf %lf", &quota, &period) == 2 ||
+                     (std::sscanf(first_line("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").c_str(), "%lf", &quota) == 1 &&
+                      std::sscanf(first_line("/sys/fs/cgroup/cpu/cpu.cfs_period_us").c_str(), "%lf", &period) == 1);
+  if (found && quota > 0 && period > 0) return std::max(1, static_cast<int>(std::ceil(quota / period)));
   return INT_MAX;
 }
 
