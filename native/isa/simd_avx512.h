@@ -57,7 +57,7 @@ struct Avx512 {
   static void store_pairs(uint8_t* to, F first, F second) {
     _mm512_storeu_si512(to, _mm512_mask_mov_epi16(_mm512_srli_epi32(rounded_to_bf16(first), 16), 0xaaaaaaaa, rounded_to_bf16(second)));
   }
-  static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+  static void prefetch(const uint8_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 
   struct Pair {
     F even, odd;
