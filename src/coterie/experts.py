@@ -16,6 +16,7 @@ from .checkpoints import Codes, LayerReader, PackedFile, open_layer, open_reader
 from .cpu import current_isa
 from .errors import ArgumentError
 from .formats import PANEL_ROWS, Format, resolve, round_up
+from .gpu import offload
 from .layer import PROJECTIONS, Layer, check_activations
 from .lora import ExpertLora
 
@@ -321,9 +322,14 @@ class Experts:
 
         Duplicates of an expert in one token add up. Same bits whatever the number of threads.
 
+        Tensors on a GPU are copied to RAM, computed there and the result copied back, gradients likewise; LoRA's
+        factors may be on either side. It waits for the GPU's stream.
+
         Raises:
             ArgumentError: a wrong shape, dtype or device, or an id out of range.
         """
+        if not x.is_cpu and x.device.type not in ("cpu", "meta"):
+            return offload.forward(self, x, ids, weights, lora)
         return ops.forward(self, x, ids, weights, lora)
 
     def submit(self, x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None = None) -> tickets.Ticket:

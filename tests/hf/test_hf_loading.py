@@ -385,8 +385,6 @@ def test_stacked_count(tmp_path):
         ({"group_size": 48}, "group_size"),
         ({"experts": "int8", "zero_point": True}, "zero_point is an option of int4"),
         ({"experts": "int4", "group_size": 64}, "96 columns are not a multiple of group_size=64"),
-        ({"device": "cuda"}, "device='cuda'"),
-        ({"device_map": {"": 0}}, "device_map has 0"),
         ({"mmap": True}, "packed checkpoint"),
         ({"quantization_config": None}, "experts="),
     ],

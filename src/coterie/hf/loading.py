@@ -15,6 +15,7 @@ from coterie.checkpoints.folder import PACKED_INDEX, Folder, read_json
 from coterie.checkpoints.packed import UNFINISHED
 from coterie.checkpoints.quantised import unread
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
+from coterie.gpu.device import usable
 from coterie.hf.config import LOADING, METHOD, CoterieConfig
 
 # What finds the files of a config finds those of its model too.
@@ -42,6 +43,7 @@ def from_pretrained(
     path_or_id: a checkpoint folder or a Hugging Face id; plain (bf16, fp16, f32: packed while it streams in), or packed
         before (by `save_pretrained` or `coterie convert cpu`: opened as it is).
     experts: "int4" (the default for a plain checkpoint), "int8" or "bf16". For a packed checkpoint leave it out.
+    device: where all but the experts goes, "cuda" for instance, which needs accelerate. `device_map` says the same.
     group_size, zero_point, scale_search: as in CoterieConfig; for plain checkpoints.
     mmap: use a packed checkpoint's experts where they lie on disk, instead of copying them into huge pages.
     activations: what int8 and int4 experts compute with: "auto", "bf16" or "int8"; see `Experts`.
@@ -50,10 +52,14 @@ def from_pretrained(
     and so on. A `config` that is given is not changed.
 
     Raises ArgumentError for options that do not fit, CheckpointError for a folder that is not a whole checkpoint,
-    UnsupportedModelError for a model without experts or with experts that no kernel computes.
+    UnsupportedModelError for a model without experts or with experts that no kernel computes, DeviceError for a device
+    that is not there and where there is not enough memory.
     """
-    if torch.device(device).type != "cpu":
-        raise ArgumentError(f"device={str(device)!r}: coterie computes on the CPU, use device='cpu'")
+    if str(device) != "cpu":
+        if kwargs.get("device_map") is not None:
+            raise ArgumentError(f"expected device or device_map, found both: {str(device)!r}, {kwargs['device_map']!r}")
+        usable(device)
+        kwargs["device_map"] = str(device)
     if "quantization_config" in kwargs:
         raise ArgumentError("quantization_config is made by coterie.from_pretrained: give experts=... instead")
     asked = CoterieConfig(experts, group_size, zero_point, scale_search, mmap, activations)

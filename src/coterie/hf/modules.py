@@ -74,13 +74,13 @@ def attach(module: nn.Module, experts: Experts, layout: Layout) -> PackedModule:
     return packed
 
 
-def unpack(module: nn.Module, dtype: torch.dtype) -> None:
+def unpack(module: nn.Module, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
     """Puts dequantised parameters back into a packed experts module, and back into its state dict."""
     remove_hooks(module)
     packed = module.__dict__.pop(ATTRIBUTE)
     del module.extra_repr
     for name in packed.layout.parameters:
-        module._parameters[name] = nn.Parameter(packed.dense(name, dtype), requires_grad=False)
+        module._parameters[name] = nn.Parameter(packed.dense(name, dtype).to(device), requires_grad=False)
 
 
 def hide_parameters(module: nn.Module) -> None:

@@ -24,6 +24,7 @@ from coterie.checkpoints.packed_read import open_layer
 from coterie.checkpoints.tensorfile import TensorFile
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.experts import Experts
+from coterie.gpu.device import usable
 from coterie.hf.config import METHOD, CoterieConfig
 from coterie.hf.experts import NAME
 from coterie.hf.layout import Layout
@@ -41,6 +42,7 @@ from coterie.hf.sizes import loaded_nbytes
 from coterie.hf.sources import Sources
 from coterie.hf.weight import PackedWeight
 
+SPREAD = ("balanced", "balanced_low_0", "sequential", "disk")  # what Transformers takes for more devices than one
 PACKED_FILE = re.compile(r"experts-\d+\.safetensors")
 
 
@@ -52,10 +54,7 @@ class CoterieQuantizer(HfQuantizer):
     requires_calibration = False
 
     def validate_environment(self, device_map: Any = None, **kwargs) -> None:
-        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
-        for device in devices:
-            if device is not None and str(device) not in ("cpu", "auto"):
-                raise ArgumentError(f"device_map has {device}; coterie computes on the CPU: leave it out, or use 'cpu'")
+        self._device = device_of(device_map)
         if self.pre_quantized:
             self.quantization_config.check_asked()
         elif self.quantization_config.mmap:
@@ -64,7 +63,7 @@ class CoterieQuantizer(HfQuantizer):
             )
 
     def update_device_map(self, device_map: Any) -> Any:
-        return {"": "cpu"} if device_map == "auto" else device_map
+        return device_map if device_map is None else {"": self._device}
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """Sees the config before any file is looked for: a packed checkpoint's index has a name of its own, by which
@@ -99,7 +98,7 @@ class CoterieQuantizer(HfQuantizer):
                 )
             self._files = [TensorFile(file) for file in files]
         options = self.quantization_config
-        needed = loaded_nbytes(model, self._layouts, options.spec, options.mmap)
+        needed = loaded_nbytes(model, self._layouts, options.spec, options.mmap, rest_in_ram=self._device.type == "cpu")
         memory.require(needed, f"{type(model).__name__} with experts in {options.experts}")
         for name in self._layouts:
             module = model.get_submodule(name)
@@ -185,7 +184,7 @@ class CoterieQuantizer(HfQuantizer):
         # Transformers gives config.dtype, which saving turns into a name.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         for name, _ in list(packed_modules(model)):
-            unpack(model.get_submodule(name), dtype)
+            unpack(model.get_submodule(name), dtype, model.device)
         model.set_experts_implementation(model.get_correct_experts_implementation(None))
         return model
 
@@ -209,6 +208,22 @@ class CoterieQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def device_of(device_map: Any) -> torch.device:
+    """The one device of a device map: experts are in RAM, all else goes there. "auto": a GPU if there is one.
+
+    Raises ArgumentError for a map of several, DeviceError for a device that is not there.
+    """
+    devices = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
+    if len({str(device) for device in devices}) != 1 or str(devices[0]) in SPREAD:
+        raise ArgumentError(
+            f"device_map={device_map!r}: expected one device for all but the experts, which are in RAM: "
+            "'cpu', 'cuda', 'cuda:1' or 'auto'"
+        )
+    if devices[0] == "auto":
+        return usable("cuda" if torch.cuda.is_available() else "cpu")
+    return usable("cpu" if devices[0] is None else devices[0])
 
 
 def check_not_distributed(config: PretrainedConfig) -> None:

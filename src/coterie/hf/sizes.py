@@ -32,12 +32,16 @@ def rest_of(model: nn.Module, experts: list[nn.Module]) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter not in inside]
 
 
-def loaded_nbytes(model: PreTrainedModel, layouts: dict[str, Layout], spec: Format, mmap: bool = False) -> int:
+def loaded_nbytes(
+    model: PreTrainedModel, layouts: dict[str, Layout], spec: Format, mmap: bool = False, rest_in_ram: bool = True
+) -> int:
     """Bytes of RAM that `model` takes with its experts packed as `spec`; mapped ones are the page cache's."""
+    packed = 0 if mmap else sum(layout.num_experts * expert_nbytes(layout, spec) for layout in layouts.values())
+    if not rest_in_ram:
+        return packed
     rest = sum(parameter.nbytes for parameter in rest_of(model, [model.get_submodule(name) for name in layouts]))
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if tied and head is not None and head.weight is not table.weight:
         rest -= head.weight.nbytes  # tied once the weights are there
-    packed = sum(layout.num_experts * expert_nbytes(layout, spec) for layout in layouts.values())
-    return rest + (0 if mmap else packed)
+    return rest + packed

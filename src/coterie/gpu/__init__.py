@@ -1,0 +1,1 @@
+"""Experts beside a model that lives on a GPU."""

@@ -1,0 +1,126 @@
+"""Experts in RAM called with tensors on a device: what is copied, and that nothing else differs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_cases import FORMATS, Batch, dequantized, name_of, packed
+from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, relative
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import coterie
+from coterie import ExpertLora, reference
+from coterie.errors import ArgumentError
+
+SIZES = (4, 128, 256)
+SPECS = [FORMATS[0], FORMATS[1], FORMATS[6]]
+X, IDS, WEIGHTS = Batch(9, 2).tensors(SIZES)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_same_bits_as_in_ram(spec, dtype, pretend):
+    experts, device = packed(spec, SIZES), pretend.DEVICE
+    x = X.to(dtype)
+    expected = experts(x, IDS, WEIGHTS)
+    found = experts(x.to(device), IDS.to(device), WEIGHTS.to(device))
+    assert (found.device, found.dtype) == (device, dtype)
+    assert torch.equal(found.cpu(), expected)
+
+
+def test_inputs_go_once_and_the_result_comes_back(pretend):
+    experts, device = packed(FORMATS[0], SIZES), pretend.DEVICE
+    inputs = X.bfloat16().to(device), IDS.to(device), WEIGHTS.to(device)
+    pretend.copied.clear()
+    with torch.no_grad():
+        experts(*inputs)
+    assert pretend.copied == [
+        ("host", (9, 128), torch.bfloat16),
+        ("host", (9, 2), torch.int64),
+        ("host", (9, 2), torch.float32),
+        ("device", (9, 128), torch.bfloat16),
+    ]
+
+
+def test_any_strides_and_no_tokens(pretend):
+    experts, device = packed(FORMATS[0], SIZES), pretend.DEVICE
+    x, ids, weights = X.T.contiguous().to(device).T, IDS.int().to(device), WEIGHTS.T.contiguous().to(device).T
+    assert torch.equal(experts(x, ids, weights).cpu(), experts(X, IDS, WEIGHTS))
+    assert experts(x[:0], ids[:0], weights[:0]).shape == (0, 128)
+
+
+@pytest.mark.parametrize("where", ["ram", "device", "A on the device"])
+def test_gradients(where, pretend):
+    """Of x, routing weights and LoRA, each where its tensor is; as in RAM to the bit, as in plain torch nearly."""
+    experts, device = packed(FORMATS[6], SIZES), pretend.DEVICE
+    x, ids, weights, grad = random_batch(SIZES, 2, 12)
+    lora = random_lora(SIZES, 4, torch.float32)
+    there = {n: t.to(device) if where == "device" or (n[-1] == "a" and where != "ram") else t for n, t in lora.items()}
+
+    expected = gradients(lambda x, w, lora: experts(x, ids, w, lora), x, weights, lora, grad)
+    truth = gradients(
+        lambda x, w, lora: reference.forward(x, ids, w, *dequantized(FORMATS[6], SIZES), lora=lora),
+        x, weights, lora, grad, torch.float32,
+    )  # fmt: skip
+    ids = ids.to(device)
+    found = gradients(
+        lambda x, w, lora: experts(x, ids, w, lora), x.to(device), weights.to(device), there, grad.to(device)
+    )
+    for name, value in found.items():
+        assert value.device == there.get(name, ids).device, name
+        assert torch.equal(value.cpu(), expected[name]), name
+        assert relative(value.cpu(), truth[name]) < TOLERANCE, name
+
+
+def test_only_wanted_gradients_are_copied(pretend):
+    experts, device = packed(FORMATS[0], SIZES), pretend.DEVICE
+    lora = ExpertLora(**{name: t.to(device) for name, t in random_lora(SIZES, 4, torch.float32).items()})
+    x = X.to(device).requires_grad_()
+    y = experts(x, IDS.to(device), WEIGHTS.to(device), lora)
+    grad = torch.ones(X.shape).to(device)
+    pretend.copied.clear()
+    y.backward(grad)
+    assert pretend.copied == [("host", (9, 128), torch.float32), ("device", (9, 128), torch.float32)]
+
+
+def test_an_a_that_gate_and_up_share_is_copied_once(pretend):
+    experts, device = packed(FORMATS[0], SIZES), pretend.DEVICE
+    factors = random_lora(SIZES, 4, torch.float32)
+    a, gate_b, up_b = factors["gate_a"], factors["gate_b"], factors["up_b"]
+    expected = experts(X, IDS, WEIGHTS, ExpertLora(gate_a=a, gate_b=gate_b, up_a=a, up_b=up_b))
+    a = a.to(device)
+    pretend.copied.clear()
+    found = experts(X.to(device), IDS.to(device), WEIGHTS.to(device), ExpertLora(a, gate_b, a, up_b))
+    assert torch.equal(found.cpu(), expected)
+    assert pretend.copied.count(("host", (4, 4, 128), torch.float32)) == 1
+
+
+@pytest.mark.parametrize("options", [{"use_reentrant": False}, coterie.checkpointing(), {"use_reentrant": True}])
+def test_checkpointing(options, pretend):
+    experts, device = packed(FORMATS[0], SIZES), pretend.DEVICE
+    expected, x = X.clone().requires_grad_(), X.to(device).requires_grad_()
+    ids, weights = IDS.to(device), WEIGHTS.to(device)
+    experts(expected, IDS, WEIGHTS).square().sum().backward()
+    checkpoint(lambda x: experts(x, ids, weights), x, **options).square().sum().backward()
+    assert torch.equal(x.grad.cpu(), expected.grad)
+
+
+def test_traced():
+    """A fake tensor of a GPU that is not there gives a fake result on it."""
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        x, weights = torch.empty(9, 128, device="cuda"), torch.empty(9, 2, device="cuda")
+        found = packed(FORMATS[0], SIZES)(x, torch.zeros(9, 2, dtype=torch.int64, device="cuda"), weights)
+    assert (found.device.type, found.dtype, found.shape) == ("cuda", torch.float32, (9, 128))
+
+
+def test_refused(pretend):
+    experts, device = packed(FORMATS[0], SIZES), pretend.DEVICE
+    with pytest.raises(ArgumentError, match="ids: expected a tensor on pretend:0, as x is, found cpu"):
+        experts(X.to(device), IDS, WEIGHTS.to(device))
+    with pytest.raises(ArgumentError, match="x: expected shape"):
+        experts(X[:, :64].to(device), IDS.to(device), WEIGHTS.to(device))
+    with pytest.raises(ArgumentError, match="expert id 4 of token 0 is out of range"):
+        experts(X.to(device), (IDS * 0 + 4).to(device), WEIGHTS.to(device))
+    with pytest.raises(ArgumentError, match="x: expected a CPU tensor, found pretend:0"):
+        experts.submit(X.to(device), IDS.to(device), WEIGHTS.to(device))
