@@ -9,7 +9,7 @@ from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, rela
 from torch.utils.checkpoint import checkpoint
 
 import coterie
-from coterie import Experts, reference
+from coterie import ExpertLora, Experts, reference
 from coterie.errors import ArgumentError
 from coterie.gpu.transfer import CudaTransfer, transfer
 
@@ -141,11 +141,15 @@ def test_checkpointing(options):
     torch.testing.assert_close(x.grad.cpu(), expected.grad)
 
 
-def test_compiles_as_one_graph():
+@pytest.mark.parametrize("where", [None, "cpu", "cuda"])
+def test_compiles_as_one_graph(where):
+    """Without LoRA, and with its factors on either side."""
     experts = packed(FORMATS[0], SIZES)
+    factors = random_lora(SIZES, 4, torch.float32) if where else {}
+    factors = {name: factor.to(where).requires_grad_() for name, factor in factors.items()}
 
     def block(x, ids, weights):
-        return torch.relu(experts(x * 2, ids, weights)) + x
+        return torch.relu(experts(x * 2, ids, weights, ExpertLora(**factors) if factors else None)) + x
 
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -153,8 +157,8 @@ def test_compiles_as_one_graph():
     with torch.no_grad():
         torch.testing.assert_close(compiled(x, ids, weights), block(x, ids, weights))
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
-    compiled(one, ids, weights).sum().backward()
-    block(two, ids, weights).sum().backward()
+    for compute, inputs in ((compiled, one), (block, two)):
+        compute(inputs, ids, weights).sum().backward()
     torch.testing.assert_close(one.grad, two.grad)
 
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import coterie
 from coterie import ExpertLora, reference
 from coterie.errors import ArgumentError
+from coterie.gpu import offload
 
 SIZES = (4, 128, 256)
 SPECS = [FORMATS[0], FORMATS[1], FORMATS[6]]
@@ -112,6 +113,22 @@ def test_traced():
         x, weights = torch.empty(9, 128, device="cuda"), torch.empty(9, 2, device="cuda")
         found = packed(FORMATS[0], SIZES)(x, torch.zeros(9, 2, dtype=torch.int64, device="cuda"), weights)
     assert (found.device.type, found.dtype, found.shape) == ("cuda", torch.float32, (9, 128))
+
+
+def test_compiles_as_one_graph():
+    """The call and its gradients, traced; RAM is the device here, torch compiles nothing for the pretended one."""
+    experts = packed(FORMATS[0], SIZES)
+    factors = {name: factor.requires_grad_() for name, factor in random_lora(SIZES, 4, torch.float32).items()}
+
+    def block(x):
+        return torch.relu(offload.forward(experts, x * 2, IDS, WEIGHTS, ExpertLora(**factors))) + x
+
+    torch._dynamo.reset()
+    found = []
+    for compute in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+        x = X.clone().requires_grad_()
+        found.append(torch.autograd.grad(compute(x).sum(), [x, *factors.values()]))
+    torch.testing.assert_close(*found)
 
 
 def test_refused(pretend):

@@ -27,18 +27,24 @@ def forward(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, lora: Exp
         if tensor.device != device:
             raise ArgumentError(f"{name}: expected a tensor on {device}, as x is, found {tensor.device}")
     lora = lora or ExpertLora()
-    there = {id(f): f for f in lora.factors() if f is not None and f.device == device}  # gate and up may share one A
-    inputs = (x, ids, weights, *there.values())
+    factors = list(lora.factors())
+    shared = factors[0] is factors[2]  # gate and up have one A, or none
+    if shared:
+        factors[2] = None
+    there = [i for i, factor in enumerate(factors) if factor is not None and factor.device == device]
+    inputs = (x, ids, weights, *(factors[i] for i in there))
     if runs_now():
         copies = transfer(device)
         x, ids, weights, *moved = _ToHost.apply(copies, *inputs)
     else:  # torch traces copies of its own, not a wait for a stream
         copies = None
         x, ids, weights, *moved = [tensor.to("cpu") for tensor in inputs]
-    here = dict(zip(there, moved, strict=True))
-    lora = ExpertLora(*(here.get(id(f), f) for f in lora.factors()), lora.scaling)
-    given = any(factor is not None for factor in lora.factors())
-    out = ops.forward(experts, x, ids, weights, lora if given else None)
+    for i, factor in zip(there, moved, strict=True):
+        factors[i] = factor
+    if shared:
+        factors[2] = factors[0]
+    given = any(factor is not None for factor in factors)
+    out = ops.forward(experts, x, ids, weights, ExpertLora(*factors, lora.scaling) if given else None)
     return out.to(device) if copies is None else _ToDevice.apply(copies, out)
 
 
