@@ -130,9 +130,32 @@ struct E4m3Codes {
   }
 };
 
-// The columns of a line in natural order, two by two: take(index of the pair, first, second).
-template <class Isa, class Codes, class Take>
+// Whether an instruction set has a quick way from a line of codes to lines of bf16 pairs. Sixteen entries are one register, whatever they stand for.
+template <class Isa, class Codes>
+constexpr bool kAsLines = (Codes::kBits == 4 && Isa::kLooksUpLines) || (std::is_same_v<Codes, E4m3Codes> && Isa::kE4m3Lines);
+
+// A line as bf16 pairs of its columns, without scales; nibbles less 8.
+template <class Isa, class Codes>
+inline void lines_of(const uint8_t* line, typename Isa::I (&to)[Codes::kPairs]) {
+  if constexpr (Codes::kBits == 4)
+    Isa::lookup_lines(line, Codes::kTable, to);
+  else
+    Isa::e4m3_lines(line, to);
+}
+
+// The columns of a line in natural order, two by two: take(index of the pair, first, second). Zero: zero points are stored.
+template <class Isa, class Codes, bool Zero, class Take>
 inline void each_pair(const uint8_t* line, typename Isa::F minus_zero, const Take& take) {
+  if constexpr (kAsLines<Isa, Codes>) {
+    typename Isa::I pairs[Codes::kPairs];
+    lines_of<Isa, Codes>(line, pairs);
+    const auto moved = Isa::add(minus_zero, Isa::set1(8.0f));
+    for (int i = 0; i < Codes::kPairs; i++) {
+      const auto pair = Isa::split(pairs[i]);
+      take(i, Zero ? Isa::add(pair.even, moved) : pair.even, Zero ? Isa::add(pair.odd, moved) : pair.odd);
+    }
+    return;
+  }
   const auto words = Isa::load_integers(line);
   if constexpr (Codes::kBits == 8) {
     take(0, Codes::template column<Isa, 0>(words, minus_zero), Codes::template column<Isa, 16>(words, minus_zero));
@@ -145,18 +168,30 @@ inline void each_pair(const uint8_t* line, typename Isa::F minus_zero, const Tak
   }
 }
 
-// A line as bf16 pairs of its columns, without scales; stored zero points are not subtracted. Sixteen entries are one register of any instruction set
-// that looks pairs up, whatever they stand for.
+// The same for the instructions that multiply them.
 template <class Isa, class Codes>
 inline void pairs_of_line(const uint8_t* line, typename Isa::Pair (&to)[Codes::kPairs]) {
-  if constexpr (Codes::kBits == 16)
-    to[0] = Isa::load_pair(line);
-  else if constexpr (Codes::kBits == 4 && Isa::kLooksUpPairs)
-    Isa::lookup_pairs(line, Codes::kTable, to);
-  else if constexpr (std::is_same_v<Codes, E4m3Codes> && Isa::kE4m3Pairs)
-    Isa::e4m3_pairs(line, to);
-  else
-    each_pair<Isa, Codes>(line, Isa::set1(-8.0f), [&](int i, auto first, auto second) { to[i] = Isa::pair_of(first, second); });
+  if constexpr (Codes::kBits == 16) {
+    to[0] = Isa::pair(Isa::load_integers(line));
+  } else if constexpr (kAsLines<Isa, Codes>) {
+    typename Isa::I pairs[Codes::kPairs];
+    lines_of<Isa, Codes>(line, pairs);
+    for (int i = 0; i < Codes::kPairs; i++) to[i] = Isa::pair(pairs[i]);
+  } else {
+    each_pair<Isa, Codes, false>(line, Isa::set1(-8.0f), [&](int i, auto first, auto second) { to[i] = Isa::pair_of(first, second); });
+  }
+}
+
+// The same written out, `stride` bytes apart.
+template <class Isa, class Codes>
+inline void store_line(const uint8_t* line, uint8_t* to, int64_t stride) {
+  if constexpr (kAsLines<Isa, Codes>) {
+    typename Isa::I pairs[Codes::kPairs];
+    lines_of<Isa, Codes>(line, pairs);
+    for (int i = 0; i < Codes::kPairs; i++) Isa::store_integers(to + i * stride, pairs[i]);
+  } else {
+    each_pair<Isa, Codes, false>(line, Isa::set1(-8.0f), [&](int i, auto first, auto second) { Isa::store_pairs(to + i * stride, first, second); });
+  }
 }
 
 }  // namespace

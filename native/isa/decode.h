@@ -8,6 +8,14 @@ namespace {
 
 using Pairs = Encoding<Bf16Codes, NoScale, 0, false, false, Bf16>;
 
+// The same codes without their scales, which stay where they are.
+template <class E>
+struct WrittenOut : Bf16Codes {
+  static constexpr float kUnit = E::Codes::kUnit;
+};
+template <class E>
+using Unscaled = Encoding<WrittenOut<E>, typename E::Scale, E::kStep, false, E::kRowScale, Bf16>;
+
 struct F32Scale {
   static constexpr int kRowBytes = 4, kBlockBytes = 0;
   template <class Isa>
@@ -37,12 +45,28 @@ void decode_pairs(const Layout& layout, const Block& block, int64_t begin, int64
       const uint8_t* from = codes + p * kLine;
       uint8_t* out = to + (first - begin) / 2 * stride + p * kLine;
       for (int64_t k = first; k < last; k += E::kLineColumns, from += stride, out += E::Codes::kPairs * stride)
-        each_pair<Isa, typename E::Codes>(from, minus_zero, [&](int i, auto a, auto b) {
+        each_pair<Isa, typename E::Codes, E::kZero>(from, minus_zero, [&](int i, auto a, auto b) {
           Isa::store_pairs(out + i * stride, Isa::mul(a, scale), Isa::mul(b, scale));
         });
     }
     first = last;
   }
+}
+
+// A whole block with codes as bf16 pairs and the scales as they are.
+template <class Isa, class E>
+void decode_unscaled(const Layout& layout, const Block& block, uint8_t* to) {
+  const int64_t stride = block.panels * kLine, lines = layout.step / E::kLineColumns;
+  const int64_t step_tail = layout.step_bytes(block.panels) - lines * stride, block_tail = block.panels * kPanelRows * layout.block_row_bytes;
+  const uint8_t* from = block.data;
+  for (int64_t s = 0; s < layout.steps(); s++) {
+    for (int64_t n = 0; n < lines; n++, from += stride, to += E::Codes::kPairs * stride)
+      for (int p = 0; p < block.panels; p++) store_line<Isa, typename E::Codes>(from + p * kLine, to + p * kLine, stride);
+    memcpy(to, from, step_tail);
+    from += step_tail;
+    to += step_tail;
+  }
+  memcpy(to, from, block_tail);
 }
 
 // 4-bit codes with a scale per step -> bytes with a scale per activation group: code = round(value * step's scale / group's scale) + 128, the group's

@@ -15,6 +15,9 @@ namespace {
 
 // Rows from which decoding 4-bit codes to bytes once costs less than unpacking them in every tile.
 constexpr int64_t kDecodeFrom = 16;
+// Whether decoded codes are multiplied first and scaled then: where scales are few, that costs less than scaling weights, and rounds nothing.
+template <class E>
+constexpr bool kKeepsScales = E::kFused && (!E::kStepScale || E::kStep >= 128);
 // Rows whose gate products wait for those of up.
 constexpr int64_t kPairRows = 128;
 
@@ -87,6 +90,11 @@ struct Engine {
             return tiles<Bytes>(layout, {scratch, block.panels}, x, tokens, gathered, next, lines, finish);
           }
       } else if constexpr (!std::is_same_v<E, Pairs>) {
+        if constexpr (kKeepsScales<E>)
+          if (!gathered && all > Isa::kTileRows) {
+            decode_unscaled<Isa, E>(layout, block, scratch);
+            return tiles<Unscaled<E>>(layout, {scratch, block.panels}, x, tokens, gathered, next, lines, finish);
+          }
         if (!E::kFused || gathered || all > Isa::kTileRows) {
           decode_pairs<Isa, E>(layout, block, 0, layout.padded_cols(), scratch);
           return tiles<Pairs>(layout, {scratch, block.panels}, x, tokens, gathered, next, lines, finish);

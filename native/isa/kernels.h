@@ -155,8 +155,9 @@ struct Kernels {
   int64_t macs_per_float_dot, macs_per_integer_dot;
 };
 
-// Scratch bytes one thread needs for a block of a product over so many columns: bf16 pairs; bytes and their scales are less.
-inline int64_t block_scratch_bytes(int64_t padded_cols) { return kBlockRows * padded_cols * 2; }
+// Scratch bytes one thread needs for a block of a product over so many columns: bf16 pairs and a scale a row, or for each 128 columns; bytes and
+// their scales are less.
+inline int64_t block_scratch_bytes(int64_t padded_cols) { return kBlockRows * (padded_cols * 2 + 4 + padded_cols / 128 * 4); }
 
 extern const Kernels kScalar, kAvx2, kAvx2Vnni, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated;
 

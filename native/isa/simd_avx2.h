@@ -16,7 +16,7 @@ struct Avx2 {
     __m256i a, b;
   };
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
-  static constexpr bool kTiles = false, kLooksUpPairs = false, kE4m3Pairs = true;
+  static constexpr bool kTiles = false, kLooksUpLines = false, kE4m3Lines = true;
   static constexpr int kRegistersPerVector = 2;
   static constexpr int kTileRows = 6;
   static constexpr int tile_panels(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
@@ -88,7 +88,7 @@ struct Avx2 {
   struct Pair {
     F even, odd;
   };
-  static Pair load_pair(const uint8_t* p) { return split(load_integers(p)); }
+  static Pair pair(I w) { return split(w); }
   static Pair pair_of(F even, F odd) { return {even, odd}; }
   static Pair split(I w) {
     const __m256i high = _mm256_set1_epi32(0xffff0000);
@@ -107,10 +107,10 @@ struct Avx2 {
     const __m256i value = _mm256_blendv_epi8(normal, _mm256_shuffle_epi8(subnormal, index), small);
     return _mm256_or_si256(value, _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x80)), 8));
   }
-  static void e4m3_pairs(const uint8_t* line, Pair (&to)[2]) {
+  static void e4m3_lines(const uint8_t* line, I (&to)[2]) {
     const I w = load_integers(line);
-    to[0] = split({e4m3_words(w.a), e4m3_words(w.b)});
-    to[1] = split({e4m3_words(_mm256_srli_epi16(w.a, 8)), e4m3_words(_mm256_srli_epi16(w.b, 8))});
+    to[0] = {e4m3_words(w.a), e4m3_words(w.b)};
+    to[1] = {e4m3_words(_mm256_srli_epi16(w.a, 8)), e4m3_words(_mm256_srli_epi16(w.b, 8))};
   }
   struct PairOf1 {
     __m256 even, odd;

@@ -21,7 +21,7 @@ struct Avx512 {
   using F = __m512;
   using I = __m512i;
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
-  static constexpr bool kTiles = false, kLooksUpPairs = false, kE4m3Pairs = true;
+  static constexpr bool kTiles = false, kLooksUpLines = false, kE4m3Lines = true;
   static constexpr int kRegistersPerVector = 1;
   static constexpr int kTileRows = 6;
   static constexpr int tile_panels(int rows) { return rows <= 2 ? 4 : 2; }
@@ -46,6 +46,7 @@ struct Avx512 {
   static int32_t reduce_add(I v) { return _mm512_reduce_add_epi32(v); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static I load_integers(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void store_integers(uint8_t* p, I v) { _mm512_storeu_si512(p, v); }
   template <int shift, uint32_t mask>
   static I field(I v) {
     return _mm512_and_si512(_mm512_srli_epi32(v, shift), _mm512_set1_epi32(mask));
@@ -65,7 +66,7 @@ struct Avx512 {
   static Pair split(I w) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(0xffff0000)))};
   }
-  static Pair load_pair(const uint8_t* p) { return split(_mm512_loadu_si512(p)); }
+  static Pair pair(I w) { return split(w); }
   // e4m3 in the lower bytes of 16-bit elements (the upper ones may hold anything) as bf16: normal codes are moved and their exponent's bias is
   // changed; the eight subnormal ones are looked up.
   static I e4m3_words(I code) {
@@ -76,10 +77,10 @@ struct Avx512 {
     const I value = _mm512_mask_permutexvar_epi16(normal, small, magnitude, subnormal);
     return _mm512_or_si512(value, _mm512_slli_epi16(_mm512_and_si512(code, _mm512_set1_epi16(0x80)), 8));
   }
-  static void e4m3_pairs(const uint8_t* line, Pair (&to)[2]) {
+  static void e4m3_lines(const uint8_t* line, I (&to)[2]) {
     const I w = _mm512_loadu_si512(line);
-    to[0] = split(e4m3_words(w));
-    to[1] = split(e4m3_words(_mm512_srli_epi16(w, 8)));
+    to[0] = e4m3_words(w);
+    to[1] = e4m3_words(_mm512_srli_epi16(w, 8));
   }
   static Pair pair_of(F even, F odd) { return {even, odd}; }
   static Pair broadcast_pair(const uint8_t* x) {

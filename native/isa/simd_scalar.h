@@ -16,7 +16,7 @@ struct Scalar {
     int32_t v[kLanes];
   };
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
-  static constexpr bool kTiles = false, kLooksUpPairs = false, kE4m3Pairs = false;
+  static constexpr bool kTiles = false, kLooksUpLines = false, kE4m3Lines = false;
   static constexpr int kRegistersPerVector = 1;
   static constexpr int kTileRows = 4;
   static constexpr int tile_panels(int) { return 1; }
@@ -85,10 +85,9 @@ struct Scalar {
   struct Pair {
     F even, odd;
   };
-  static Pair load_pair(const uint8_t* p) {
-    uint16_t h[2 * kLanes];
-    memcpy(h, p, sizeof h);
-    return {each<F>([&](int i) { return bf16_to_float(h[2 * i]); }), each<F>([&](int i) { return bf16_to_float(h[2 * i + 1]); })};
+  static Pair pair(const I& w) {
+    return {each<F>([&](int i) { return bits_to_float(static_cast<uint32_t>(w.v[i]) << 16); }),
+            each<F>([&](int i) { return bits_to_float(static_cast<uint32_t>(w.v[i]) & 0xffff0000u); })};
   }
   static Pair pair_of(const F& even, const F& odd) { return {even, odd}; }
   struct PairOf1 {

@@ -1,4 +1,4 @@
-// The instructions of AVX512 (F, BW, DQ, BF16, VNNI) and AVX-VNNI that the kernels use, in plain C++ as Intel's manual defines them: stands before
+// The instructions of AVX512 (F, BW, DQ, BF16, VNNI, VBMI) and AVX-VNNI that the kernels use, in plain C++ as Intel's manual defines them: stands before
 // the compiler's <immintrin.h> where COTERIE_EMULATE is on, so that every variant is tested on a CPU that has only AVX2.
 #pragma once
 #include_next <immintrin.h>
@@ -149,6 +149,11 @@ inline __m512i mm512_shuffle_epi8(__m512i a, __m512i order) {
 inline __m512i mm512_permutexvar_epi16(__m512i index, __m512i a) {
   Lanes<uint16_t> x = lanes<uint16_t>(a), o = lanes<uint16_t>(index);
   return each<__m512i, uint16_t>([&](int i) { return x[o[i] % 32]; });
+}
+
+inline __m512i mm512_permutex2var_epi8(__m512i a, __m512i index, __m512i b) {
+  Lanes<uint8_t> x = lanes<uint8_t>(a), o = lanes<uint8_t>(index), y = lanes<uint8_t>(b);
+  return each<__m512i, uint8_t>([&](int i) { return o[i] & 64 ? y[o[i] % 64] : x[o[i] % 64]; });
 }
 
 inline __m512i mm512_shuffle_i64x2(__m512i a, __m512i b, int order) {
@@ -339,6 +344,7 @@ inline __m256i mm256_dpbusd_avx_epi32(__m256i acc, __m256i u, __m256i s) { retur
 #define _mm512_mul_ps ::coterie_emulated::mm512_mul_ps
 #define _mm512_mulhrs_epi16 ::coterie_emulated::mm512_mulhrs_epi16
 #define _mm512_or_si512 ::coterie_emulated::mm512_or_si512
+#define _mm512_permutex2var_epi8 ::coterie_emulated::mm512_permutex2var_epi8
 #define _mm512_permutexvar_epi16 ::coterie_emulated::mm512_permutexvar_epi16
 #define _mm512_permutexvar_ps ::coterie_emulated::mm512_permutexvar_ps
 #define _mm512_reduce_add_epi32 ::coterie_emulated::mm512_reduce_add_epi32
