@@ -69,6 +69,10 @@ struct Avx2 {
   static I load_integers(const uint8_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
   }
+  static void store_integers(uint8_t* p, I v) {
+    _mm256_storeu_si256((__m256i*)p, v.a);
+    _mm256_storeu_si256((__m256i*)(p + 32), v.b);
+  }
   template <int shift, uint32_t mask>
   static I field(I v) {
     const __m256i m = _mm256_set1_epi32(mask);
