@@ -17,7 +17,7 @@ ACTIVATION_GROUP = 256  # columns of an activation that share one int8 scale
 BF16_ACTIVATIONS = ("avx512_bf16", "amx", "amx_emulated")  # the others compute bf16 weights with float32 activations
 TILES = ("amx", "amx_emulated")
 DECODED_FROM, DECODED_FROM_IN_TILES = 16, 8  # rows of an expert from which 4-bit groups are decoded to int8
-TILE_ROWS = {"scalar": 4}  # rows, else 6, up to which other weights are not rounded to bf16
+TILE_ROWS = {"scalar": 4}  # rows, else 6, up to which other weights are not decoded to bf16
 
 FORMATS = (
     Format("bf16"),
@@ -138,6 +138,17 @@ def decoded(experts: Experts) -> dict[str, Tensor]:
     return found
 
 
+def rounds_weights(spec: Format, isa: str, rows: int) -> bool:
+    """Whether bf16 activations of so many rows of an expert meet weights rounded to bf16: decoded ones are, but for
+    those whose scales, one a row or one for 128 columns, are applied to the products."""
+    if spec.zero_point:
+        return True
+    if rows <= TILE_ROWS.get(isa, 6):
+        return False
+    keeps_scales = spec.group_size == 0 or spec.encoding.tile_rows == 128
+    return not keeps_scales or (isa in TILES and rows >= DECODED_FROM_IN_TILES)
+
+
 @functools.lru_cache(maxsize=64)
 def dense_of(experts: Experts) -> dict[str, Tensor]:
     return {name: w for name, w in zip(("gate", "up", "down"), experts.dequantize(), strict=True) if w is not None}
@@ -162,7 +173,7 @@ def engine_truth(experts: Experts, isa: str, x: Tensor, ids: Tensor, weights: Te
         from_rows = DECODED_FROM_IN_TILES if isa in TILES else DECODED_FROM
         if integer and spec.encoding.bits == 4 and spec.group_size and len(t) >= from_rows:
             matrices = decoded(experts)
-        if not integer and len(t) > TILE_ROWS.get(isa, 6):
+        if not integer and rounds_weights(spec, isa, len(t)):
             matrices = {name: matrix.bfloat16().float() for name, matrix in matrices.items()}
 
         def linear(name: str, v: Tensor, e: int = e, matrices: dict[str, Tensor] = matrices) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from engine_cases import BF16_ACTIVATIONS, TILE_ROWS
+from engine_cases import BF16_ACTIVATIONS, rounds_weights
 from torch import Tensor
 
 from coterie import ExpertLora, Experts, reference
@@ -19,7 +19,7 @@ def engine_gradients(
 ) -> dict[str, Tensor]:
     """The output y and the gradients of x, routing weights and LoRA's factors, float32; a shared A's is the gate's.
 
-    Weights (but for those that forward multiplies with few rows), factors and the pre-activations that backward starts
+    Weights (but for those that forward does not round), factors and the pre-activations that backward starts
     from are bf16 everywhere, what is multiplied with them on some instruction sets only.
     """
 
@@ -47,8 +47,7 @@ def engine_gradients(
             return None if a is None else (bf16(a[e].float()), bf16(b[e].float()), factors[name])
 
         def forward(name: str, v: Tensor, e: int = e, pair=pair) -> Tensor:
-            few = len(v) <= TILE_ROWS.get(isa, 6) and not experts.spec.zero_point
-            y = v @ (dense[name][e] if few else bf16(dense[name][e])).T
+            y = v @ (bf16(dense[name][e]) if rounds_weights(experts.spec, isa, len(v)) else dense[name][e]).T
             if pair(name):
                 a, b, scaling = pair(name)
                 y = y + staged(scaling * (v @ a.T)) @ b.T
