@@ -163,3 +163,34 @@ def test_copies_share_the_weights():
     assert copies.deepcopy(model)["layer"] is experts and copies.copy(experts) is experts
     with pytest.raises(ArgumentError, match=r"cannot be pickled; write them with save\(\)"):
         pickle.dumps(model)
+
+
+@pytest.mark.parametrize("spec", FORMATS, ids=name_of)
+def test_selected_experts_are_the_same_in_the_same_memory(spec):
+    experts = packed(spec, SIZES)
+    slots = [2, None, 0, 2, None]
+    chosen = experts.select(slots)
+    assert chosen.num_experts == 5 and chosen.spec == spec
+    for slot, expert in enumerate(slots):
+        assert expert is None or chosen.packed(slot).data_ptr() == experts.packed(expert).data_ptr()
+    assert chosen.packed(1).data_ptr() == chosen.packed(4).data_ptr() and not chosen.packed(1).any()
+    x, _, weights = Batch(6, 2).tensors(SIZES)
+    ids = torch.tensor([[0, 2], [1, 2], [3, 4], [0, 0], [-1, 3], [1, 4]])
+    known = torch.tensor([2, -1, 0, 2, -1, -1])
+    assert torch.equal(chosen(x, ids, weights), experts(x, known[ids], weights))
+
+
+def test_selected_experts_keep_biases_and_activation():
+    gate, up, down = dense(SIZES)
+    count, hidden, intermediate = SIZES
+    up_bias, down_bias = torch.randn(count, intermediate), torch.randn(count, hidden)
+    experts = Experts.pack(
+        gate, up, down, format="bf16", activation=Activation("gelu"), up_bias=up_bias, down_bias=down_bias
+    )
+    chosen = experts.select([1, None])
+    assert chosen.activation == experts.activation
+    assert torch.equal(chosen.biases()["up"], torch.stack([up_bias[1], torch.zeros(intermediate)]))
+    assert torch.equal(chosen.biases()["down"], torch.stack([down_bias[1], torch.zeros(hidden)]))
+    for wrong in (count, -1):
+        with pytest.raises(ArgumentError, match=f"slot 1: expected an expert 0..{count - 1}, found {wrong}"):
+            experts.select([0, wrong])

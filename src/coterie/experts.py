@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -230,6 +231,29 @@ class Experts:
             padded[:, :rows] = bias.detach()
             self._biases[name] = padded
             self._layer.set_biases(name, padded)
+
+    def select(self, slots: Sequence[int | None]) -> Experts:
+        """Experts of which number p is expert ``slots[p]`` of these, in the same memory.
+
+        None: an expert that is not here. Its weights are zero, and all such experts share the memory of one.
+
+        Raises ArgumentError for a number that is none of these experts'.
+        """
+        chosen = Experts(
+            len(slots), self.hidden_size, self.intermediate_size, self.spec, self.activation, self.has_gate,
+            self.activations,
+        )  # fmt: skip
+        absent = memory.allocate(self.expert_nbytes, "the experts that are not here") if None in slots else None
+        for slot, expert in enumerate(slots):
+            if expert is not None and expert not in self._weights:
+                raise ArgumentError(f"slot {slot}: expected an expert 0..{self.num_experts - 1}, found {expert}")
+            chosen._set_weights(slot, absent if expert is None else self.packed(expert))  # type: ignore[arg-type]
+        biases = {}
+        for name, bias in self.biases().items():
+            none = bias.new_zeros(bias.shape[1])
+            biases[name] = torch.stack([none if expert is None else bias[expert] for expert in slots])
+        chosen.set_biases(**biases)
+        return chosen
 
     # --- what it is ---
 
