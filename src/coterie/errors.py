@@ -30,3 +30,7 @@ class DeviceError(CoterieError, RuntimeError):
 
 class TicketError(CoterieError, RuntimeError):
     """A ticket of another process, or of one that ends: nobody will do its work."""
+
+
+class StateError(CoterieError, RuntimeError):
+    """A call that comes too early, or once too often: names the one to make first."""

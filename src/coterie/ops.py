@@ -57,13 +57,14 @@ def _train(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: Ex
 def _prepared(lora: ExpertLora) -> tuple[Factors, list[float], bool]:
     """Factors and scalings as the engine takes them, and whether gate and up share one A, which is then the gate's."""
     shared = lora.gate_a is not None and lora.gate_a is lora.up_a
-    factors = [_parameter(factor) for factor in lora.factors()]
+    factors = [engine_factor(factor) for factor in lora.factors()]
     if shared:
         factors[2] = None
     return factors, lora.scalings(), shared
 
 
-def _parameter(tensor: Tensor | None) -> Tensor | None:
+def engine_factor(tensor: Tensor | None) -> Tensor | None:
+    """A factor of LoRA as the engine takes it: itself wherever its dtype and strides allow."""
     if tensor is None:
         return None
     experts, rows, rank = tensor.shape
