@@ -33,3 +33,9 @@ def test_none_lists_every_name():
     for name in names_tried():
         assert name in str(raised.value)
     assert "experts.{e}.gate_proj.weight" in str(raised.value)
+
+
+def test_what_kt_kernel_converted_is_refused_with_the_way_out():
+    names = ["model.embed_tokens.weight", "blk.0.ffn_up_exps.3.numa.0.weight", "blk.0.ffn_up_exps.3.numa.0.scale"]
+    with pytest.raises(CheckpointError, match=r"kt-kernel converted .*'blk.0.ffn_up_exps.3.numa.0.weight'.*original"):
+        find_layers(names)

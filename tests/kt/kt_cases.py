@@ -48,7 +48,7 @@ def batch(tokens: int, draw: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """hidden, ids of different experts in each token, weights."""
     random = torch.Generator().manual_seed(100 * draw + tokens)
     hidden = torch.randn(tokens, H, generator=random).bfloat16()
-    ids = torch.rand(tokens, E, generator=random).argsort(1)[:, :K]
+    ids = torch.rand(tokens, E, generator=random).argsort(1)[:, :K].contiguous()
     return hidden, ids, torch.rand(tokens, K, generator=random) + 0.1
 
 

@@ -196,6 +196,21 @@ def test_a_layer_that_fails_while_it_computes_is_run_again(part):
     assert nothing_waits()
 
 
+def test_a_batch_that_fails_keeps_its_turn():
+    chain = layers(2)
+    given = [inputs(5, draw) for draw in range(2)]
+    truths = [expected(one, 2) for one in given]
+    for one in given:
+        chain[0].forward(*one[0])
+    chain[1].submit_forward(*given[0][1])
+    (forward,) = chain[1]._submitted.values()
+    forward.now = Failing()
+    with pytest.raises(MemoryError):
+        chain[1].sync_forward(given[0][1][0])
+    for one, truth in zip(given, truths, strict=True):
+        close(chain[1].forward(*one[1]), truth[1])
+
+
 def test_ctrl_c_while_waiting_loses_nothing():
     class Interrupted:
         def wait(self):

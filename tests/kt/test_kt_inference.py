@@ -97,6 +97,13 @@ def test_inputs_that_do_not_fit_leave_the_object_usable(change, message):
     assert torch.equal(made.forward(*batch(4)), expected)
 
 
+def test_inside_inference_mode():
+    made = loaded()
+    expected = made.forward(*batch(4))
+    with torch.inference_mode():
+        assert torch.equal(made.forward(*batch(4)), expected)
+
+
 def test_tensors_that_require_grad():
     made = loaded()
     hidden, ids, weights = batch(4)

@@ -9,7 +9,7 @@ import torch
 from kt_cases import IDENTITY, E, H, I, batch, close, dense, loaded, wrapper
 from made_checkpoints import CONFIG, separate, write_checkpoint
 
-from coterie import reference
+from coterie import Experts, reference
 from coterie.convert import convert_cpu
 from coterie.errors import CheckpointError, StateError
 
@@ -137,6 +137,18 @@ def test_groups_of_a_packed_checkpoint_are_its_own(tmp_path):
     made = wrapper(weight_path=str(tmp_path / "packed"))
     made.load_weights(IDENTITY)
     assert made.experts.spec.group_size == 64
+
+
+def test_biases_of_a_checkpoint_go_to_their_slots(tmp_path):
+    gate, up, down = dense()
+    biases = {"gate_bias": torch.randn(E, I), "up_bias": torch.randn(E, I), "down_bias": torch.randn(E, H)}
+    Experts.pack(gate, up, down, format="bf16", **biases).save(tmp_path, layer=0)
+    mask = SHUFFLED == 5
+    made = wrapper(weight_path=str(tmp_path), method="BF16", gpu_experts_mask=mask)
+    made.load_weights(SHUFFLED)
+    hidden, ids, weights = batch(5)
+    known = SHUFFLED[ids].masked_fill(mask[ids], -1)
+    close(made.forward(hidden, ids, weights), reference.forward(hidden, known, weights, *dense(), **biases))
 
 
 def test_what_is_quantised_on_line_is_saved(tmp_path):

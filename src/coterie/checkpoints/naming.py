@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from coterie.checkpoints.tensorfile import shown
@@ -33,6 +33,8 @@ _STACKS = "|".join(sorted({re.escape(leaf) for row in FUSED for leaf in row}))
 _BLOCK = rf"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:{'|'.join(BLOCKS)})"
 _SEPARATE = re.compile(rf"(?P<stem>{_BLOCK}\.experts)\.(?P<expert>\d+)\.(?P<leaf>{_LEAVES})(?P<kind>\.\w+)")
 _FUSED = re.compile(rf"(?P<stem>{_BLOCK})\.(?P<leaf>{_STACKS})(?P<kind>(?:_[a-z0-9_]+)?)")
+# Of a layer's experts as kt-kernel converts them, in tiles of its own for a number of NUMA nodes.
+_KT_KERNEL = re.compile(r"blk\.\d+\.ffn_\w+_exps\.\d+\.numa\.\d+\.\w+")
 # What follows the name of a matrix in that of the tensor with its numbers or codes; other tensors belong to these.
 WEIGHTS = (".weight", ".weight_packed", "", "_blocks")
 
@@ -61,7 +63,7 @@ class LayerNames:
         return self.stem.removesuffix(".experts").rsplit(".", 1)[-1] not in UNGATED_BLOCKS
 
 
-def find_layers(names: Iterable[str], num_layers: int | None = None) -> dict[int, LayerNames]:
+def find_layers(names: Collection[str], num_layers: int | None = None) -> dict[int, LayerNames]:
     """The layers that have experts, by layer number, among all tensor names of a checkpoint.
 
     Layers from `num_layers` on (draft layers stored behind the model's own) and multi-token prediction modules are left
@@ -89,8 +91,18 @@ def find_layers(names: Iterable[str], num_layers: int | None = None) -> dict[int
     for names_of in found.values():
         names_of.kinds = kinds[names_of.stem]
     if not found:
+        _refuse_kt_kernel(names)
         raise MissingTensorError("no experts found; the names tried: " + ", ".join(names_tried()))
     return dict(sorted(found.items()))
+
+
+def _refuse_kt_kernel(names: Collection[str]) -> None:
+    converted = next((name for name in names if _KT_KERNEL.fullmatch(name)), None)
+    if converted is not None:
+        raise CheckpointError(
+            f"kt-kernel converted these experts ({shown(converted)}), in an order of bytes that is its own: use the "
+            "original checkpoint, or convert it with `coterie convert cpu`"
+        )
 
 
 def names_tried(layer: str = "*.layers.{L}", expert: str = "{e}") -> list[str]:

@@ -19,7 +19,7 @@ class KTMoEWrapper(Buffers):
 
     A method names the format of the weights; what instructions run is decided by the CPU, and every method works on
     every CPU. AMXINT4, MOE_INT4, RAWINT4, GPTQ_INT4 and LLAMAFILE are int4 in groups of 32, or in the checkpoint's own
-    groups. Checkpoints of GPTQ and GGUF are not read yet.
+    groups. Checkpoints are those that `Experts.open` reads.
 
     Args:
         layer_idx: the layer's number in the model.
