@@ -18,8 +18,8 @@ class KTMoEWrapper(Buffers):
     """The experts of one layer: an `InferenceExperts` or, with `mode="sft"`, an `SftExperts`. Names are kt-kernel's.
 
     A method names the format of the weights; what instructions run is decided by the CPU, and every method works on
-    every CPU. AMXINT4, MOE_INT4, RAWINT4, GPTQ_INT4 and LLAMAFILE are int4 in groups of 32, or in the checkpoint's own
-    groups. Checkpoints are those that `Experts.open` reads.
+    every CPU. FP8 is fp8_block, FP8_PERCHANNEL fp8_channel; AMXINT4, MOE_INT4, RAWINT4, GPTQ_INT4 and LLAMAFILE are
+    int4 in groups of 32, or in the checkpoint's own groups. Checkpoints are those that `Experts.open` reads.
 
     Args:
         layer_idx: the layer's number in the model.
@@ -32,7 +32,11 @@ class KTMoEWrapper(Buffers):
         chunked_prefill_size: tokens that a training forward may have.
         cpu_save: write what `load_weights_from_tensors` packs.
         max_deferred_experts_per_token: experts of each token that are computed while the next layer begins.
-        method, mode: see `methods.py`.
+        method: of inference AMXINT4, AMXINT8, RAWINT4, FP8, BF16, FP8_PERCHANNEL, GPTQ_INT4, MXFP4, MXFP8, NVFP4,
+            LLAMAFILE, MOE_INT4, MOE_INT8; of sft AMXBF16_SFT, AMXINT8_SFT, AMXINT4_SFT, AMXINT4_1_SFT,
+            AMXINT4_KGroup_SFT, AMXINT4_1KGroup_SFT, each with or without _SkipLoRA, AMXFP8_SFT, MXFP4_SFT, INT8_SFT,
+            RAWINT4_SFT.
+        mode: "inference" or "sft".
         numa_nodes: a node for each sub-pool.
         lora_rank, lora_alpha: R, and the scale of LoRA times R.
         lora_dropout: 0. full_weight_grad: False.

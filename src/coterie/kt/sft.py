@@ -277,7 +277,7 @@ class SftExperts(LayerExperts):
             raise StateError("a backward was submitted already: call sync_backward() first")
         if not self._kept:
             raise StateError("no forward is outstanding: call forward_sft() first, with save_for_backward=True")
-        experts, lora, kept = self._loaded(), self._lora().lora, self._kept[-1]
+        lora, kept = self._lora().lora, self._kept[-1]
         if grad_output.shape != kept.step.x.shape:
             raise ArgumentError(
                 f"grad_output: expected the shape of the forward, {list(kept.step.x.shape)}, found "
@@ -289,7 +289,7 @@ class SftExperts(LayerExperts):
         if not isfinite(scale) or scale <= 0:
             raise ArgumentError(f"optimizer_grad_scale: expected a positive number, found {optimizer_grad_scale}")
         grad, trains = grad_output.detach().to("cpu", copy=True), not self._options.method.skips_lora
-        work = begin(lambda: steps.backward(experts, kept.step, grad, lora, trains))
+        work = begin(lambda: steps.backward(kept.step, grad, lora, trains))
         self._submitted_backward = SubmittedBackward(work, kept, output_device or grad_output.device, scale)
 
     def sync_backward(self) -> Result:

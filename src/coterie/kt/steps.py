@@ -16,6 +16,7 @@ from coterie.lora import ExpertLora
 class Step:
     """What a forward keeps: x [T,H] bf16 or f32, ids and weights [T,K], and pre-activations of gate and up."""
 
+    experts: Experts
     x: Tensor
     ids: Tensor
     weights: Tensor
@@ -32,10 +33,10 @@ def forward(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, lora: Exp
             x, ids, weights, experts._handle, *_factors(lora), lora.scalings(), False, experts.intermediate_size,
             experts.has_gate,
         )  # fmt: skip
-    return out, Step(x, ids, weights, gate, up)
+    return out, Step(experts, x, ids, weights, gate, up)
 
 
-def backward(experts: Experts, step: Step, grad: Tensor, lora: ExpertLora, trains: bool) -> list[Tensor]:
+def backward(step: Step, grad: Tensor, lora: ExpertLora, trains: bool) -> list[Tensor]:
     """Gradients of x [T,H] and of the weights [T,K], and where LoRA `trains` of A and B of gate, up and down.
 
     Where it does not, the gradients are those that go through the frozen weights.
@@ -43,8 +44,8 @@ def backward(experts: Experts, step: Step, grad: Tensor, lora: ExpertLora, train
     factors = _factors(lora) if trains else (None,) * 6
     with torch.no_grad():
         found = ops.experts_backward(
-            grad.to(step.x.dtype).contiguous(), step.x, step.ids, step.weights, step.gate, step.up, experts._handle,
-            *factors, lora.scalings(), False, [trains] * 6,
+            grad.to(step.x.dtype).contiguous(), step.x, step.ids, step.weights, step.gate, step.up,
+            step.experts._handle, *factors, lora.scalings(), False, [trains] * 6,
         )  # fmt: skip
     grad_x, grad_weights, *grads = found
     if not trains:
