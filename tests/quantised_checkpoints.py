@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from made_checkpoints import CONFIG, QWEN
 from torch import Tensor
+
+from coterie.formats import resolve
 
 E, H, I = 3, 256, 192  # noqa: E741
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -106,37 +110,110 @@ def mxfp4_deepseek(random, rows, cols):
     return {"weight": parts["weight_packed"].view(torch.int8), "scale": scale}, dense
 
 
-def int4(random, rows, cols, group=32):
-    codes, scale = integers(random, 16, rows, cols), uniform(random, rows, cols // group if group else 1).bfloat16()
-    packed = sum(codes[:, n::8] << 4 * n for n in range(8))
-    packed = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
-    parts = {"weight_packed": packed, "weight_scale": scale, "weight_shape": torch.tensor([rows, cols])}
-    return parts, (codes - 8).float() * by_groups(scale.float(), cols)
+def words(numbers: Tensor, bits: int = 4, order: list[int] | None = None) -> Tensor:
+    """int32: the numbers of the last dimension packed, the first in the lowest bits, or in that order."""
+    each = numbers.unflatten(-1, (-1, 32 // bits))
+    if order is not None:
+        each = each[..., order]
+    return signed(sum(each[..., n] << bits * n for n in range(32 // bits)))
 
 
-def int4_row(random, rows, cols):
-    return int4(random, rows, cols, group=0)
+def signed(word: Tensor) -> Tensor:
+    """int32 of the same 32 bits as whole numbers of any sign."""
+    word = word % 2**32
+    return torch.where(word >= 2**31, word - 2**32, word).to(torch.int32)
+
+
+def integer_parts(random, rows, cols, group, bits, symmetric, dtype=torch.float16):
+    """(codes [rows, cols], zero points and scales [rows, groups]); all columns are a group if group is 0."""
+    groups = cols // group if group else 1
+    codes, zero = integers(random, 2**bits, rows, cols), integers(random, 2**bits, rows, groups)
+    if symmetric:
+        zero = torch.full_like(zero, 2 ** (bits - 1))
+    return codes, zero, uniform(random, rows, groups).to(dtype)
+
+
+def int4(random, rows, cols, group=32, bits=4, symmetric=True, dtype=torch.bfloat16):
+    """compressed-tensors'."""
+    codes, zero, scale = integer_parts(random, rows, cols, group, bits, symmetric, dtype)
+    parts = {"weight_packed": words(codes, bits), "weight_scale": scale, "weight_shape": torch.tensor([rows, cols])}
+    if not symmetric:
+        parts["weight_zero_point"] = words(zero.T, bits).T
+    return parts, (codes - by_groups(zero, cols)) * by_groups(scale.float(), cols)
+
+
+def gptq(random, rows, cols, group=64, bits=4, symmetric=True, less=1, scattered=False, dtype=torch.float16):
+    codes, zero, scale = integer_parts(random, rows, cols, group, bits, symmetric, dtype)
+    group_of = torch.arange(cols) // (group or cols)
+    if scattered:
+        group_of = group_of[torch.randperm(cols, generator=random)]
+    ones = sum(1 << bits * n for n in range(32 // bits))
+    parts = {
+        "qweight": words(codes, bits).T,
+        "qzeros": signed(words(zero.T, bits).long() - less * ones),
+        "scales": scale.T,
+        "g_idx": group_of.int(),
+    }
+    return parts, (codes - zero[:, group_of]) * scale.float()[:, group_of]
+
+
+def auto_round(random, rows, cols, **options):
+    """No groups of columns, and scales of the model's dtype."""
+    parts, dense = gptq(random, rows, cols, dtype=torch.bfloat16, **options)
+    return {name: parts[name] for name in ("qweight", "qzeros", "scales")}, dense
+
+
+def awq(random, rows, cols, group=64, symmetric=False):
+    codes, zero, scale = integer_parts(random, rows, cols, group, 4, symmetric)
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    parts = {"qweight": words(codes.T, order=order), "qzeros": words(zero.T, order=order), "scales": scale.T}
+    return parts, (codes - by_groups(zero, cols)) * by_groups(scale.float(), cols)
 
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
 COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": {}}
 MODELOPT = {"quant_method": "modelopt"}
-# One row a way to store matrices: (how one is made, the quantization_config, the format that keeps it, its group size).
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "checkpoint_format": "gptq"}
+GPTQ_V2 = GPTQ | {"checkpoint_format": "gptq_v2"}
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"}
+# One row a way to store matrices: (how one is made, the quantization_config, the format that keeps it).
 METHODS = {
-    "fp8 by blocks": (fp8_block, FP8, "fp8_block", 128),
-    "fp8 by blocks, bf16 scales": (fp8_block_bf16, FP8, "fp8_block", 128),
-    "compressed-tensors fp8 by blocks": (fp8_block_compressed, COMPRESSED, "fp8_block", 128),
-    "compressed-tensors fp8 by rows": (fp8_channel, COMPRESSED, "fp8_channel", 0),
-    "ModelOpt fp8": (fp8_tensor, MODELOPT | {"quant_algo": "FP8"}, "fp8_channel", 0),
-    "ModelOpt nvfp4": (nvfp4, MODELOPT | {"quant_algo": "NVFP4"}, "nvfp4", 16),
-    "compressed-tensors nvfp4": (nvfp4_compressed, COMPRESSED, "nvfp4", 16),
-    "compressed-tensors mxfp4": (mxfp4, COMPRESSED, "mxfp4", 32),
-    "DeepSeek-V4": (mxfp4_deepseek, FP8 | {"scale_fmt": "ue8m0"}, "mxfp4", 32),
-    "DeepSeek-V4, not experts": (fp8_block_ue8m0, FP8, "fp8_block", 128),
-    "compressed-tensors mxfp8": (mxfp8, COMPRESSED, "mxfp8", 32),
-    "compressed-tensors int4": (int4, COMPRESSED, "int4", 32),
-    "compressed-tensors int4 by rows": (int4_row, COMPRESSED, "int4", 0),
+    "fp8 by blocks": (fp8_block, FP8, resolve("fp8_block")),
+    "fp8 by blocks, bf16 scales": (fp8_block_bf16, FP8, resolve("fp8_block")),
+    "compressed-tensors fp8 by blocks": (fp8_block_compressed, COMPRESSED, resolve("fp8_block")),
+    "compressed-tensors fp8 by rows": (fp8_channel, COMPRESSED, resolve("fp8_channel")),
+    "ModelOpt fp8": (fp8_tensor, MODELOPT | {"quant_algo": "FP8"}, resolve("fp8_channel")),
+    "ModelOpt nvfp4": (nvfp4, MODELOPT | {"quant_algo": "NVFP4"}, resolve("nvfp4")),
+    "compressed-tensors nvfp4": (nvfp4_compressed, COMPRESSED, resolve("nvfp4")),
+    "compressed-tensors mxfp4": (mxfp4, COMPRESSED, resolve("mxfp4")),
+    "DeepSeek-V4": (mxfp4_deepseek, FP8 | {"scale_fmt": "ue8m0"}, resolve("mxfp4")),
+    "DeepSeek-V4, not experts": (fp8_block_ue8m0, FP8, resolve("fp8_block")),
+    "compressed-tensors mxfp8": (mxfp8, COMPRESSED, resolve("mxfp8")),
+    "compressed-tensors int4": (int4, COMPRESSED, resolve("int4", 32)),
+    "compressed-tensors int4 by rows": (partial(int4, group=0), COMPRESSED, resolve("int4", 0)),
+    "compressed-tensors int4, f16 scales": (partial(int4, dtype=torch.float16), COMPRESSED, resolve("int4", 32)),
+    "compressed-tensors int4, zero points": (partial(int4, symmetric=False), COMPRESSED, resolve("int4", 32, True)),
+    "compressed-tensors int8": (partial(int4, bits=8), COMPRESSED, resolve("int8", 32)),
+    "GPTQ": (gptq, GPTQ, resolve("int4", 64)),
+    "GPTQ, zero points": (partial(gptq, symmetric=False), GPTQ, resolve("int4", 64, True)),
+    "GPTQ v2, zero points": (partial(gptq, symmetric=False, less=0), GPTQ_V2, resolve("int4", 64, True)),
+    "GPTQ by rows": (partial(gptq, group=0), GPTQ, resolve("int4", 0)),
+    "GPTQ by rows, zero points": (partial(gptq, group=0, symmetric=False), GPTQ, resolve("int4", 0, True)),
+    "GPTQ, 8 bits": (partial(gptq, bits=8), GPTQ, resolve("int8", 64)),
+    "AWQ": (awq, {"quant_method": "awq", "version": "gemm"}, resolve("int4", 64, True)),
+    "AWQ, symmetric": (partial(awq, symmetric=True), {"quant_method": "awq"}, resolve("int4", 64)),
+    "AutoRound as GPTQ": (auto_round, AUTO_ROUND, resolve("int4", 64)),
+    "AutoRound, zero points": (
+        partial(auto_round, symmetric=False, less=0), AUTO_ROUND | {"packing_format": "auto_round"},
+        resolve("int4", 64, True),
+    ),
+    "AutoRound as AWQ": (awq, AUTO_ROUND | {"packing_format": "auto_round:auto_awq"}, resolve("int4", 64, True)),
 }
+# What the formats that keep them hold within rounding: f16 scales of groups become bf16, int8's -128 becomes -127.
+FINER = {
+    "compressed-tensors int4, f16 scales", "compressed-tensors int8", "GPTQ", "GPTQ, zero points",
+    "GPTQ v2, zero points", "GPTQ, 8 bits", "AWQ", "AWQ, symmetric", "AutoRound as AWQ",
+}  # fmt: skip
 ATTENTION = "model.layers.0.self_attn.q_proj"
 STEM = "model.layers.{}.mlp.experts"
 
@@ -146,7 +223,12 @@ def quantised(method: str, layers: int = 2) -> tuple[dict[str, Tensor], dict, di
 
     A projection of the attention is quantised too; norms, router and embedding are not.
     """
-    make, config, _, _ = METHODS[method]
+    make, config, _ = METHODS[method]
+    return quantised_as(make, config, layers)
+
+
+def quantised_as(make, config: dict, layers: int = 2) -> tuple[dict[str, Tensor], dict, dict[str, Tensor]]:
+    """The same of a method that is in no row."""
     random = torch.Generator().manual_seed(0)
     bases = {ATTENTION: (I, H)}
     for layer in range(layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,11 @@ from .formats import PANEL_ROWS, Format, resolve, round_up
 from .gpu import offload
 from .layer import PROJECTIONS, Layer, check_activations
 from .lora import ExpertLora
+
+REPACKED = (
+    "some experts have codes that no format holds (columns in act-order, or 8 bits with zero points): they are "
+    "dequantised and packed anew"
+)
 
 
 class Experts:
@@ -202,14 +208,15 @@ class Experts:
             raise ArgumentError(f"{label}: a code or a scale is NaN, or out of {self.format}'s range")
 
     def pack_stored(self, name: str, expert: int, weight: Tensor | Codes) -> float:
-        """Pack one matrix as a checkpoint stores it: codes of this very format without loss, others dequantised anew.
+        """Pack one matrix as a checkpoint stores it: codes of this very format as they are, others dequantised first.
 
         Returns the relative error of what was packed.
         """
         if isinstance(weight, Codes):
-            if weight.spec == self.spec:
-                self.pack_codes(name, expert, weight.codes, weight.scale, row_scale=weight.row_scale)
-                return 0.0
+            if weight.spec == self.spec and weight.held:
+                kept = weight.fitted()
+                self.pack_codes(name, expert, kept.codes, kept.scale, kept.zero, kept.row_scale)
+                return kept.loss
             weight = weight.dequantize()
         return self.pack_projection(name, expert, weight)
 
@@ -391,8 +398,8 @@ class Experts:
     def open(cls, path: str | Path, layer: int = 0, mmap: bool = False, activations: str = "auto") -> Experts:
         """Experts of one layer of a checkpoint in any format that can be read: a folder or a file.
 
-        Packed experts are opened as they are, plain ones packed into bf16, quantised ones in their own format without
-        loss.
+        Packed experts are opened as they are, quantised ones in their own format. Plain ones are packed into bf16, and
+        those of a layer in several formats.
 
         Args:
             mmap: use the pages of the file itself, shared between processes and evicted under memory pressure; for
@@ -439,15 +446,22 @@ class Experts:
         group_size: int | None = None,
         zero_point: bool = False,
     ) -> Experts:
-        """Experts of a layer of an unpacked checkpoint, packed: beyond what is kept, one is in memory at a time."""
+        """Experts of a layer of an unpacked checkpoint, packed: beyond what is kept, one is in memory at a time.
+
+        Warns of codes that no format holds, which are packed anew.
+        """
         experts = cls.empty(
             layer.num_experts, layer.hidden_size, layer.intermediate_size, format=format, group_size=group_size,
             zero_point=zero_point, activation=layer.activation, has_gate=layer.has_gate,
         )  # fmt: skip
+        held = True
         for e in range(layer.num_experts):
             for name, weight in layer.expert(e).items():
                 experts.pack_stored(name, e, weight)
+                held &= not isinstance(weight, Codes) or weight.held
             layer.release(e)
+        if not held:
+            warnings.warn(REPACKED, stacklevel=2)  # Python shows it once
         experts.set_biases(**layer.biases())
         return experts
 

@@ -10,8 +10,8 @@ from coterie import Experts
 from coterie.convert import convert_cpu
 from coterie.errors import CheckpointError
 
-METHODS = ["gptq", "awq", "bitsandbytes", "auto-round"]
-READ = ["fp8", "mxfp4", "compressed-tensors", "modelopt"]
+METHODS = ["bitsandbytes", "hqq"]
+READ = ["fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq", "awq", "auto-round"]
 
 
 def refused(folder, message):
@@ -38,12 +38,16 @@ def test_the_config_names_it(tmp_path, method, nested):
 @pytest.mark.parametrize("method", READ)
 @pytest.mark.parametrize("nested", [False, True], ids=["top", "text_config"])
 def test_plain_experts_of_a_method_that_is_read(tmp_path, method, nested):
-    folder, _ = two_layers(tmp_path / "in")
-    config = CONFIG | {"quantization_config": {"quant_method": method, "weight_block_size": [128, 128]}}
+    """What has been left out of the quantisation is plain."""
+    folder, layers = two_layers(tmp_path / "in")
+    options = {"weight_block_size": [128, 128], "packing_format": "auto_round:auto_gptq"}
+    config = CONFIG | {"quantization_config": {"quant_method": method} | options}
     (folder / "config.json").write_text(json.dumps({"text_config": config} if nested else config))
-    refused(
-        folder, "in no quantised format that this version reads: '.*experts.0.up_proj.weight' BF16 .*weight_scale_inv"
-    )
+    experts = Experts.open(folder, 1)
+    assert experts.format == "bf16"
+    for found, name in zip(experts.dequantize(), ("gate", "up", "down"), strict=True):
+        assert torch.equal(found, layers[1][name].float())
+    assert convert_cpu(folder, tmp_path / "out").quant_method == "int4"
 
 
 def test_packed_but_no_layers(tmp_path):
@@ -53,8 +57,9 @@ def test_packed_but_no_layers(tmp_path):
 
 
 def test_modelopt(tmp_path):
-    folder, _ = two_layers(tmp_path / "in")
-    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    tensors = separate(STEM, {part: w.to(torch.float8_e5m2) for part, w in random_experts(0).items()})
+    folder = write_checkpoint(tmp_path / "in", tensors)
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
     refused(folder, "in no quantised format that this version reads")
 
 

@@ -4,10 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from made_checkpoints import write_checkpoint
-from quantised_checkpoints import quantised
+from quantised_checkpoints import GPTQ, gptq, quantised, quantised_as
 
 from coterie import tiny
 
@@ -51,3 +52,15 @@ def test_says_what_becomes_of_codes(tmp_path, coterie):
     said = " ".join(anew.out.split())
     assert anew.code == 0 and "quantised already (fp8_block), and these errors come on top" in said
     assert "checkpoint's own" not in said and "makes a better int4" in said
+
+
+def test_says_what_a_format_cannot_hold(tmp_path, coterie):
+    """f16 scales, and columns whose groups are no neighbours."""
+    for name, scattered in (("in order", False), ("in act-order", True)):
+        tensors, config, _ = quantised_as(partial(gptq, scattered=scattered), GPTQ)
+        folder = write_checkpoint(tmp_path / name, tensors, config)
+        ran = coterie("convert", "cpu", "-i", str(folder), "-o", str(tmp_path / f"{name} out"))
+        said = " ".join(ran.out.split())
+        assert ran.code == 0
+        assert ("Codes of the experts are the checkpoint's own, their scales rounded to bf16." in said) != scattered
+        assert ("18 of 18 matrices have codes that no format holds" in said) == scattered

@@ -69,7 +69,7 @@ def shrink(parts, dense, scale):
 )
 def test_experts_and_attention(tmp_path, method, scale):
     config, tensors = saved(tmp_path / "model", "qwen3_moe")
-    make, quantization, _, _ = METHODS[method]
+    make, quantization, _ = METHODS[method]
     random, quantised, plain = torch.Generator().manual_seed(0), {}, {}
     for name, tensor in tensors.items():
         if not re.search(r"(experts\.\d+|self_attn)\.\w+_proj\.weight", name):

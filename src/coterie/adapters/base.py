@@ -81,8 +81,9 @@ def open_plain(path: Path, layouts: dict[str, Layout], adapted: set[str]) -> Bas
         if name not in adapted:
             continue
         layer, layout = reader.layer(numbers[name]), layouts[name]
-        if layer.spec is not None:
-            raise CheckpointError(f"{path} is quantised ({layer.spec.name}): merge into the original model")
+        quantised = " and ".join(spec.name for spec in layer.specs if spec is not None)
+        if quantised:
+            raise CheckpointError(f"{path} is quantised ({quantised}): merge into the original model")
         found = layer.num_experts, layer.hidden_size, layer.intermediate_size, layer.has_gate
         expected = layout.num_experts, layout.hidden_size, layout.intermediate_size, layout.has_gate
         if found != expected:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,48 +12,86 @@ from coterie.formats import E2M1, Format
 
 SIGNED = (*E2M1, *(-value for value in E2M1))
 # The values of 4-bit codes, by format.
-VALUES = {"mxfp4": SIGNED, "nvfp4": SIGNED, "int4": tuple(range(-8, 8))}
+VALUES = {"mxfp4": SIGNED, "nvfp4": SIGNED}
+# The code of 0, where there are no zero points.
+MIDDLE = {"int4": 8, "int8": 128}
 
 
 @dataclass(frozen=True, slots=True)
 class Codes:
     """A quantised matrix [rows, cols] of format `spec`.
 
-    codes [rows, cols] in the encoding's own dtype, 4-bit ones one to a byte; scale, in its own dtype, [rows, groups],
-    or of tiles [rows / tile_rows, groups], rounded up; row_scale float32 [rows]. None: the format has no such part.
+    codes [rows, cols] in the encoding's own dtype, 4-bit ones one to a byte; scale [rows, groups], or of tiles
+    [rows / tile_rows, groups], rounded up; row_scale float32 [rows]; zero, uint8, [rows, groups], or [rows] where rows
+    have a scale. None: the format has no such part. A scale may be finer than the encoding's own: see `fitted`.
+    columns: where each column belongs, where those of a group are no neighbours in the matrix; codes has them together.
+    loss: the relative error of the weights that fitting them into the encoding made.
     """
 
     spec: Format
     codes: Tensor
     scale: Tensor | None
     row_scale: Tensor | None
+    zero: Tensor | None = None
+    columns: Tensor | None = None
+    loss: float = 0.0
+
+    @property
+    def held(self) -> bool:
+        """Whether the format can hold it."""
+        return self.columns is None and (self.zero is None or self.spec.zero_point)
 
     def dequantize(self) -> Tensor:
         """Float32 [rows, cols]: the scales' product, rounded, times the code's value, as the kernels have it."""
-        rows, cols = self.codes.shape
-        if self.spec.name in VALUES:
-            dense = torch.tensor(VALUES[self.spec.name], dtype=torch.float32, device="cpu")[self.codes.int()]
-        else:
-            dense = self.codes.float()
+        rows = self.codes.shape[0]
         scale = torch.ones(rows, 1, device="cpu") if self.row_scale is None else self.row_scale[:, None]
         if self.scale is not None:
             scale = scale * _number(self.scale).repeat_interleave(self.spec.encoding.tile_rows, 0)[:rows]
-        return dense.mul_(scale.repeat_interleave(self.spec.group_size or cols, 1)[:, :cols])
+        dense = self._values().mul_(self._columns(scale))
+        return dense if self.columns is None else torch.empty_like(dense).index_copy_(1, self.columns, dense)
+
+    def fitted(self) -> Codes:
+        """The same as the encoding holds it: scales in its own dtype, and int8 from -127 on, where it had -128."""
+        codes, scale, dtype = self.codes, self.scale, self.spec.encoding.scales
+        if self.spec.name == "int8":
+            codes = codes.clamp(min=1)
+        if scale is not None and dtype is not None:
+            scale = scale.to(dtype)
+        fitted = replace(self, codes=codes, scale=scale)
+        if codes is self.codes and (scale is self.scale or torch.equal(_number(scale), _number(self.scale))):
+            return fitted
+        exact = self.dequantize()
+        return replace(fitted, loss=((fitted.dequantize() - exact).norm() / exact.norm()).item())
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Codes:
         """The same with every part changed, [rows, ...] each; no part of the encoding is shared by rows."""
-        parts = (None if part is None else change(part) for part in (self.codes, self.scale, self.row_scale))
-        return Codes(self.spec, *parts)
+        return self._with(lambda part, tile: change(part))
 
     def rows(self, start: int, stop: int) -> Codes:
         """Rows start to stop; start is a multiple of the encoding's tile_rows."""
-        tile = self.spec.encoding.tile_rows
-        return Codes(
-            self.spec,
-            self.codes[start:stop],
-            None if self.scale is None else self.scale[start // tile : -(-stop // tile)],
-            None if self.row_scale is None else self.row_scale[start:stop],
-        )
+        return self._with(lambda part, tile: part[start // tile : -(-stop // tile)])
+
+    def _with(self, change: Callable[[Tensor, int], Tensor]) -> Codes:
+        """The same with every part changed; the function is told how many rows share one of the part's."""
+        parts = {name: getattr(self, name) for name in ("codes", "scale", "row_scale", "zero")}
+        tile_rows = {"scale": self.spec.encoding.tile_rows}
+        changed = {name: change(part, tile_rows.get(name, 1)) for name, part in parts.items() if part is not None}
+        return replace(self, **changed)
+
+    def _values(self) -> Tensor:
+        """Float32 [rows, cols]: what the codes stand for, without scales."""
+        if self.zero is not None:
+            return self.codes.float() - self._columns(self.zero.float().view(len(self.codes), -1))
+        if self.spec.name in MIDDLE:
+            return self.codes.float() - MIDDLE[self.spec.name]
+        if self.spec.name in VALUES:
+            return torch.tensor(VALUES[self.spec.name], dtype=torch.float32, device="cpu")[self.codes.int()]
+        return self.codes.float()
+
+    def _columns(self, groups: Tensor) -> Tensor:
+        """What belongs to each column, out of what belongs to each group [rows, groups]."""
+        cols = self.codes.shape[1]
+        return groups.repeat_interleave(self.spec.group_size or cols, 1)[:, :cols]
 
 
 def _number(scale: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from coterie.checkpoints.hf_separate import open_separate
 from coterie.checkpoints.naming import find_layers
 from coterie.checkpoints.quantised import check_quantised
 from coterie.checkpoints.reader import LayerReader, Reader
-from coterie.checkpoints.schemes import PLAIN, PLAIN_STACKS, QUANTISED, QUANTISED_STACKS
+from coterie.checkpoints.schemes import PLAIN, PLAIN_STACKS, QUANTISED_STACKS
 from coterie.errors import CheckpointError
 
 # Models that store gate and up of fused experts as alternating columns.
@@ -26,7 +26,7 @@ class HFReader(Reader):
 
     def __init__(self, folder: Folder):
         self.folder = folder
-        self.quantised = check_quantised(folder)
+        self.schemes = check_quantised(folder)
         config = folder.text_config
         num_layers = config.get("num_hidden_layers")
         self.activation = activation_of(config)
@@ -51,10 +51,10 @@ class HFReader(Reader):
         names, config = self._names[layer], self.folder.text_config
         reader: LayerReader
         if names.fused:
-            schemes = QUANTISED_STACKS if self.quantised else PLAIN_STACKS
+            schemes = (QUANTISED_STACKS if self.schemes else ()) + PLAIN_STACKS
             reader = open_fused(self.folder, names, self.activation, config.get("model_type") in INTERLEAVED, schemes)
         else:
-            reader = open_separate(self.folder, names, self.activation, QUANTISED if self.quantised else PLAIN)
+            reader = open_separate(self.folder, names, self.activation, self.schemes + PLAIN)
         counts = [config[key] for key in COUNT_KEYS if isinstance(config.get(key), int)]
         if counts and reader.num_experts not in counts:
             raise CheckpointError(

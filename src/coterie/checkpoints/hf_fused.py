@@ -82,7 +82,6 @@ def open_fused(
     first, down = (f"{names.stem}.{leaf}" for leaf in pair)
     folds = 2 if names.has_gate else 1
     scheme = choose(schemes, folder, first, stacked=True)
-    refuse_other_kinds(folder, names, scheme, bias="_bias")
     experts, *found = scheme.size(folder, first, stacked=True)
     _, rows, columns = scheme.size(folder, down, stacked=True)
     if found == [folds * columns, rows]:
@@ -95,8 +94,10 @@ def open_fused(
             f"{down} {[_, rows, columns]}: expected [E, {folds}I, H] and [E, H, I]"
             + (f", or [E, H, {folds}I] and [E, I, H]" if scheme.spec is None else "")
         )
-    scheme.check(folder, first, (experts, *found))
-    scheme.check(folder, down, (experts, rows, columns))
+    for base, size in ((first, (experts, *found)), (down, (experts, rows, columns))):
+        scheme.check(folder, base, size)
+        if scheme.spec is not None:
+            refuse_other_kinds(folder, base, names.kinds, scheme, bias="_bias")
     biased = f"{first}_bias" in folder.shard_of
     if biased:
         folder.expect(f"{first}_bias", (experts, folds * intermediate), PLAIN_DTYPES)
@@ -108,7 +109,7 @@ def open_fused(
         has_gate=names.has_gate,
         biased=(("gate",) if names.has_gate else ()) + ("up", "down") if biased else (),
         activation=activation,
-        spec=scheme.spec,
+        specs=(scheme.spec,),
         tensors=(
             *scheme.names(folder, first),
             *scheme.names(folder, down),

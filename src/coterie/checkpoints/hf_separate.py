@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,28 +13,33 @@ from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.naming import PER_EXPERT, LayerNames, names_tried
 from coterie.checkpoints.reader import LayerReader
-from coterie.checkpoints.schemes import Scheme, choose
+from coterie.checkpoints.schemes import Scheme, choose, choose_like
 from coterie.checkpoints.tensorfile import PLAIN_DTYPES, shown
 from coterie.errors import CheckpointError, MissingTensorError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeparateExperts(LayerReader):
-    """One layer of per-expert tensors. `stem` begins their names, `leaves` maps gate, up, down to what follows."""
+    """One layer of per-expert tensors. `stem` begins their names, `leaves` maps gate, up, down to what follows.
+
+    schemes: how each matrix is stored, by what begins the names of its tensors.
+    """
 
     folder: Folder
     stem: str
     leaves: dict[str, str]
-    scheme: Scheme
+    schemes: dict[str, Scheme]
 
     def _base(self, expert: int, part: str) -> str:
         return f"{self.stem}.{expert}.{self.leaves[part]}"
 
     def expert(self, expert: int) -> dict[str, Tensor | Codes]:
-        return {part: self.scheme.read(self.folder, self._base(expert, part)) for part in self.leaves}
+        bases = {part: self._base(expert, part) for part in self.leaves}
+        return {part: self.schemes[base].read(self.folder, base) for part, base in bases.items()}
 
     def stored(self, expert: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {self._base(expert, part) + self.scheme.codes.suffix: weight for part, weight in weights.items()}
+        bases = {part: self._base(expert, part) for part in weights}
+        return {base + self.schemes[base].codes.suffix: weights[part] for part, base in bases.items()}
 
     def biases(self) -> dict[str, Tensor]:
         return {
@@ -46,13 +51,17 @@ class SeparateExperts(LayerReader):
 
     def release(self, expert: int) -> None:
         for part in self.leaves:
-            self.scheme.release(self.folder, self._base(expert, part))
+            base = self._base(expert, part)
+            self.schemes[base].release(self.folder, base)
 
 
 def open_separate(
     folder: Folder, names: LayerNames, activation: Activation, schemes: Sequence[Scheme]
 ) -> SeparateExperts:
-    """Checks every tensor of the layer against the first expert's shapes. Raises CheckpointError."""
+    """Checks every tensor of the layer against the first expert's shapes. Raises CheckpointError.
+
+    Matrices may be stored in different ways, each in one of `schemes`.
+    """
     have = set().union(*names.experts.values())
     leaves = next((row for row in PER_EXPERT if have <= set(row.values())), None)
     if leaves is None:
@@ -74,16 +83,18 @@ def open_separate(
             )
     first = f"{names.stem}.0.{leaves['up']}"
     scheme = choose(schemes, folder, first)
-    refuse_other_kinds(folder, names, scheme, bias=".bias")
     intermediate, hidden = scheme.size(folder, first)
     sizes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
     biased = tuple(part for part, leaf in leaves.items() if f"{names.stem}.0.{leaf}.bias" in folder.shard_of)
     bases = {f"{names.stem}.{e}.{leaf}": sizes[part] for e in experts for part, leaf in leaves.items()}
     biases = {f"{names.stem}.{e}.{leaves[part]}.bias": sizes[part][:1] for e in experts for part in biased}
-    for base, size in bases.items():
-        scheme.check(folder, base, size)
+    chosen = {base: choose_like(scheme, schemes, folder, base, size) for base, size in bases.items()}
+    if len(schemes) > 1:
+        for base, scheme in chosen.items():
+            refuse_other_kinds(folder, base, names.kinds, scheme, bias=".bias")
     for name, shape in biases.items():
         folder.expect(name, shape, PLAIN_DTYPES)
+    chosen = _drop_zero_points(folder, chosen)
     return SeparateExperts(
         num_experts=len(experts),
         hidden_size=hidden,
@@ -91,25 +102,32 @@ def open_separate(
         has_gate="gate" in leaves,
         biased=biased,
         activation=activation,
-        spec=scheme.spec,
-        tensors=(*(name for base in bases for name in scheme.names(folder, base)), *biases),
-        nbytes=sum(scheme.nbytes(folder, base) for base in bases),
+        specs=tuple(dict.fromkeys(scheme.spec for scheme in chosen.values())),
+        tensors=(*(name for base, scheme in chosen.items() for name in scheme.names(folder, base)), *biases),
+        nbytes=sum(scheme.nbytes(folder, base) for base, scheme in chosen.items()),
         folder=folder,
         stem=names.stem,
         leaves=leaves,
-        scheme=scheme,
+        schemes=chosen,
     )
 
 
-def refuse_other_kinds(folder: Folder, names: LayerNames, scheme: Scheme, bias: str) -> None:
-    """Raises CheckpointError for tensors of quantised experts that the scheme does not know: they could change what
-    the codes mean."""
-    if scheme.spec is None:
-        return
-    unknown = sorted(names.kinds.keys() - scheme.known - {bias})
-    if unknown:
-        name = names.kinds[unknown[0]]
-        raise CheckpointError(
-            f"{folder.file_of(name).path}, tensor {shown(name)}: this version does not know what it does to weights "
-            f"that are stored as {', '.join(scheme.suffixes)}; expected no others but {bias}"
-        )
+def _drop_zero_points(folder: Folder, chosen: dict[str, Scheme]) -> dict[str, Scheme]:
+    """The same, each scheme without zero points where all of its matrices are symmetric."""
+    settled = {}
+    for scheme in dict.fromkeys(chosen.values()):
+        bases = [base for base, other in chosen.items() if other == scheme]
+        symmetric = all(scheme.symmetric(folder, base) for base in bases)
+        settled[scheme] = scheme.without_zero_points() if symmetric else scheme
+    return {base: settled[scheme] for base, scheme in chosen.items()}
+
+
+def refuse_other_kinds(folder: Folder, base: str, kinds: Iterable[str], scheme: Scheme, bias: str) -> None:
+    """Raises CheckpointError for a tensor of matrix `base`, its name ending in one of `kinds`, that the scheme does not
+    know: it could change what the codes mean."""
+    for kind in sorted(set(kinds) - scheme.known - {bias}):
+        if base + kind in folder.shard_of:
+            raise CheckpointError(
+                f"{folder.file_of(base + kind).path}, tensor {shown(base + kind)}: this version does not know what it "
+                f"does to weights that are stored as {', '.join(scheme.suffixes)}; expected no others but {bias}"
+            )

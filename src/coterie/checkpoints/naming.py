@@ -36,7 +36,7 @@ _FUSED = re.compile(rf"(?P<stem>{_BLOCK})\.(?P<leaf>{_STACKS})(?P<kind>(?:_[a-z0
 # Of a layer's experts as kt-kernel converts them, in tiles of its own for a number of NUMA nodes.
 _KT_KERNEL = re.compile(r"blk\.\d+\.ffn_\w+_exps\.\d+\.numa\.\d+\.\w+")
 # What follows the name of a matrix in that of the tensor with its numbers or codes; other tensors belong to these.
-WEIGHTS = (".weight", ".weight_packed", "", "_blocks")
+WEIGHTS = (".weight", ".weight_packed", ".qweight", "", "_blocks")
 
 
 @dataclass(slots=True)

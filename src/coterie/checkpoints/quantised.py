@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from coterie.checkpoints.folder import Folder, read_json
+from coterie.checkpoints.schemes import AWQ, QUANTISED, Scheme, gptq
 from coterie.checkpoints.tensorfile import shown
 from coterie.errors import CheckpointError
 
@@ -33,15 +34,59 @@ BITS = {
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
 MODELOPT_FILE = "hf_quant_config.json"
-# The methods whose checkpoints are read, and the options, with the values, under which their tensors say everything.
-METHODS: dict[str, dict[str, Callable[[Any], bool]]] = {
-    "fp8": {"weight_block_size": lambda block: block == [128, 128]},
-    "mxfp4": {},
-    "compressed-tensors": {
-        "transform_config": lambda found: not found,
-        "sparsity_config": lambda found: not found or (isinstance(found, dict) and found.get("format") == "dense"),
-    },
-    "modelopt": {},
+Options = Mapping[str, Any]
+
+
+class Method(NamedTuple):
+    """A method whose checkpoints are read.
+
+    schemes: how they store matrices, by their options in config.json. reads: options, with the values under which their
+    tensors say the rest: each module's own bits and group size, and whether it is quantised at all.
+    """
+
+    schemes: Callable[[Options], tuple[Scheme, ...]]
+    reads: dict[str, Callable[[Any], bool]]
+
+
+def _gptq_format(options: Options) -> Any:
+    return options.get("format") or options.get("checkpoint_format") or "gptq"
+
+
+# AutoRound's names for the ways of others, the second of which it has from GPTQ without the difference in zero points.
+AUTO_ROUND = {
+    "auto_round:auto_gptq": gptq(zero_less=1),
+    "auto_round:gptqmodel": gptq(zero_less=0),
+    "auto_round": gptq(zero_less=0),
+    "auto_round:auto_awq": AWQ,
+}
+METHODS = {
+    "fp8": Method(lambda options: QUANTISED, {"weight_block_size": lambda block: block == [128, 128]}),
+    "mxfp4": Method(lambda options: QUANTISED, {}),
+    "compressed-tensors": Method(
+        lambda options: QUANTISED,
+        {
+            "transform_config": lambda found: not found,
+            "sparsity_config": lambda found: not found or (isinstance(found, dict) and found.get("format") == "dense"),
+        },
+    ),
+    "modelopt": Method(lambda options: QUANTISED, {}),
+    "gptq": Method(
+        lambda options: gptq(zero_less=1 if _gptq_format(options) == "gptq" else 0),
+        {
+            "format": lambda found: found in (None, "gptq", "gptq_v2"),
+            "checkpoint_format": lambda found: found in (None, "gptq", "gptq_v2"),
+            "pack_dtype": lambda found: found in (None, "int32"),
+            "dynamic": lambda found: not found or not any("format" in entry for entry in found.values()),
+        },
+    ),
+    "awq": Method(lambda options: AWQ, {"version": lambda found: str(found).lower() in ("none", "gemm")}),
+    "auto-round": Method(
+        lambda options: AUTO_ROUND[options["packing_format"]],
+        {
+            "packing_format": lambda found: found in AUTO_ROUND,
+            "act_bits": lambda found: found is None or found >= 16,
+        },
+    ),
 }
 
 
@@ -99,15 +144,15 @@ def without_quantisation(config: dict) -> dict:
     return kept
 
 
-def check_quantised(folder: Folder) -> bool:
-    """Whether a checkpoint is quantised by one of METHODS, as its config says.
+def check_quantised(folder: Folder) -> tuple[Scheme, ...]:
+    """How a checkpoint that is quantised by one of METHODS, as its config says, may store matrices; () for a plain one.
 
     Raises CheckpointError, naming the method, for another method, for options that change what the codes mean, and for
     tensors of quantised weights that no config describes.
     """
     found = _method(folder)
     if found is None:
-        return False
+        return ()
     method, options = found
     if method == "coterie":
         raise CheckpointError(
@@ -115,7 +160,7 @@ def check_quantised(folder: Folder) -> bool:
         )
     if problem := unread(method, options):
         raise CheckpointError(f"{folder.path} is quantised by {problem}; use the original checkpoint")
-    return True
+    return METHODS[method].schemes(options)
 
 
 def unread(method: str, options: Any) -> str | None:
@@ -125,7 +170,7 @@ def unread(method: str, options: Any) -> str | None:
             f"{method}: this version reads bf16, fp16 and f32, and what config.json says is quantised by "
             f"{', '.join(METHODS)}"
         )
-    changed = {key: options.get(key) for key, reads in METHODS[method].items() if not reads(options.get(key))}
+    changed = {key: options.get(key) for key, reads in METHODS[method].reads.items() if not reads(options.get(key))}
     if not changed:
         return None
     named = ", ".join(f"{key} {shown(value)}" for key, value in changed.items())

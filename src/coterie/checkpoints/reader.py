@@ -10,6 +10,7 @@ from torch import Tensor
 from coterie.activations import Activation
 from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.folder import Folder
+from coterie.checkpoints.schemes import Scheme
 from coterie.formats import Format
 
 
@@ -18,8 +19,8 @@ class LayerReader(ABC):
     """The experts of one layer of a checkpoint. Everything but the weights' values was checked when it was made.
 
     num_experts (E), hidden_size (H), intermediate_size (I), has_gate, biased (those of gate,
-    up, down that have biases) and activation say what the layer is; `spec` is the format that holds its weights without
-    loss where they are quantised, else None;
+    up, down that have biases) and activation say what the layer is; `specs` are the formats of its matrices, each once,
+    None for plain ones;
     `tensors` names every tensor it is made of, `nbytes` counts the bytes of its weights as stored.
     """
 
@@ -29,16 +30,21 @@ class LayerReader(ABC):
     has_gate: bool
     biased: tuple[str, ...]
     activation: Activation
-    spec: Format | None
+    specs: tuple[Format | None, ...]
     tensors: tuple[str, ...]
     nbytes: int
+
+    @property
+    def spec(self) -> Format | None:
+        """The format of all matrices; None where they are plain, or of several formats."""
+        return self.specs[0] if len(self.specs) == 1 else None
 
     @abstractmethod
     def expert(self, expert: int) -> dict[str, Tensor | Codes]:
         """The weights of one expert: {"gate": [I, H], "up": [I, H], "down": [H, I]}, no "gate" where has_gate is False.
 
         Floating point, rows contiguous; views of the mapped file wherever the stored layout allows. Where they are
-        quantised, `Codes` of `spec`.
+        quantised, `Codes` of one of `specs`.
         """
 
     @abstractmethod
@@ -58,11 +64,11 @@ class LayerReader(ABC):
 class Reader(ABC):
     """A checkpoint whose experts can be read. One subclass a format, one row in `readers.READERS`.
 
-    quantised: whether its config says that its weights are quantised; only then are codes looked for.
+    schemes: how its quantised matrices may be stored; () where its config does not say that any is.
     """
 
     folder: Folder
-    quantised: bool
+    schemes: tuple[Scheme, ...]
 
     @abstractmethod
     def __init__(self, folder: Folder): ...

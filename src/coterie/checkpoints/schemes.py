@@ -4,71 +4,94 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from coterie.checkpoints.codes import Codes
+from coterie.checkpoints.codes import MIDDLE, Codes
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.tensorfile import PLAIN_DTYPES, shown
 from coterie.errors import CheckpointError
-from coterie.formats import Format, resolve
+from coterie.formats import ENCODINGS, Format, resolve
 
 
 class Part(NamedTuple):
-    """One of a matrix's tensors: what ends its name, and the dtypes, as in the file, that it may have."""
+    """One of a matrix's tensors: what ends its name, and the dtypes, as in the file, that it may have.
+
+    in_element: numbers in an element, those of the low bits first, which follow each other in dimension `along` of the
+    tensor as it is stored.
+    """
 
     suffix: str
     dtypes: tuple[str, ...]
+    in_element: int = 1
+    along: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
     """A way to store a matrix, or a stack of E of them.
 
-    spec: the format that holds its codes and scales without loss; None for plain numbers.
-    codes: [rows, cols], `in_element` of them in an element, those of the low bits first; `blocks`: [rows, groups, ...].
-    scale: of groups, as in `Codes`. row_scale: [rows, 1], [rows], or one number for the matrix, which the weights are
-    divided by where `divides` says so. stated: what ends the name of the tensor with rows and columns, where there is
-    one. ignored: the same of tensors that say nothing of the weights.
+    spec: the format that holds its codes; None for plain numbers.
+    codes: [rows, cols]; `blocks`: [rows, groups, ...]. transposed: all parts are stored with their dimensions swapped.
+    order: where in an element each number stands that follows the other, if not in their order.
+    scale: of groups, as in `Codes`. row_scale: [rows, 1], [rows], or one number for
+    the matrix, which the weights are divided by where `divides` says so.
+    zero: zero points of groups, or of rows, packed as codes are; `zero_less` is what they were stored less than.
+    group_of: the group of each column, if it is there; where groups are no neighbours, codes cannot be kept.
+    stated: what ends the name of the tensor with rows and columns, where there is one. ignored: the same of tensors
+    that say nothing of the weights.
     """
 
     codes: Part
     spec: Format | None = None
-    in_element: int = 1
     blocks: bool = False
+    transposed: bool = False
+    order: tuple[int, ...] = ()
     scale: Part | None = None
     row_scale: Part | None = None
     divides: bool = False
+    zero: Part | None = None
+    zero_less: int = 0
+    group_of: Part | None = None
     stated: str | None = None
     ignored: tuple[str, ...] = ()
 
     @property
-    def known(self) -> set[str]:
-        """What ends the names of all tensors that a matrix may have."""
-        return {*self.suffixes, *self.ignored} | ({self.stated} if self.stated else set())
+    def parts(self) -> list[Part]:
+        """The tensors that a matrix must have, the codes first."""
+        return [part for part in (self.codes, self.scale, self.row_scale, self.zero) if part is not None]
 
     @property
     def suffixes(self) -> list[str]:
-        """What ends the names of a matrix's tensors, the codes' first."""
-        return [part.suffix for part in (self.codes, self.scale, self.row_scale) if part is not None]
+        """What ends the names of those tensors."""
+        return [part.suffix for part in self.parts]
+
+    @property
+    def known(self) -> set[str]:
+        """What ends the names of all tensors that a matrix may have."""
+        optional = (self.group_of.suffix if self.group_of else None, self.stated)
+        return {*self.suffixes, *self.ignored, *(suffix for suffix in optional if suffix)}
 
     def fits(self, folder: Folder, base: str) -> bool:
         """Whether the tensors of matrix `base` are there, in dtypes of this scheme."""
         return all(
             base + part.suffix in folder.shard_of
             and folder.file_of(base + part.suffix).entry(base + part.suffix).dtype in part.dtypes
-            for part in (self.codes, self.scale, self.row_scale)
-            if part is not None
+            for part in self.parts
         )
 
     def size(self, folder: Folder, base: str, stacked: bool = False) -> tuple[int, ...]:
         """(rows, cols) of matrix `base`, or (E, rows, cols). Raises CheckpointError for another dtype or dimensions."""
         dimensions = 2 + stacked
         found = folder.shape(base + self.codes.suffix, dimensions + self.blocks, self.codes.dtypes)
-        return *found[: dimensions - 1], math.prod(found[dimensions - 1 :]) * self.in_element
+        size = [*found[: dimensions - 1], math.prod(found[dimensions - 1 :])]
+        size[self.codes.along] *= self.codes.in_element
+        if self.transposed:
+            size[-2], size[-1] = size[-1], size[-2]
+        return tuple(size)
 
     def check(self, folder: Folder, base: str, size: tuple[int, ...]) -> None:
         """Raises CheckpointError unless the tensors of `base` are those of a matrix, or of a stack, of that size."""
@@ -81,24 +104,44 @@ class Scheme:
                     f"the codes are {self.spec.name if self.spec else 'plain'} {list(size)}"
                 )
         *stack, rows, cols = size
-        elements = cols // self.in_element
-        columns = (elements,)
         if self.blocks and self.spec is not None:
-            within = self.spec.group_size // self.in_element
-            columns = elements // within, within
-        folder.expect(base + self.codes.suffix, (*stack, rows, *columns), self.codes.dtypes)
-        if self.scale is not None and self.spec is not None:
-            tiles, groups = -(-rows // self.spec.encoding.tile_rows), -(-cols // self.spec.group_size)
-            folder.expect(base + self.scale.suffix, (*stack, tiles, groups), self.scale.dtypes)
+            within = self.spec.group_size // self.codes.in_element
+            shape = *stack, rows, cols // self.spec.group_size, within
+            folder.expect(base + self.codes.suffix, shape, self.codes.dtypes)
+        else:
+            self._expect(folder, base, self.codes, size)
+        if self.spec is None:
+            return
+        tiles, groups = -(-rows // self.spec.encoding.tile_rows), -(-cols // (self.spec.group_size or cols))
+        if self.scale is not None:
+            self._expect(folder, base, self.scale, (*stack, tiles, groups))
+        if self.zero is not None:
+            self._expect(folder, base, self.zero, (*stack, rows, groups))
+        if self.group_of is not None and base + self.group_of.suffix in folder.shard_of:
+            folder.expect(base + self.group_of.suffix, (cols,), self.group_of.dtypes)
         if self.row_scale is not None:
             name, dtypes = base + self.row_scale.suffix, self.row_scale.dtypes
             file = folder.file_of(name)
             entry = file.entry(name)
-            if entry.dtype not in dtypes or entry.shape not in ((rows, 1), (rows,), (1,), ()):
+            column = (1, rows) if self.transposed else (rows, 1)
+            if entry.dtype not in dtypes or entry.shape not in (column, (rows,), (1,), ()):
                 raise CheckpointError(
                     f"{file.path}, tensor {shown(name)}: {entry.dtype} {list(entry.shape)}, "
-                    f"expected {' or '.join(dtypes)}, {[rows, 1]}, or one number"
+                    f"expected {' or '.join(dtypes)}, {list(column)}, or one number"
                 )
+
+    def _expect(self, folder: Folder, base: str, part: Part, size: tuple[int, ...]) -> None:
+        """Raises CheckpointError unless a part is stored as one with `size` numbers is."""
+        *stack, rows, cols = size
+        shape = [*stack, cols, rows] if self.transposed else [*stack, rows, cols]
+        if shape[part.along] % part.in_element:
+            name = base + part.suffix
+            raise CheckpointError(
+                f"{folder.file_of(name).path}, tensor {shown(name)}: {shape} numbers, expected a multiple of "
+                f"{part.in_element} of them in dimension {len(shape) + part.along}"
+            )
+        shape[part.along] //= part.in_element
+        folder.expect(base + part.suffix, tuple(shape), part.dtypes)
 
     def names(self, folder: Folder, base: str) -> list[str]:
         """All tensors of matrix `base`, those that say nothing of the weights too."""
@@ -108,29 +151,43 @@ class Scheme:
         """Bytes that hold the weights of `base`."""
         return sum(folder.nbytes(base + suffix) for suffix in self.suffixes)
 
+    def symmetric(self, folder: Folder, base: str) -> bool:
+        """Whether `spec` without zero points holds `base`: it has none, or all are the middle of the codes."""
+        return self.zero is None or self._centred(self._numbers(folder, base, self.zero, None))
+
+    def without_zero_points(self) -> Scheme:
+        """The same for matrices that are symmetric."""
+        return self if self.spec is None else replace(self, spec=replace(self.spec, zero_point=False))
+
     def read(self, folder: Folder, base: str, index: int | None = None) -> Tensor | Codes:
         """Matrix `base`, or number `index` of the stack: [rows, cols]. Raises CheckpointError for NaN or Inf scales."""
-        codes = self._tensor(folder, base, self.codes, index)
-        if self.spec is None:
-            return codes
-        encoding = self.spec.encoding
-        if self.blocks:
-            codes = codes.flatten(1)
-        if self.in_element > 1:
-            codes = codes.contiguous().view(torch.uint8)
-            codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)
-        scale = row_scale = None
+        spec = self.spec
+        if spec is None:
+            return self._tensor(folder, base, self.codes, index)
+        codes = self._numbers(folder, base, self.codes, index)
+        rows, cols = codes.shape
+        scale = row_scale = zero = None
         if self.scale is not None:
-            scale = self._tensor(folder, base, self.scale, index)
-            if encoding.scales == torch.uint8:
+            scale = self._across(self._tensor(folder, base, self.scale, index))
+            if spec.encoding.scales == torch.uint8:
                 scale = scale.view(torch.uint8)
             else:
-                scale = _finite(folder, base + self.scale.suffix, scale.to(encoding.scales))
+                _check_finite(folder, base + self.scale.suffix, scale)
         if self.row_scale is not None:
             row_scale = self._tensor(folder, base, self.row_scale, index).float().reshape(-1)
-            row_scale = _finite(folder, base + self.row_scale.suffix, 1 / row_scale if self.divides else row_scale)
-            row_scale = row_scale.expand(codes.shape[0]).contiguous()
-        return Codes(self.spec, codes.view(encoding.codes), scale, row_scale)
+            row_scale = 1 / row_scale if self.divides else row_scale
+            _check_finite(folder, base + self.row_scale.suffix, row_scale)
+            row_scale = row_scale.expand(rows).contiguous()
+        if self.zero is not None:
+            zero = self._numbers(folder, base, self.zero, index)
+            if not spec.zero_point and self._centred(zero):
+                zero = None
+            elif not spec.group_size:
+                zero = zero.flatten()
+        columns = self._scattered(folder, base, cols)
+        if columns is not None:
+            codes = codes[:, columns]
+        return Codes(spec, codes.view(spec.encoding.codes), scale, row_scale, zero, columns)
 
     def release(self, folder: Folder, base: str, index: int = 0, count: int = 1) -> None:
         """Lets go of the memory that reading took."""
@@ -141,17 +198,66 @@ class Scheme:
         tensor = folder.tensor(base + part.suffix)
         return tensor if index is None else tensor[index]
 
+    def _across(self, stored: Tensor) -> Tensor:
+        """A part with rows first."""
+        return stored.T.contiguous() if self.transposed else stored
 
-def _finite(folder: Folder, name: str, scale: Tensor) -> Tensor:
+    def _numbers(self, folder: Folder, base: str, part: Part, index: int | None) -> Tensor:
+        """Codes or zero points out of the elements that hold them: [rows, cols] or [rows, groups]."""
+        stored = self._tensor(folder, base, part, index)
+        if self.blocks:
+            stored = stored.flatten(1)
+        if part.in_element > 1:
+            assert self.spec is not None
+            if part is self.zero and self.zero_less:
+                ones = sum(self.zero_less << self.spec.encoding.bits * n for n in range(part.in_element))
+                stored = stored + ones  # of the element, as they were subtracted: a carry undoes a borrow
+            stored = stored.movedim(part.along, -1).contiguous().view(torch.uint8)
+            if self.spec.encoding.bits == 4:
+                stored = torch.stack((stored & 15, stored >> 4), -1).flatten(-2)
+            if self.order:
+                stored = stored.unflatten(-1, (-1, len(self.order)))[..., list(self.order)].flatten(-2)
+            stored = stored.movedim(-1, part.along)
+        return self._across(stored).contiguous()
+
+    def _centred(self, zero: Tensor) -> bool:
+        assert self.spec is not None
+        return bool((zero == MIDDLE[self.spec.name]).all())
+
+    def _scattered(self, folder: Folder, base: str, cols: int) -> Tensor | None:
+        """The columns by group where those of a group are no neighbours, else None."""
+        if self.group_of is None or self.spec is None or base + self.group_of.suffix not in folder.shard_of:
+            return None
+        name, size = base + self.group_of.suffix, self.spec.group_size or cols
+        group_of = folder.tensor(name).long()
+        neighbours = torch.arange(cols, device="cpu") // size
+        if torch.equal(group_of, neighbours):
+            return None
+        columns = group_of.argsort(stable=True)
+        if not torch.equal(group_of[columns], neighbours):
+            raise CheckpointError(
+                f"{folder.file_of(name).path}, tensor {shown(name)}: expected {size} columns in each group from 0 to "
+                f"{cols // size - 1}"
+            )
+        return columns
+
+
+def _check_finite(folder: Folder, name: str, scale: Tensor) -> None:
     if not scale.float().isfinite().all():
         raise CheckpointError(
             f"{folder.file_of(name).path}, tensor {shown(name)}: expected scales of which weights are finite numbers, "
             "found NaN, Inf or a division by 0"
         )
-    return scale
 
 
-E4M3, U8 = ("F8_E4M3",), ("U8",)
+E4M3, U8, I32 = ("F8_E4M3",), ("U8",), ("I32",)
+# Integers of a 32-bit element, by groups or by rows; int8 has no zero points to hold.
+INTEGERS = tuple(
+    Format(name, group_size, zero_point=encoding.zero_points)
+    for name, encoding in ENCODINGS.items()
+    if name in ("int4", "int8")
+    for group_size in encoding.group_sizes
+)
 PLAIN = (Scheme(codes=Part(".weight", PLAIN_DTYPES)),)
 PLAIN_STACKS = (Scheme(codes=Part("", PLAIN_DTYPES)),)
 QUANTISED = (
@@ -174,16 +280,14 @@ QUANTISED = (
     # ModelOpt, and the same in compressed-tensors
     Scheme(
         spec=resolve("nvfp4"),
-        codes=Part(".weight", U8),
-        in_element=2,
+        codes=Part(".weight", U8, 2),
         scale=Part(".weight_scale", E4M3),
         row_scale=Part(".weight_scale_2", ("F32",)),
         ignored=(".input_scale",),
     ),
     Scheme(
         spec=resolve("nvfp4"),
-        codes=Part(".weight_packed", U8),
-        in_element=2,
+        codes=Part(".weight_packed", U8, 2),
         scale=Part(".weight_scale", E4M3),
         row_scale=Part(".weight_global_scale", ("F32",)),
         divides=True,
@@ -192,50 +296,101 @@ QUANTISED = (
     # ModelOpt and compressed-tensors
     Scheme(spec=resolve("mxfp8"), codes=Part(".weight", E4M3), scale=Part(".weight_scale", U8)),
     # DeepSeek-V4's experts; compressed-tensors
-    Scheme(spec=resolve("mxfp4"), codes=Part(".weight", ("I8",)), in_element=2, scale=Part(".scale", ("F8_E8M0",))),
-    Scheme(spec=resolve("mxfp4"), codes=Part(".weight_packed", U8), in_element=2, scale=Part(".weight_scale", U8)),
-    # Kimi K2: compressed-tensors by groups, or by rows
+    Scheme(spec=resolve("mxfp4"), codes=Part(".weight", ("I8",), 2), scale=Part(".scale", ("F8_E8M0",))),
+    Scheme(spec=resolve("mxfp4"), codes=Part(".weight_packed", U8, 2), scale=Part(".weight_scale", U8)),
+    # compressed-tensors (Kimi K2) by groups, or by rows; with zero points where it is not symmetric
     *(
         Scheme(
-            spec=resolve("int4", group_size),
-            codes=Part(".weight_packed", ("I32",)),
-            in_element=8,
-            scale=Part(".weight_scale", ("BF16",)) if group_size else None,
-            row_scale=None if group_size else Part(".weight_scale", PLAIN_DTYPES),
+            spec=spec,
+            codes=Part(".weight_packed", I32, 32 // spec.encoding.bits),
+            scale=Part(".weight_scale", PLAIN_DTYPES) if spec.group_size else None,
+            row_scale=None if spec.group_size else Part(".weight_scale", PLAIN_DTYPES),
+            zero=zero,
+            group_of=Part(".weight_g_idx", I32),
             stated=".weight_shape",
         )
-        for group_size in (32, 64, 128, 0)
+        for spec, zero in (
+            *((spec, Part(".weight_zero_point", I32, 32 // spec.encoding.bits, along=-2)) for spec in INTEGERS),
+            *((replace(spec, zero_point=False), None) for spec in INTEGERS),
+        )
     ),
+)
+
+
+def gptq(zero_less: int) -> tuple[Scheme, ...]:
+    """GPTQ's way to store integers, whose zero points are stored less `zero_less`."""
+    return tuple(
+        Scheme(
+            spec=spec,
+            codes=Part(".qweight", I32, 32 // spec.encoding.bits, along=-2),
+            transposed=True,
+            scale=Part(".scales", PLAIN_DTYPES) if spec.group_size else None,
+            row_scale=None if spec.group_size else Part(".scales", PLAIN_DTYPES),
+            zero=Part(".qzeros", I32, 32 // spec.encoding.bits),
+            zero_less=zero_less,
+            group_of=Part(".g_idx", I32),
+        )
+        for spec in INTEGERS
+    )
+
+
+AWQ = tuple(
+    Scheme(
+        spec=spec,
+        codes=Part(".qweight", I32, 8),
+        transposed=True,
+        order=(0, 4, 1, 5, 2, 6, 3, 7),
+        scale=Part(".scales", PLAIN_DTYPES) if spec.group_size else None,
+        row_scale=None if spec.group_size else Part(".scales", PLAIN_DTYPES),
+        zero=Part(".qzeros", I32, 8),
+    )
+    for spec in INTEGERS
+    if spec.name == "int4"
 )
 QUANTISED_STACKS = (
     # gpt-oss
-    Scheme(spec=resolve("mxfp4"), codes=Part("_blocks", U8), in_element=2, blocks=True, scale=Part("_scales", U8)),
+    Scheme(spec=resolve("mxfp4"), codes=Part("_blocks", U8, 2), blocks=True, scale=Part("_scales", U8)),
 )
 
 
 def choose(schemes: Sequence[Scheme], folder: Folder, base: str, stacked: bool = False) -> Scheme:
     """The scheme of matrix `base`, or of that stack: the only one, or else the one that its tensors' names, dtypes and
     shapes fit. Raises CheckpointError where none does."""
-    if schemes in (PLAIN, PLAIN_STACKS):
+    if len(schemes) == 1 and schemes[0].spec is None:
         return schemes[0]  # its own checks say best what does not fit
     fitting = [scheme for scheme in schemes if scheme.fits(folder, base)]
-    if not fitting:
-        entries = [folder.file_of(name).entry(name) for name in folder.shard_of if name.startswith(base)]
-        found = ", ".join(f"{shown(e.name)} {e.dtype} {list(e.shape)}" for e in entries)
-        expected = "; ".join(dict.fromkeys(_describe(scheme) for scheme in schemes))
-        raise CheckpointError(
-            f"{folder.path}: these tensors are in no quantised format that this version reads: {found or shown(base)}. "
-            f"Expected names that end in: {expected}"
-        )
-    for scheme in fitting[:-1]:
+    if len(fitting) == 1:
+        return fitting[0]
+    for scheme in fitting:
         try:
             scheme.check(folder, base, scheme.size(folder, base, stacked))
         except CheckpointError:
             continue
         return scheme
-    return fitting[-1]
+    entries = [folder.file_of(name).entry(name) for name in folder.shard_of if name.startswith(base)]
+    found = ", ".join(f"{shown(e.name)} {e.dtype} {list(e.shape)}" for e in entries)
+    names = "; ".join(dict.fromkeys(_describe(scheme) for scheme in fitting or schemes))
+    expected = f"shapes of one of its bits and group sizes in {names}" if fitting else f"names that end in: {names}"
+    raise CheckpointError(
+        f"{folder.path}: these tensors are in no quantised format that this version reads: {found or shown(base)}. "
+        f"Expected {expected}"
+    )
+
+
+def choose_like(first: Scheme, schemes: Sequence[Scheme], folder: Folder, base: str, size: tuple[int, ...]) -> Scheme:
+    """The scheme of matrix `base`, which is of that size: `first` if it can be. Raises CheckpointError, saying why it
+    cannot, where no other fits either."""
+    problem: CheckpointError | None = None
+    for scheme in (first, *schemes):
+        try:
+            scheme.check(folder, base, size)
+        except CheckpointError as error:
+            problem = problem or error
+        else:
+            return scheme
+    assert problem is not None
+    raise problem
 
 
 def _describe(scheme: Scheme) -> str:
-    parts = [part for part in (scheme.codes, scheme.scale, scheme.row_scale) if part is not None]
-    return " with ".join(f"{part.suffix} ({' or '.join(part.dtypes)})" for part in parts)
+    return " with ".join(f"{part.suffix} ({' or '.join(part.dtypes)})" for part in scheme.parts)

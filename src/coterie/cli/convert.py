@@ -45,9 +45,9 @@ def cpu(
 ) -> None:
     """Pack the experts of a checkpoint for the CPU, and copy the rest of it.
 
-    The checkpoint is bf16, fp16, fp32, or quantised: FP8 (by blocks or rows), MXFP4, MXFP8, NVFP4 or int4 as DeepSeek,
-    Qwen, gpt-oss, compressed-tensors and ModelOpt store them. Quantised experts keep their codes and scales unless
-    another format is asked for; what else is quantised is dequantised.
+    The checkpoint is bf16, fp16, fp32, or quantised: FP8 (by blocks or rows), MXFP4, MXFP8, NVFP4, int4 or int8 as
+    DeepSeek, Qwen, gpt-oss, compressed-tensors, ModelOpt, GPTQ, AWQ and AutoRound store them. Quantised experts keep
+    their codes and scales unless another format is asked for; what else is quantised is dequantised.
 
     Reads one expert at a time, so it needs little memory. An interrupted conversion never looks finished.
     """
@@ -82,7 +82,17 @@ def cpu(
         accuracy.add_row(name, significant(e.mean), significant(e.worst), *place)
     console.print(accuracy)
     if report.kept:
-        console.print("Codes and scales of the experts are the checkpoint's own.", highlight=False)
+        exact = all(error.worst == 0 for error in report.errors.values())
+        kept = "Codes and scales of the experts are the checkpoint's own."
+        rounded = "Codes of the experts are the checkpoint's own, their scales rounded to bf16."
+        console.print(kept if exact else rounded, highlight=False)
+    elif report.own:
+        matrices = sum(error.matrices for error in report.errors.values())
+        console.print(
+            f"[yellow]{report.repacked} of {matrices} matrices have codes that no format holds[/] (columns in "
+            "act-order, or 8 bits with zero points): they are packed anew, and these errors come on top.",
+            highlight=False,
+        )
     elif report.quantised:
         names = " and ".join(dict.fromkeys(spec.name for spec in report.quantised))
         console.print(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from coterie import cpu
-from coterie.checkpoints import LayerReader, LayerWriter, Reader, open_reader, packed
+from coterie.checkpoints import Codes, LayerReader, LayerWriter, Reader, open_reader, packed
 from coterie.checkpoints.hf import spans
 from coterie.checkpoints.packed import PackedLayer, layer_file
 from coterie.convert.background import Background
@@ -42,7 +42,7 @@ def convert_cpu(
     """Converts the checkpoint folder `source` into the new or empty folder `output`.
 
     `quant_method` None: int4 for a plain checkpoint; for a quantised one its own format, which keeps codes and scales
-    as they are. For any other a quantised checkpoint is dequantised, a matrix at a time.
+    (rounded to bf16 where they are finer). For any other a quantised checkpoint is dequantised, a matrix at a time.
     Beyond the page cache, one expert is in memory at a time, and a packed one that is being written. `layers` packs
     those layers alone, as loose files to be merged, without the rest of the checkpoint. Everything that can be checked
     is checked before `output` is touched; a conversion that fails removes what it wrote, one that is killed leaves a
@@ -60,17 +60,18 @@ def convert_cpu(
     if not reader.folder.config:
         raise CheckpointError(f"{source} is not a model folder: it has no config.json")
     readers = {layer: reader.layer(layer) for layer in _selected(reader, layers)}
-    spec = _format(readers, quant_method, group_size, zero_point)
+    spec = format_for(readers, quant_method, group_size, zero_point)
     layouts = {layer: _layout(layer, r, spec, source) for layer, r in readers.items()}
     scratch = {
         (r.hidden_size, r.intermediate_size, r.has_gate): (_one_expert(r, spec), _one_expert(r, spec))
         for r in readers.values()
     }
     experts = {name for r in readers.values() for name in r.tensors}
-    rest = Rest(reader.folder, experts, reader.quantised) if layers is None else None
+    rest = Rest(reader.folder, experts, reader.schemes) if layers is None else None
     packed_bytes = sum(layout.nbytes for layout in layouts.values())
 
     errors: dict[str, ProjectionError] = {}
+    repacked = 0
     with _threads(threads), OutputFolder(output, packed_bytes + (rest.nbytes if rest else 0)) as folder:
         bytes_done = 0
         for position, (layer, r) in enumerate(readers.items(), 1):
@@ -79,7 +80,7 @@ def convert_cpu(
             with LayerWriter(file, layouts[layer]) as writer, Background() as writing:
                 for expert in range(r.num_experts):
                     one = two[expert % 2]  # the other is being written
-                    _pack_expert(r, layer, expert, one, errors)
+                    repacked += _pack_expert(r, layer, expert, one, errors)
                     writing.run(writer.write_experts, one, expert)
                     r.release(expert)
                     bytes_done += r.nbytes // r.num_experts
@@ -102,7 +103,8 @@ def convert_cpu(
         rest_bytes=rest.tensor_bytes if rest else 0,
         seconds=time.perf_counter() - started,
         errors=errors,
-        quantised=tuple(dict.fromkeys(r.spec for r in readers.values() if r.spec is not None)),
+        sources=tuple(dict.fromkeys(spec for r in readers.values() for spec in r.specs)),
+        repacked=repacked,
     )
 
 
@@ -116,23 +118,35 @@ def _selected(reader: Reader, layers: Sequence[int] | None) -> Sequence[int]:
     return sorted(set(layers))
 
 
-def _format(
-    readers: Mapping[int, LayerReader], quant_method: str | None, group_size: int | None, zero_point: bool
+def format_for(
+    readers: Mapping[int, LayerReader],
+    quant_method: str | None = None,
+    group_size: int | None = None,
+    zero_point: bool = False,
 ) -> Format:
-    """The format asked for, or else that of the source."""
+    """The format asked for, or else that of the experts of all layers, by number, int4 where they are plain.
+
+    Raises ArgumentError for options that do not go together, and where several formats and none asked for are found.
+    """
     if quant_method is None:
-        layer_of = {reader.spec: layer for layer, reader in readers.items()}
-        if len(layer_of) > 1:
-            found = ", ".join(
-                f"layer {layer} {spec.name}" + (f" in groups of {spec.group_size}" if spec.group_size else "")
-                for spec, layer in layer_of.items()
-                if spec is not None
-            )
-            raise ArgumentError(f"the layers are quantised in different ways ({found}): name one format for all")
-        own = next(iter(layer_of))
-        quant_method = own.name if own else "int4"
-        group_size = own.group_size if own and group_size is None else group_size
-    return resolve(quant_method, group_size, zero_point)
+        first: dict[Format | None, int] = {}
+        for layer, reader in readers.items():
+            for spec in reader.specs:
+                first.setdefault(spec, layer)
+        if len(first) > 1:
+            named = ", ".join(f"layer {layer} {_described(spec)}" for spec, layer in first.items())
+            raise ArgumentError(f"the experts are quantised in different ways ({named}): name one format for all")
+        own = next(iter(first))
+        if own is not None:
+            return resolve(own.name, own.group_size if group_size is None else group_size, zero_point or own.zero_point)
+    return resolve(quant_method or "int4", group_size, zero_point)
+
+
+def _described(spec: Format | None) -> str:
+    if spec is None:
+        return "plain"
+    groups = f" in groups of {spec.group_size}" if spec.group_size else ""
+    return spec.name + groups + (" with zero points" if spec.zero_point else "")
 
 
 def _layout(layer: int, reader: LayerReader, spec: Format, source: Path) -> PackedLayer:
@@ -163,13 +177,17 @@ def _one_expert(reader: LayerReader, spec: Format) -> Experts:
 
 def _pack_expert(
     reader: LayerReader, layer: int, expert: int, one: Experts, errors: dict[str, ProjectionError]
-) -> None:
+) -> int:
+    """Returns how many of its matrices have codes that no format holds."""
+    repacked = 0
     for projection, weight in reader.expert(expert).items():
         try:
             error = one.pack_stored(projection, 0, weight)
         except ArgumentError as problem:
             raise CheckpointError(f"layer {layer}, expert {expert}, {projection}: {problem}") from problem
         errors.setdefault(projection, ProjectionError()).add(layer, expert, error)
+        repacked += isinstance(weight, Codes) and not weight.held
+    return repacked
 
 
 @contextmanager

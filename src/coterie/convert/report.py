@@ -28,7 +28,8 @@ class ProjectionError:
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
     """source_bytes and packed_bytes count the experts alone, rest_source_bytes and rest_bytes every other tensor;
-    errors by projection, 0 where codes were kept. quantised: the formats that the experts were in, () for plain ones.
+    errors by projection, 0 where codes and scales were kept. sources: the formats that the experts were in, None for
+    plain ones. repacked: matrices whose codes no format holds, so that they were packed anew whatever was asked for.
     """
 
     source: Path
@@ -43,9 +44,20 @@ class ConversionReport:
     rest_bytes: int
     seconds: float
     errors: dict[str, ProjectionError]
-    quantised: tuple[Format, ...]
+    sources: tuple[Format | None, ...]
+    repacked: int
+
+    @property
+    def quantised(self) -> tuple[Format, ...]:
+        """The formats that the experts were quantised in."""
+        return tuple(spec for spec in self.sources if spec is not None)
+
+    @property
+    def own(self) -> bool:
+        """Whether the format is that of the source."""
+        return self.sources == (Format(self.quant_method, self.group_size, self.zero_point),)
 
     @property
     def kept(self) -> bool:
-        """Whether codes and scales are those of the source."""
-        return self.quantised == (Format(self.quant_method, self.group_size, self.zero_point),)
+        """Whether all codes are those of the source."""
+        return self.own and not self.repacked

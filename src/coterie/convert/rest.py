@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from coterie.checkpoints.folder import PACKED_INDEX, Folder
 from coterie.checkpoints.packed import VERSION, PackedLayer, layer_file
 from coterie.checkpoints.quantised import MODELOPT_FILE, without_quantisation
+from coterie.checkpoints.schemes import Scheme
 from coterie.checkpoints.tensorfile import DTYPES
 from coterie.checkpoints.tensorwriter import TensorWriter, copy_file, write_text
 from coterie.convert.output import OutputFolder
@@ -23,15 +24,15 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 
 class Rest:
-    """Everything of a checkpoint but the tensors named in `experts`; what is `quantised` of it is dequantised.
+    """Everything of a checkpoint but the tensors named in `experts`; what is stored by one of `schemes` is dequantised.
 
     Every shard is opened, so a broken one raises CheckpointError here, before anything is written.
     """
 
-    def __init__(self, folder: Folder, experts: Collection[str], quantised: bool):
+    def __init__(self, folder: Folder, experts: Collection[str], schemes: Sequence[Scheme]):
         self._folder = folder
         names = [name for name in folder.shard_of if name not in experts]
-        self._tensors = written_tensors(folder, names, quantised)
+        self._tensors = written_tensors(folder, names, schemes)
         self._files = list(other_files(folder.root))
         self.source_bytes = sum(folder.nbytes(name) for name in names)
         self.tensor_bytes = sum(tensor.nbytes for tensor in self._tensors)

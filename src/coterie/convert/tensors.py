@@ -4,7 +4,7 @@ ones dequantised, so that the packed checkpoint has no quantisation but coterie'
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.quantised import MARKS
-from coterie.checkpoints.schemes import QUANTISED, Scheme, choose
+from coterie.checkpoints.schemes import Scheme, choose
 from coterie.checkpoints.tensorfile import DTYPES, PLAIN_DTYPES, shown
 from coterie.errors import CheckpointError
 
@@ -58,13 +58,14 @@ class Written:
         self.scheme.release(folder, base)
 
 
-def written_tensors(folder: Folder, names: Iterable[str], quantised: bool) -> list[Written]:
-    """The tensors `names` as they are written, quantised weights in the model's dtype (bf16 where it does not say).
+def written_tensors(folder: Folder, names: Iterable[str], schemes: Sequence[Scheme]) -> list[Written]:
+    """The tensors `names` as they are written, quantised weights, each stored by one of `schemes`, in the model's dtype
+    (bf16 where it does not say).
 
     Raises CheckpointError, naming the tensor, for a quantised weight that is in none of the formats that are read.
     """
     names, found, used = list(names), list[Written](), set[str]()
-    if quantised:
+    if schemes:
         suffixes: dict[str, set[str]] = {}
         for name in names:
             base, _, last = name.rpartition(".")
@@ -73,7 +74,7 @@ def written_tensors(folder: Folder, names: Iterable[str], quantised: bool) -> li
         for base, ends in suffixes.items():
             if not _quantised(folder, base, ends):
                 continue
-            scheme = choose(QUANTISED, folder, base)
+            scheme = choose(schemes, folder, base)
             size = scheme.size(folder, base)
             scheme.check(folder, base, size)
             unknown = sorted(ends - BESIDE - scheme.known)
@@ -85,7 +86,7 @@ def written_tensors(folder: Folder, names: Iterable[str], quantised: bool) -> li
         if name in used:
             continue
         entry = folder.file_of(name).entry(name)
-        if quantised and (entry.dtype.startswith(("F8", "F4")) or name.endswith(tuple(MARKS))):
+        if schemes and (entry.dtype.startswith(("F8", "F4")) or name.endswith(tuple(MARKS))):
             raise _refusal(folder, name)
         found.append(Written(name, entry.dtype, entry.shape, name))
     return found
