@@ -207,7 +207,7 @@ class Experts:
         if not _native.pack_codes(spec.layout(rows, cols), *addresses, self._address(name, expert)):
             raise ArgumentError(f"{label}: a code or a scale is NaN, or out of {self.format}'s range")
 
-    def pack_stored(self, name: str, expert: int, weight: Tensor | Codes) -> float:
+    def pack_stored(self, name: str, expert: int, weight: Tensor | Codes, scale_search: bool = True) -> float:
         """Pack one matrix as a checkpoint stores it: codes of this very format as they are, others dequantised first.
 
         Returns the relative error of what was packed.
@@ -218,7 +218,7 @@ class Experts:
                 self.pack_codes(name, expert, kept.codes, kept.scale, kept.zero, kept.row_scale)
                 return kept.loss
             weight = weight.dequantize()
-        return self.pack_projection(name, expert, weight)
+        return self.pack_projection(name, expert, weight, scale_search=scale_search)
 
     def set_biases(self, gate: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None) -> None:
         """Biases of the projections: gate and up [E,I], down [E,H]; None for none."""
@@ -445,6 +445,7 @@ class Experts:
         format: str | Format = "int4",
         group_size: int | None = None,
         zero_point: bool = False,
+        scale_search: bool = True,
     ) -> Experts:
         """Experts of a layer of an unpacked checkpoint, packed: beyond what is kept, one is in memory at a time.
 
@@ -457,7 +458,7 @@ class Experts:
         held = True
         for e in range(layer.num_experts):
             for name, weight in layer.expert(e).items():
-                experts.pack_stored(name, e, weight)
+                experts.pack_stored(name, e, weight, scale_search)
                 held &= not isinstance(weight, Codes) or weight.held
             layer.release(e)
         if not held:

@@ -103,12 +103,17 @@ def test_plan_reads_a_number_as_gigabytes_and_keeps_a_margin(coterie):
 
 def test_plan_says_first_whether_the_model_opens(coterie, tmp_path):
     assert coterie("plan", tiny.PATH).out.startswith("Opened by this version")
-    config = json.loads((tiny.PATH / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    ran = coterie("plan", tmp_path)
-    assert ran.out.startswith("Not opened by this version: its weights are mxfp4")
-    assert "mxfp4, as it is" in ran.out
-    assert "deprecated" not in ran.out + ran.err
+    config = json.loads((tiny.PATH / "config.json").read_text())
+    for quantization, said in (
+        ({"quant_method": "mxfp4"}, "Opened by this version: quantised as mxfp4; its experts keep their codes"),
+        ({"quant_method": "novel"}, "Not opened by this version: it is quantised by novel"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+        ran = coterie("plan", tmp_path)
+        assert " ".join(ran.out.split()).startswith(said)
+        row = next((line for line in ran.out.splitlines() if "as it is" in line), "")
+        assert ("mxfp4, as it is" in row and "fits" in row) == (quantization["quant_method"] == "mxfp4")
+        assert "deprecated" not in ran.out + ran.err
 
 
 def test_plan_train_adds_what_fine_tuning_takes(coterie):

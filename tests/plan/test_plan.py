@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from hf.tiny_models import FAMILIES, make
+from made_checkpoints import write_checkpoint
+from quantised_checkpoints import quantised
 
 import coterie
 from coterie import formats, plan, tiny
@@ -97,28 +100,38 @@ def test_a_packed_folder_is_its_own_format_alone(tmp_path):
     [
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8", 8 + 32 / 128**2),
         ({"quant_method": "mxfp4"}, "mxfp4", 4.25),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}, "int4 (gptq)", 4.125),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4 (modelopt)", 4.5),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}, "int4", 4.125),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4", 4.5),
         (
             {
                 "quant_method": "compressed-tensors",
                 "format": "pack-quantized",
                 "config_groups": {"g": {"weights": {"num_bits": 4, "group_size": 32, "symmetric": True}}},
             },
-            "pack-quantized (compressed-tensors)",
+            "pack-quantized",
             4.5,
         ),
-        ({"quant_method": "novel", "bits": "few"}, "unnamed (novel)", None),
+        ({"quant_method": "novel", "bits": "few"}, "unnamed", None),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_weights_that_others_quantised_are_not_opened_and_counted_as_they_are(tmp_path, quantization, name, bits):
+def test_weights_that_others_quantised_are_counted_as_they_are(tmp_path, quantization, name, bits):
     source = plan.open_source(str(write(tmp_path, tiny_config(quantization_config=quantization))))
-    assert source.problem.startswith(f"its weights are {name}: this version opens bf16, fp16, f32")
-    converted = quantization["quant_method"] != "novel"
-    assert source.problem.endswith("what coterie convert cpu makes of it" if converted else "a copy written in bf16")
-    assert source.quantised.bits == bits
+    if quantization["quant_method"] == "novel":
+        assert re.search("it is quantised by novel: this version reads .* a copy written in bf16$", source.problem)
+    else:
+        assert source.problem is None
+    assert source.quantised.name == name and source.quantised.bits == bits
     assert plan.inspect(source.config).parameters == inspect(tiny.PATH).parameters
+
+
+def test_a_quantised_folder(tmp_path):
+    tensors, config, _ = quantised("fp8 by blocks")
+    source = plan.open_source(str(write_checkpoint(tmp_path, tensors, config)))
+    assert source.problem is None and source.stored["F8_E4M3"] > 0
+    config["quantization_config"] = config["quantization_config"] | {"weight_block_size": [64, 64]}
+    source = plan.open_source(str(write_checkpoint(tmp_path, tensors, config)))
+    assert "quantised by fp8 with weight_block_size [64, 64]" in source.problem
 
 
 def test_a_hub_id_has_its_config_downloaded_and_a_path_never(monkeypatch):

@@ -13,7 +13,7 @@ from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.naming import PER_EXPERT, LayerNames, names_tried
 from coterie.checkpoints.reader import LayerReader
-from coterie.checkpoints.schemes import Scheme, choose, choose_like
+from coterie.checkpoints.schemes import Scheme, choose, choose_all
 from coterie.checkpoints.tensorfile import PLAIN_DTYPES, shown
 from coterie.errors import CheckpointError, MissingTensorError
 
@@ -88,7 +88,7 @@ def open_separate(
     biased = tuple(part for part, leaf in leaves.items() if f"{names.stem}.0.{leaf}.bias" in folder.shard_of)
     bases = {f"{names.stem}.{e}.{leaf}": sizes[part] for e in experts for part, leaf in leaves.items()}
     biases = {f"{names.stem}.{e}.{leaves[part]}.bias": sizes[part][:1] for e in experts for part in biased}
-    chosen = {base: choose_like(scheme, schemes, folder, base, size) for base, size in bases.items()}
+    chosen = choose_all(scheme, schemes, folder, bases)
     if len(schemes) > 1:
         for base, scheme in chosen.items():
             refuse_other_kinds(folder, base, names.kinds, scheme, bias=".bias")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from coterie.checkpoints.folder import Folder, read_json
@@ -134,6 +135,12 @@ def _parts(config: dict) -> list[dict]:
 def quantisation_of(config: dict) -> Any:
     """What a config.json says of quantisation, None where it says nothing."""
     return next((part[key] for part in _parts(config) for key in CONFIG_KEYS if part.get(key)), None)
+
+
+def says_quantised(root: Path) -> bool:
+    """Whether config.json, or ModelOpt's file, of a checkpoint's folder says that its weights are quantised."""
+    config = root / "config.json"
+    return (root / MODELOPT_FILE).exists() or (config.exists() and quantisation_of(read_json(config)) is not None)
 
 
 def without_quantisation(config: dict) -> dict:

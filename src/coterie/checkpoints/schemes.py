@@ -377,19 +377,38 @@ def choose(schemes: Sequence[Scheme], folder: Folder, base: str, stacked: bool =
     )
 
 
-def choose_like(first: Scheme, schemes: Sequence[Scheme], folder: Folder, base: str, size: tuple[int, ...]) -> Scheme:
-    """The scheme of matrix `base`, which is of that size: `first` if it can be. Raises CheckpointError, saying why it
-    cannot, where no other fits either."""
-    problem: CheckpointError | None = None
-    for scheme in (first, *schemes):
-        try:
-            scheme.check(folder, base, size)
-        except CheckpointError as error:
-            problem = problem or error
-        else:
+def choose_all(
+    first: Scheme, schemes: Sequence[Scheme], folder: Folder, sizes: dict[str, tuple[int, ...]]
+) -> dict[str, Scheme]:
+    """The scheme of each matrix, by what begins the names of its tensors, of a layer with these sizes: one for all
+    where one fits all, `first` if it can be. Raises CheckpointError, saying why it cannot, where none fits a matrix."""
+    chosen = {base: _choose_like(first, schemes, folder, base, size) for base, size in sizes.items()}
+    several = dict.fromkeys(chosen.values())
+    for scheme in several if len(several) > 1 else ():  # a row of 128 columns is also a group of 128
+        if all(_problem(scheme, folder, base, size) is None for base, size in sizes.items()):
+            return dict.fromkeys(sizes, scheme)
+    return chosen
+
+
+def _choose_like(
+    first: Scheme, schemes: Sequence[Scheme], folder: Folder, base: str, size: tuple[int, ...]
+) -> Scheme:
+    problem = _problem(first, folder, base, size)
+    if problem is None:
+        return first
+    for scheme in schemes:
+        if _problem(scheme, folder, base, size) is None:
             return scheme
-    assert problem is not None
     raise problem
+
+
+def _problem(scheme: Scheme, folder: Folder, base: str, size: tuple[int, ...]) -> CheckpointError | None:
+    """Why matrix `base`, which is of that size, is not stored by a scheme; None where it is."""
+    try:
+        scheme.check(folder, base, size)
+    except CheckpointError as error:
+        return error
+    return None
 
 
 def _describe(scheme: Scheme) -> str:

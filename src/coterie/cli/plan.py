@@ -72,7 +72,9 @@ def plan(
             impossible.append(f"Not as {e.format}: {e.problem}.")
     if source.quantised and source.quantised.bits:
         nbytes = int(anatomy.expert_parameters * source.quantised.bits / 8)
-        report.add_row(f"{source.quantised.name}, as it is", size(nbytes), "-", "not opened", "-", "-")
+        needed = e.ram - e.experts + nbytes
+        room = ("-", "not opened") if source.problem else (size(needed), fits(max(0, needed - usable)))
+        report.add_row(f"{source.quantised.name}, as it is", size(nbytes), *room, "-", "-")
     console.print(report)
     for line in impossible:
         console.print(line, style="red", highlight=False)
@@ -98,6 +100,12 @@ def print_verdict(source: Source, anatomy: Anatomy) -> None:
     elif source.packed:
         console.print(
             f"[green]Opened as it is:[/] packed by coterie, experts in {source.packed.name}.", highlight=False
+        )
+    elif source.quantised:
+        console.print(
+            f"[green]Opened by this version:[/] quantised as {source.quantised.name}; its experts keep their codes, "
+            "the rest is dequantised.",
+            highlight=False,
         )
     else:
         console.print("[green]Opened by this version:[/] its experts are packed while it loads.", highlight=False)

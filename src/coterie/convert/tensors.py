@@ -41,6 +41,16 @@ class Written:
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype][0] // 8
 
+    def tensor(self, folder: Folder) -> Tensor:
+        """The tensor as it is written."""
+        dtype = DTYPES[self.dtype][1]
+        assert dtype is not None
+        data, start = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu"), 0
+        for chunk in self.chunks(folder):
+            data[start : start + len(chunk)] = chunk
+            start += len(chunk)
+        return data.view(dtype).view(self.shape)
+
     def chunks(self, folder: Folder) -> Iterator[Tensor]:
         """Its bytes, uint8, piece by piece; memory that reading took is let go."""
         if self.scheme is None:

@@ -63,13 +63,17 @@ class CoterieConfig(QuantizationConfigMixin):
         spec = resolve("int4" if experts is None else experts, group_size, bool(zero_point))
         self.quant_method = METHOD
         self.version = VERSION
+        self.scale_search = scale_search
+        self.mmap = mmap
+        self.activations = activations
+        self.become(spec)
+
+    def become(self, spec: Format) -> None:
+        """Sets the format of the packed weights. Raises ArgumentError where `activations` does not go with it."""
+        check_activations(self.activations, spec)
         self.experts = spec.name
         self.group_size = spec.group_size
         self.zero_point = spec.zero_point
-        self.scale_search = scale_search
-        check_activations(activations, spec)
-        self.mmap = mmap
-        self.activations = activations
 
     @property
     def spec(self) -> Format:

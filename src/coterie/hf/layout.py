@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from coterie.activations import Activation
 from coterie.checkpoints.gate_up import join_gate_up, split_gate_up
-from coterie.errors import UnsupportedModelError
+from coterie.checkpoints.packed import PackedLayer
+from coterie.checkpoints.reader import LayerReader
+from coterie.errors import CheckpointError, UnsupportedModelError
 from coterie.hf.gate import probe
 
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_is_expert_parallel")
@@ -69,6 +71,16 @@ class Layout:
         if name.endswith("_bias"):
             return self.num_experts, rows
         return (self.num_experts, cols, rows) if self.is_transposed else (self.num_experts, rows, cols)
+
+    def check_found(self, where: str, found: LayerReader | PackedLayer) -> None:
+        """Raises CheckpointError, saying where, unless the experts of a checkpoint are those of the module."""
+        for what in ("num_experts", "hidden_size", "intermediate_size", "has_gate", "activation"):
+            if getattr(found, what) != getattr(self, what):
+                raise CheckpointError(
+                    f"{where}: {what} is {getattr(found, what)}, config.json says {getattr(self, what)}"
+                )
+        if bool(found.biased) != self.has_bias:
+            raise CheckpointError(f"{where}: {'has' if found.biased else 'has no'} biases, unlike the model")
 
     def split_weight(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """One expert of weight `name`, 2-D as the module has it -> {projection: [rows, cols]}, columns adjacent."""

@@ -1,4 +1,4 @@
-"""coterie.from_pretrained: a causal LM with packed experts, from a plain or from a packed checkpoint."""
+"""coterie.from_pretrained: a causal LM with packed experts, from a plain, a quantised or a packed checkpoint."""
 
 from __future__ import annotations
 
@@ -40,11 +40,13 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """Loads any Transformers causal LM that has experts, with its experts packed in CPU memory.
 
-    path_or_id: a checkpoint folder or a Hugging Face id; plain (bf16, fp16, f32: packed while it streams in), or packed
-        before (by `save_pretrained` or `coterie convert cpu`: opened as it is).
-    experts: "int4" (the default for a plain checkpoint), "int8" or "bf16". For a packed checkpoint leave it out.
+    path_or_id: a checkpoint folder or a Hugging Face id; plain (bf16, fp16, f32: packed while it streams in), quantised
+        (FP8, MXFP4, NVFP4, GPTQ ...: experts keep their codes, the rest is dequantised), or packed before (by
+        `save_pretrained` or `coterie convert cpu`: opened as it is).
+    experts: a format, "int4" say. The default is int4 for a plain checkpoint, for a quantised one its own. For a packed
+        checkpoint leave it out.
     device: where all but the experts goes, "cuda" for instance, which needs accelerate. `device_map` says the same.
-    group_size, zero_point, scale_search: as in CoterieConfig; for plain checkpoints.
+    group_size, zero_point, scale_search: as in CoterieConfig; for checkpoints that are not packed.
     mmap: use a packed checkpoint's experts where they lie on disk, instead of copying them into huge pages.
     activations: what int8 and int4 experts compute with: "auto", "bf16" or "int8"; see `Experts`.
     auto_class: what loads the model, for other heads than causal LM.
@@ -65,17 +67,19 @@ def from_pretrained(
     asked = CoterieConfig(experts, group_size, zero_point, scale_search, mmap, activations)
     check_path(path_or_id, kwargs.get("subfolder") or "")
     config, kwargs = split_config(path_or_id, kwargs)
-    stored = getattr(config, "quantization_config", None)
+    parts = [config, config.get_text_config()]
+    stored = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
     if stored is None:
         return auto_class.from_pretrained(path_or_id, config=config, quantization_config=asked, **kwargs)
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     method = str(stored.get("quant_method"))
     if method != METHOD:
-        raise UnsupportedModelError(
-            f"{path_or_id} is quantised by {method}; expected a bf16, fp16 or f32 checkpoint, or one that coterie "
-            "packed"
-            + (": pack it with coterie convert cpu" if unread(method, stored) is None else "")
-        )
+        if problem := unread(method, stored):
+            raise UnsupportedModelError(f"{path_or_id} is quantised by {problem}; use the original checkpoint")
+        for part in parts:
+            vars(part).pop("quantization_config", None)
+        config.dtype = config.dtype or torch.bfloat16  # Transformers would take that of the codes
+        return auto_class.from_pretrained(path_or_id, config=config, quantization_config=asked, **kwargs)
     packed = CoterieConfig(**stored)
     packed.asked = asked.asked
     packed.check_asked()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from coterie.hf.packed import PackedModule
 from coterie.hf.weight import PackedWeight
 
 ATTRIBUTE = "packed_module"
+HIDDEN = "hidden_parameters"
 
 
 def read_layouts(model: nn.Module) -> dict[str, Layout]:
@@ -83,8 +84,9 @@ def unpack(module: nn.Module, dtype: torch.dtype, device: torch.device | str = "
         module._parameters[name] = nn.Parameter(packed.dense(name, dtype).to(device), requires_grad=False)
 
 
-def hide_parameters(module: nn.Module) -> None:
-    """Keeps the parameters of an experts module out of state dicts while Transformers loads what is not packed."""
+def hide_parameters(module: nn.Module, names: Collection[str] | None = None) -> None:
+    """Keeps parameters of a module, all or those named, out of state dicts while Transformers loads the others."""
+    module.__dict__[HIDDEN] = set(module._parameters if names is None else names)
     module.register_state_dict_post_hook(_drop_from_state_dict)
     module.register_load_state_dict_post_hook(_drop_from_missing)
 
@@ -100,17 +102,18 @@ def remove_hooks(module: nn.Module) -> None:
     for hooks in (module._state_dict_hooks, module._load_state_dict_post_hooks):
         for key in [key for key, hook in hooks.items() if hook in ours]:
             del hooks[key]
+    module.__dict__.pop(HIDDEN, None)
 
 
 def _drop_from_state_dict(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    for name in module._parameters:
+    for name in module.__dict__[HIDDEN]:
         state_dict.pop(prefix + name, None)
 
 
 def _drop_from_missing(module: nn.Module, incompatible_keys) -> None:
-    suffixes = tuple("." + name for name in module._parameters)
-    missing = incompatible_keys.missing_keys
-    missing[:] = [key for key in missing if not key.endswith(suffixes) and key not in module._parameters]
+    hidden, missing = module.__dict__[HIDDEN], incompatible_keys.missing_keys
+    suffixes = tuple("." + name for name in hidden)
+    missing[:] = [key for key in missing if not key.endswith(suffixes) and key not in hidden]
 
 
 def _dense_in_state_dict(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:

@@ -1,7 +1,8 @@
 """The HfQuantizer behind CoterieConfig: coterie packs the experts or opens them packed, Transformers loads the rest.
 
 Order of events in from_pretrained: the model is built on the meta device; layouts are read and the experts' parameters
-leave the state dict; every expert tensor is found and checked; Transformers loads the rest; experts are packed.
+leave the state dict; every expert tensor is found and checked; of a quantised checkpoint, what is quantised of the rest
+is dequantised and leaves the state dict too; Transformers loads the rest; experts are packed.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from coterie.hf.modules import (
     remove_hooks,
     unpack,
 )
+from coterie.hf.quantised import open_quantised
 from coterie.hf.sizes import loaded_nbytes
 from coterie.hf.sources import Sources
 from coterie.hf.weight import PackedWeight
@@ -48,7 +50,7 @@ PACKED_FILE = re.compile(r"experts-\d+\.safetensors")
 
 @register_quantizer(METHOD)
 class CoterieQuantizer(HfQuantizer):
-    """Loads a model with packed experts, from a plain (bf16, fp16, f32) or a packed (`pre_quantized`) checkpoint."""
+    """Loads a model with packed experts, from a plain (bf16, fp16, f32), quantised or packed (`pre_quantized`) one."""
 
     quantization_config: CoterieConfig
     requires_calibration = False
@@ -82,9 +84,8 @@ class CoterieQuantizer(HfQuantizer):
         self._layouts = read_layouts(model)
         if not checkpoint_files:
             raise ArgumentError("no checkpoint files: coterie packs experts from safetensors files, not a state dict")
-        for name, layout in self._layouts.items():
-            self._check_format(name, layout)
         files = [Path(file) for file in checkpoint_files]
+        options = self.quantization_config
         if self.pre_quantized:
             self._folder = files[0].parent
             self._check_packed()
@@ -96,8 +97,13 @@ class CoterieQuantizer(HfQuantizer):
                 raise CheckpointError(
                     f"{other} is not a safetensors file: load it with transformers and save_pretrained() it"
                 )
-            self._files = [TensorFile(file) for file in files]
-        options = self.quantization_config
+            self._quantised = open_quantised(files[0].parent, self._layouts)
+            if self._quantised is None:
+                self._files = [TensorFile(file) for file in files]
+            else:
+                options.become(self._quantised.format(options.asked))
+        for name, layout in self._layouts.items():
+            self._check_format(name, layout)
         needed = loaded_nbytes(model, self._layouts, options.spec, options.mmap, rest_in_ram=self._device.type == "cpu")
         memory.require(needed, f"{type(model).__name__} with experts in {options.experts}")
         for name in self._layouts:
@@ -110,23 +116,30 @@ class CoterieQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[WeightTransform], *_: Any) -> list[WeightTransform]:
         # Transformers before 5.22 does not give the model.
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            return weight_conversions
+        if self._quantised is None:
             self._sources = Sources(self._model, self._layouts, weight_conversions, self._files)
+        else:
+            self._hidden = self._quantised.load_rest(self._model, weight_conversions)
         return weight_conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
         numbers = number_layers(list(self._layouts))
-        load = self._open if self.pre_quantized else self._pack
         description = "Opening experts" if self.pre_quantized else "Packing experts"
         for name, layout in logging.tqdm(self._layouts.items(), desc=description):
-            module, experts = model.get_submodule(name), load(name, layout, numbers[name])
+            module, experts = model.get_submodule(name), self._load(name, layout, numbers[name])
             experts.activations = self.quantization_config.activations
             attach(module, experts, layout)
             remove_hooks(module)
         become_packed(model)
         del self._model, self._layouts
-        if not self.pre_quantized:
+        if not self.pre_quantized and self._quantised is None:
             del self._sources, self._files
+        elif not self.pre_quantized:
+            for module in self._hidden:
+                remove_hooks(module)
+            del self._quantised, self._hidden
 
     def _check_format(self, name: str, layout: Layout) -> None:
         """Raises ArgumentError when the group size does not divide the columns of the layer's matrices."""
@@ -142,20 +155,19 @@ class CoterieQuantizer(HfQuantizer):
             if not file.exists():
                 raise CheckpointError(f"{file} is missing: the packed experts of {name}")
             found, spec = read_layout(TensorFile(file)), self.quantization_config.spec
-            for what in ("num_experts", "hidden_size", "intermediate_size", "has_gate", "activation"):
-                if getattr(found, what) != getattr(layout, what):
-                    raise CheckpointError(
-                        f"{file}: {what} is {getattr(found, what)}, config.json says {getattr(layout, what)}"
-                    )
+            layout.check_found(str(file), found)
             if found.spec != spec:
                 raise CheckpointError(f"{file}: packed as {found.spec}, config.json says {spec}")
-            if bool(found.biased) != layout.has_bias:
-                raise CheckpointError(f"{file}: {'has' if found.biased else 'has no'} biases, unlike the model")
 
-    def _open(self, name: str, layout: Layout, number: int) -> Experts:
-        return Experts.from_packed(open_layer(self._folder, number), mmap=self.quantization_config.mmap)
+    def _load(self, name: str, layout: Layout, number: int) -> Experts:
+        config = self.quantization_config
+        if self.pre_quantized:
+            return Experts.from_packed(open_layer(self._folder, number), mmap=config.mmap)
+        if self._quantised is not None:
+            return self._quantised.experts(name, config.spec, config.scale_search)
+        return self._pack(name, layout)
 
-    def _pack(self, name: str, layout: Layout, number: int) -> Experts:
+    def _pack(self, name: str, layout: Layout) -> Experts:
         config = self.quantization_config
         experts = Experts.empty(
             layout.num_experts,

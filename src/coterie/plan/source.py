@@ -12,14 +12,14 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from coterie.checkpoints.folder import Folder, read_json
 from coterie.checkpoints.packed import UNFINISHED
-from coterie.checkpoints.quantised import Quantised, quantisation_of, read_quantised, unread
+from coterie.checkpoints.quantised import METHODS, Quantised, quantisation_of, read_quantised, unread
 from coterie.checkpoints.tensorfile import PLAIN_DTYPES
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import FORMATS, Format, resolve
 from coterie.hf.config import METHOD, CoterieConfig
 from coterie.hf.skeleton import make_config
 
-OPENS = "this version opens bf16, fp16, f32 and its own packed folders"
+OPENS = f"this version opens bf16, fp16, f32, what is quantised by {', '.join(METHODS)}, and its own packed folders"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def open_source(model: str) -> Source:
     if path.is_dir():
         try:
             stored = stored_nbytes(path)
-            problem = problem or _folder_problem(path, stored, packed)
+            problem = problem or _folder_problem(path, stored, plain=quantised is None and packed is None)
         except CheckpointError as error:
             problem = problem or f"the checkpoint is not whole: {error}"
     return Source(config, problem, packed, quantised, stored)
@@ -114,24 +114,17 @@ def _instead_of_a_model(folder: Path) -> str:
 
 
 def _quantised_problem(quantised: Quantised | None, options: Any) -> str | None:
-    if quantised is None:
-        return None
-    name = quantised.name if quantised.name == quantised.method else f"{quantised.name} ({quantised.method})"
-    way = (
-        "the original, or a copy written in bf16"
-        if unread(quantised.method, options)
-        else "what coterie convert cpu makes of it"
-    )
-    return f"its weights are {name}: {OPENS}; use {way}"
+    problem = unread(quantised.method, options) if quantised is not None else None
+    return f"it is quantised by {problem}; use the original, or a copy written in bf16" if problem else None
 
 
-def _folder_problem(folder: Path, stored: dict[str, int], packed: Format | None) -> str | None:
+def _folder_problem(folder: Path, stored: dict[str, int], plain: bool) -> str | None:
     if (folder / UNFINISHED).exists():
         return f"a conversion that was not finished ({UNFINISHED} is there): convert it again"
     if not stored:
         others = sorted(f.name for p in ("*.bin", "*.pt", "*.pth", "*.gguf") for f in folder.glob(p))
         return f"no safetensors files, only {others[0]}: save it as safetensors first" if others else None
     odd = sorted(dtype for dtype in stored if dtype[0] == "F" and dtype not in PLAIN_DTYPES)
-    if packed is None and odd:
+    if plain and odd:
         return f"it holds {', '.join(odd)} tensors: {OPENS}; use the original, or a copy written in bf16"
     return None

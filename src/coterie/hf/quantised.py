@@ -1,0 +1,104 @@
+"""A checkpoint that others quantised, opened by Transformers: its experts in their own format, the rest dequantised."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightTransform
+
+from coterie.checkpoints import LayerReader, open_reader
+from coterie.checkpoints.folder import Folder
+from coterie.checkpoints.quantised import says_quantised
+from coterie.convert.cpu import format_for
+from coterie.convert.tensors import Written, written_tensors
+from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
+from coterie.experts import Experts
+from coterie.formats import Format
+from coterie.hf.layout import Layout
+from coterie.hf.modules import hide_parameters, number_layers
+from coterie.hf.names import parameters_in
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """What `convert` would make of a quantised checkpoint.
+
+    readers: of the experts, by module name. rest: the weights to be dequantised.
+    """
+
+    folder: Folder
+    readers: dict[str, LayerReader]
+    rest: tuple[Written, ...]
+
+    def format(self, asked: dict[str, Any]) -> Format:
+        """The format asked for (`experts`, `group_size`, `zero_point`, if they were given), or else the experts' own.
+
+        Raises ArgumentError where several formats and none asked for are found.
+        """
+        numbers = number_layers(list(self.readers))
+        readers = {numbers[name]: reader for name, reader in self.readers.items()}
+        return format_for(readers, asked.get("experts"), asked.get("group_size"), asked.get("zero_point", False))
+
+    def experts(self, name: str, spec: Format, scale_search: bool) -> Experts:
+        """The experts of a module, packed as `spec`. Raises CheckpointError for weights that it cannot hold."""
+        try:
+            return Experts.from_reader(self.readers[name], format=spec, scale_search=scale_search)
+        except ArgumentError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+
+    def load_rest(self, model: PreTrainedModel, conversions: list[WeightTransform]) -> list[nn.Module]:
+        """Puts the dequantised weights into `model`, which is without weights yet, and out of its state dict, so that
+        Transformers looks for the others alone. Returns the modules that they are in.
+
+        Raises UnsupportedModelError for a weight that Transformers would join with others, CheckpointError for one of
+        another shape than the model's.
+        """
+        weights, modules = {weight.name: weight for weight in self.rest}, []
+        found = parameters_in(model, copy.deepcopy(conversions), weights, model.state_dict().keys())
+        for tensor, parameter, converter, _ in found:
+            if converter is not None:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}: {tensor} is quantised, and {parameter} is made of several tensors: "
+                    "pack the checkpoint with coterie convert cpu first"
+                )
+            name, _, leaf = parameter.rpartition(".")
+            module = model.get_submodule(name)
+            empty, weight = module._parameters.get(leaf), weights[tensor]
+            if empty is None:
+                continue  # of a draft layer, which the model does not have
+            if tuple(empty.shape) != weight.shape:
+                raise CheckpointError(
+                    f"{self.folder.path}, tensor {weight.source}: shape {list(weight.shape)}, "
+                    f"expected {list(empty.shape)}"
+                )
+            dense = weight.tensor(self.folder).to(empty.dtype)
+            module._parameters[leaf] = nn.Parameter(dense, requires_grad=empty.requires_grad)
+            module._parameters[leaf]._is_hf_initialized = True
+            hide_parameters(module, {leaf})
+            model._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){re.escape(name.partition('.')[2] or name)}\."}
+            modules.append(module)
+        return modules
+
+
+def open_quantised(path: Path, layouts: dict[str, Layout]) -> Quantised | None:
+    """The checkpoint in the folder `path`, for the experts modules `layouts`; None where it is not quantised.
+
+    Raises CheckpointError where it is quantised in a way that is not read, or not what its config.json says.
+    """
+    if not says_quantised(path):
+        return None
+    reader = open_reader(path)
+    numbers = number_layers(list(layouts))
+    readers = {name: reader.layer(number) for name, number in numbers.items()}
+    for name, layout in layouts.items():
+        layout.check_found(f"{path}, layer {numbers[name]}", readers[name])
+    experts = {tensor for layer in readers.values() for tensor in layer.tensors}
+    names = [name for name in reader.folder.shard_of if name not in experts]
+    rest = tuple(weight for weight in written_tensors(reader.folder, names, reader.schemes) if weight.scheme)
+    return Quantised(reader.folder, readers, rest)
