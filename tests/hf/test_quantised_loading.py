@@ -19,7 +19,7 @@ from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 
 # Columns in every group size, rows in every number of an element.
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 192, "intermediate_size": 192}
-QUANTISED = r"(experts\.\d+|self_attn)\.\w+\.weight"
+QUANTISED = r"(experts|experts\.\d+|self_attn|mlp)\.\w+(?<!gate)\.weight"
 
 
 def write(folder, family, make, method, which=QUANTISED, **sizes):
@@ -70,6 +70,15 @@ def test_opens_as_converted(tmp_path, method):
 def test_names_of_other_families(tmp_path, family):
     make, config, _ = METHODS["fp8 by blocks"]
     assert_opens_as_converted(write(tmp_path / "in", family, make, config), tmp_path)
+
+
+def test_a_bias_that_the_model_lacks_is_told(tmp_path):
+    """What stands beside codes is known; a bias is not one of it."""
+    folder = write(tmp_path / "in", "qwen3_moe", *METHODS["GPTQ"][:2])
+    tensors, name = load_file(folder / "model.safetensors"), "model.layers.0.self_attn.q_proj.bias"
+    save_file(tensors | {name: torch.ones(64)}, folder / "model.safetensors", {"format": "pt"})
+    _, info = coterie.from_pretrained(folder, output_loading_info=True)
+    assert info["unexpected_keys"] == {name}
 
 
 def test_gpt_oss(tmp_path):

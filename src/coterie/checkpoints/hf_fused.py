@@ -14,7 +14,8 @@ from coterie.checkpoints.gate_up import join_gate_up, split_gate_up
 from coterie.checkpoints.hf_separate import refuse_other_kinds
 from coterie.checkpoints.naming import FUSED, UNGATED, LayerNames, names_tried
 from coterie.checkpoints.reader import LayerReader
-from coterie.checkpoints.schemes import Scheme, choose
+from coterie.checkpoints.scheme import Scheme
+from coterie.checkpoints.schemes import choose
 from coterie.checkpoints.tensorfile import PLAIN_DTYPES
 from coterie.errors import CheckpointError, MissingTensorError
 

@@ -13,7 +13,8 @@ from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.naming import PER_EXPERT, LayerNames, names_tried
 from coterie.checkpoints.reader import LayerReader
-from coterie.checkpoints.schemes import Scheme, choose, choose_all
+from coterie.checkpoints.scheme import Scheme
+from coterie.checkpoints.schemes import choose, choose_all
 from coterie.checkpoints.tensorfile import PLAIN_DTYPES, shown
 from coterie.errors import CheckpointError, MissingTensorError
 

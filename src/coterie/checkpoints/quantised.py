@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coterie.checkpoints.folder import Folder, read_json
-from coterie.checkpoints.schemes import AWQ, QUANTISED, Scheme, gptq
+from coterie.checkpoints.scheme import Scheme
+from coterie.checkpoints.schemes import AWQ, QUANTISED, gptq
 from coterie.checkpoints.tensorfile import shown
 from coterie.errors import CheckpointError
 
@@ -80,7 +81,10 @@ METHODS = {
             "dynamic": lambda found: not found or not any("format" in entry for entry in found.values()),
         },
     ),
-    "awq": Method(lambda options: AWQ, {"version": lambda found: str(found).lower() in ("none", "gemm")}),
+    "awq": Method(
+        lambda options: AWQ,
+        dict.fromkeys(("version", "format", "checkpoint_format"), lambda found: str(found).lower() in ("none", "gemm")),
+    ),
     "auto-round": Method(
         lambda options: AUTO_ROUND[options["packing_format"]],
         {

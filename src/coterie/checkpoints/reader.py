@@ -10,7 +10,7 @@ from torch import Tensor
 from coterie.activations import Activation
 from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.folder import Folder
-from coterie.checkpoints.schemes import Scheme
+from coterie.checkpoints.scheme import Scheme
 from coterie.formats import Format
 
 

@@ -12,7 +12,7 @@ import torch
 from coterie.checkpoints.folder import PACKED_INDEX, Folder
 from coterie.checkpoints.packed import VERSION, PackedLayer, layer_file
 from coterie.checkpoints.quantised import MODELOPT_FILE, without_quantisation
-from coterie.checkpoints.schemes import Scheme
+from coterie.checkpoints.scheme import Scheme
 from coterie.checkpoints.tensorfile import DTYPES
 from coterie.checkpoints.tensorwriter import TensorWriter, copy_file, write_text
 from coterie.convert.output import OutputFolder

@@ -13,7 +13,8 @@ from torch import Tensor
 from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.quantised import MARKS
-from coterie.checkpoints.schemes import Scheme, choose
+from coterie.checkpoints.scheme import Scheme
+from coterie.checkpoints.schemes import choose
 from coterie.checkpoints.tensorfile import DTYPES, PLAIN_DTYPES, shown
 from coterie.errors import CheckpointError
 

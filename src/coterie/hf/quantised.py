@@ -81,7 +81,9 @@ class Quantised:
             module._parameters[leaf] = nn.Parameter(dense, requires_grad=empty.requires_grad)
             module._parameters[leaf]._is_hf_initialized = True
             hide_parameters(module, {leaf})
-            model._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){re.escape(name.partition('.')[2] or name)}\."}
+            suffixes = "|".join(map(re.escape, weight.scheme.known if weight.scheme else ()))
+            beside = rf"(^|\.){re.escape(name.partition('.')[2] or name)}({suffixes})$"
+            model._keys_to_ignore_on_load_unexpected |= {beside}
             modules.append(module)
         return modules
 
