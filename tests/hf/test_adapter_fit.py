@@ -39,10 +39,18 @@ def commands(adapter: Path, base: Path, output: Path) -> list:
     ]
 
 
-@pytest.mark.parametrize("version", ["0.18.1", "0.19.0", "0.18.2.dev0@abcdef"])
-def test_peft_that_had_input_and_output_the_other_way_round(version, checkpoint, tmp_path):
-    adapter = saved(tmp_path / "adapter", checkpoint("qwen3_moe"), version, swapped=True)
-    for command in commands(adapter, checkpoint("qwen3_moe"), tmp_path / "out"):
+@pytest.mark.parametrize(
+    ("family", "version"),
+    [
+        ("qwen3_moe", "0.18.1"),
+        ("qwen3_moe", "0.19.0"),
+        ("qwen3_moe", "0.18.2.dev0@abcdef"),
+        ("gpt_oss", "0.19.0"),  # alone had those that are stored [E, in, out] so
+    ],
+)
+def test_peft_that_had_input_and_output_the_other_way_round(family, version, checkpoint, tmp_path):
+    adapter = saved(tmp_path / "adapter", checkpoint(family), version, swapped=True)
+    for command in commands(adapter, checkpoint(family), tmp_path / "out"):
         with pytest.raises(ArgumentError, match=rf"saved by PEFT {version}.*the other way round.*0\.19\.1"):
             command()
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""coterie adapter: adapters for servers, and merged into checkpoints."""
+"""coterie adapter: adapters for servers, merged into checkpoints, and out of other layouts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from coterie.cli.console import console, facts, significant, size
 from coterie.errors import ArgumentError
 
-app = typer.Typer(help="Export and merge LoRA adapters.", no_args_is_help=True)
+app = typer.Typer(help="Convert, export and merge LoRA adapters.", no_args_is_help=True)
 
 Adapter = Annotated[Path, typer.Option("--adapter", "-a", help="Folder of a PEFT LoRA adapter.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="New or empty folder.")]
@@ -31,6 +31,34 @@ def export(adapter: Adapter, output: Output, model: Model = None) -> None:
     done = export_adapter(adapter, output, model)
     summary = facts(f"{output}: LoRA in the names of the checkpoint")
     summary.add_row("experts", str(done.experts) if done.experts else "stacked by layer, as in the checkpoint")
+    summary.add_row("tensors", str(done.tensors))
+    summary.add_row("size", size(done.nbytes))
+    console.print(summary)
+
+
+@app.command()
+def convert(
+    adapter: Adapter,
+    output: Output,
+    written_by: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            help="What wrote it: peft-0.19.0 (or an older PEFT), unsloth (before 2026-09-17), or kt (kt-kernel).",
+        ),
+    ],
+    model: Model = None,
+) -> None:
+    """Lay LoRA of experts out as PEFT has it since 0.19.1: coterie and PEFT then load it.
+
+    Unsloth's old adapters bear no mark: one that is converted though it need not be computes nonsense.
+    """
+    need_peft()
+    from coterie.adapters.convert import convert_adapter
+
+    done = convert_adapter(adapter, output, written_by, model)
+    summary = facts(f"{output}: LoRA as PEFT lays it out")
+    summary.add_row("experts", str(done.experts))
     summary.add_row("tensors", str(done.tensors))
     summary.add_row("size", size(done.nbytes))
     console.print(summary)

@@ -83,7 +83,7 @@ def check_version(model: nn.Module, version: str, found: Mapping[str, tuple[int,
         known = None
     if known is not None and known >= SINCE:
         return
-    advice = f"merge it with the PEFT that it was trained with, or train it again with {SINCE} or newer"
+    advice = f"coterie adapter convert --from peft-0.19.0 lays it out as PEFT has it since {SINCE}"
     for module_name, module in model.named_modules():
         if not isinstance(module, ParamWrapper) or module_name.endswith("base_layer"):
             continue
@@ -92,8 +92,8 @@ def check_version(model: nn.Module, version: str, found: Mapping[str, tuple[int,
             a, b = found.get(f"{stem}A.weight"), found.get(f"{stem}B.weight")
             if a is None or b is None or wrapper.get_param().ndim != 3:
                 continue
-            if getattr(wrapper.get_base_layer(), "is_transposed", False):
-                continue  # as they have always been
+            if not other_way_round(known, getattr(wrapper.get_base_layer(), "is_transposed", False)):
+                continue
             if known is not None:
                 raise ArgumentError(
                     f"the adapter was saved by PEFT {version}, whose LoRA of experts has input and output the other "
@@ -112,6 +112,14 @@ def check_version(model: nn.Module, version: str, found: Mapping[str, tuple[int,
                 advice,
             )
             return
+
+
+def other_way_round(version: Version | None, transposed: bool) -> bool:
+    """Whether the PEFT of that version (None: not known, so an old one) had the input and the output of stacked experts
+    the other way round. transposed: the model stores them [E, in, out], which only 0.19.0 did not take as it is."""
+    if version is not None and version >= SINCE:
+        return False
+    return not transposed or (version is not None and version.release == (0, 19, 0))
 
 
 @functools.wraps(stock_set_state)
