@@ -114,7 +114,7 @@ def test_kt(family, rslora, adapt, tmp_path):
     ("family", "written_by", "version", "message"),
     [
         ("qwen3_moe", "peft-0.19.0", "0.19.1", r"saved by PEFT 0\.19\.1, which lays LoRA of experts out as it is now"),
-        ("gpt_oss", "peft-0.19.0", "0.18.1", "has no LoRA of experts that .* in another way: use it as it is"),
+        ("gpt_oss", "peft-0.19.0", "0.18.1", "has no LoRA of experts that .* in another way now: use it as it is"),
         ("qwen3_moe", "unsloth", "0.18.1", r"saved with PEFT 0\.18\.1: what Unsloth made"),
         ("qwen3_moe", "peft", None, "--from is 'peft': expected one of peft-0.19.0, unsloth, kt"),
         ("qwen3_moe", "kt", None, "has no fused_expert_lora.safetensors"),

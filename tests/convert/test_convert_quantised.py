@@ -286,6 +286,13 @@ REFUSED = {
         lambda tensors, config: config["quantization_config"].update(checkpoint_format="marlin"),
         "quantised by gptq with checkpoint_format 'marlin', which this version does not read",
     ),
+    "GPTQ, a module in another layout": (
+        "GPTQ",
+        lambda tensors, config: config["quantization_config"].update(
+            dynamic={"-:.*gate$": {}, "+:.*down_proj": {"bits": 4, "format": "gptq_v2"}}
+        ),
+        "quantised by gptq with dynamic .*'format': 'gptq_v2'.*, which this version does not read",
+    ),
     "AWQ in another layout": (
         "AWQ",
         lambda tensors, config: config["quantization_config"].update(version="gemv"),

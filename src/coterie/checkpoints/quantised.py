@@ -78,7 +78,7 @@ METHODS = {
             "format": lambda found: found in (None, "gptq", "gptq_v2"),
             "checkpoint_format": lambda found: found in (None, "gptq", "gptq_v2"),
             "pack_dtype": lambda found: found in (None, "int32"),
-            "dynamic": lambda found: not found or not any("format" in entry for entry in found.values()),
+            "dynamic": lambda found: not found or not any("format" in (entry or ()) for entry in found.values()),
         },
     ),
     "awq": Method(
