@@ -72,6 +72,24 @@ def test_names_of_other_families(tmp_path, family):
     assert_opens_as_converted(write(tmp_path / "in", family, make, config), tmp_path)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_draft_layers_and_heads_are_left_out(tmp_path, family):
+    """Their weights are quantised too, and the model has no place for them."""
+    make, config, _ = METHODS["fp8 by blocks"]
+    folder = write(tmp_path / "in", family, make, config)
+    tensors = load_file(folder / "model.safetensors")
+    last = max(int(found[1]) for name in tensors if (found := re.search(r"layers\.(\d+)\.", name)))
+    copies = {
+        name.replace(f"layers.{last}.", f"layers.{last + 1}."): tensor.clone()
+        for name, tensor in tensors.items()
+        if f"layers.{last}." in name
+    }
+    save_file(tensors | copies, folder / "model.safetensors", {"format": "pt"})
+    model = coterie.from_pretrained(folder)
+    convert_cpu(folder, tmp_path / "converted")
+    assert torch.equal(logits(model), logits(coterie.from_pretrained(tmp_path / "converted")))
+
+
 def test_a_bias_that_the_model_lacks_is_told(tmp_path):
     """What stands beside codes is known; a bias is not one of it."""
     folder = write(tmp_path / "in", "qwen3_moe", *METHODS["GPTQ"][:2])

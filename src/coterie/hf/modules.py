@@ -86,9 +86,11 @@ def unpack(module: nn.Module, dtype: torch.dtype, device: torch.device | str = "
 
 def hide_parameters(module: nn.Module, names: Collection[str] | None = None) -> None:
     """Keeps parameters of a module, all or those named, out of state dicts while Transformers loads the others."""
-    module.__dict__[HIDDEN] = set(module._parameters if names is None else names)
-    module.register_state_dict_post_hook(_drop_from_state_dict)
-    module.register_load_state_dict_post_hook(_drop_from_missing)
+    hidden = module.__dict__.setdefault(HIDDEN, set())
+    if not hidden:
+        module.register_state_dict_post_hook(_drop_from_state_dict)
+        module.register_load_state_dict_post_hook(_drop_from_missing)
+    hidden.update(module._parameters if names is None else names)
 
 
 def show_dense(module: nn.Module) -> None:

@@ -59,9 +59,10 @@ class Quantised:
         Raises UnsupportedModelError for a weight that Transformers would join with others, CheckpointError for one of
         another shape than the model's.
         """
-        weights, modules = {weight.name: weight for weight in self.rest}, []
-        found = parameters_in(model, copy.deepcopy(conversions), weights, model.state_dict().keys())
-        for tensor, parameter, converter, _ in found:
+        weights, known, modules = {weight.name: weight for weight in self.rest}, model.state_dict().keys(), []
+        for tensor, parameter, converter, _ in parameters_in(model, copy.deepcopy(conversions), weights, known):
+            if parameter not in known:
+                continue  # of a draft layer, or of a head that this class has not
             if converter is not None:
                 raise UnsupportedModelError(
                     f"{type(model).__name__}: {tensor} is quantised, and {parameter} is made of several tensors: "
@@ -69,9 +70,7 @@ class Quantised:
                 )
             name, _, leaf = parameter.rpartition(".")
             module = model.get_submodule(name)
-            empty, weight = module._parameters.get(leaf), weights[tensor]
-            if empty is None:
-                continue  # of a draft layer, which the model does not have
+            empty, weight = module._parameters[leaf], weights[tensor]
             if tuple(empty.shape) != weight.shape:
                 raise CheckpointError(
                     f"{self.folder.path}, tensor {weight.source}: shape {list(weight.shape)}, "
