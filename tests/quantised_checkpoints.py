@@ -142,6 +142,11 @@ def int4(random, rows, cols, group=32, bits=4, symmetric=True, dtype=torch.bfloa
     return parts, (codes - by_groups(zero, cols)) * by_groups(scale.float(), cols)
 
 
+def int8_row(random, rows, cols):
+    codes, scale = integers(random, 256, rows, cols) - 128, uniform(random, rows, 1).bfloat16()
+    return {"weight": codes.to(torch.int8), "weight_scale": scale}, codes * scale.float()
+
+
 def gptq(random, rows, cols, group=64, bits=4, symmetric=True, less=1, scattered=False, dtype=torch.float16):
     codes, zero, scale = integer_parts(random, rows, cols, group, bits, symmetric, dtype)
     group_of = torch.arange(cols) // (group or cols)
@@ -194,6 +199,7 @@ METHODS = {
     "compressed-tensors int4, f16 scales": (partial(int4, dtype=torch.float16), COMPRESSED, resolve("int4", 32)),
     "compressed-tensors int4, zero points": (partial(int4, symmetric=False), COMPRESSED, resolve("int4", 32, True)),
     "compressed-tensors int8": (partial(int4, bits=8), COMPRESSED, resolve("int8", 32)),
+    "compressed-tensors int8 by rows": (int8_row, COMPRESSED, resolve("int8", 0)),
     "GPTQ": (gptq, GPTQ, resolve("int4", 64)),
     "GPTQ, zero points": (partial(gptq, symmetric=False), GPTQ, resolve("int4", 64, True)),
     "GPTQ v2, zero points": (partial(gptq, symmetric=False, less=0), GPTQ_V2, resolve("int4", 64, True)),
@@ -211,7 +217,8 @@ METHODS = {
 }
 # What the formats that keep them hold within rounding: f16 scales of groups become bf16, int8's -128 becomes -127.
 FINER = {
-    "compressed-tensors int4, f16 scales", "compressed-tensors int8", "GPTQ", "GPTQ, zero points",
+    "compressed-tensors int4, f16 scales", "compressed-tensors int8",
+    "compressed-tensors int8 by rows", "GPTQ", "GPTQ, zero points",
     "GPTQ v2, zero points", "GPTQ, 8 bits", "AWQ", "AWQ, symmetric", "AutoRound as AWQ",
 }  # fmt: skip
 ATTENTION = "model.layers.0.self_attn.q_proj"

@@ -35,6 +35,7 @@ class Scheme:
 
     spec: the format that holds its codes; None for plain numbers.
     codes: [rows, cols]; `blocks`: [rows, groups, ...]. transposed: all parts are stored with their dimensions swapped.
+    signed: codes are numbers around 0, less than as `Codes` has them by what stands for 0 there.
     order: where in an element each number stands that follows the other, if not in their order.
     scale: of groups, as in `Codes`. row_scale: [rows, 1], [rows], or one number for the matrix, which the weights are
     divided by where `divides` says so.
@@ -48,6 +49,7 @@ class Scheme:
     spec: Format | None = None
     blocks: bool = False
     transposed: bool = False
+    signed: bool = False
     order: tuple[int, ...] = ()
     scale: Part | None = None
     row_scale: Part | None = None
@@ -164,6 +166,8 @@ class Scheme:
         if spec is None:
             return self._tensor(folder, base, self.codes, index)
         codes = self._numbers(folder, base, self.codes, index)
+        if self.signed:
+            codes = codes.view(torch.uint8) + MIDDLE[spec.name]  # round the clock: 8 bits
         rows, cols = codes.shape
         scale = row_scale = zero = None
         if self.scale is not None:

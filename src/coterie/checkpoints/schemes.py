@@ -59,6 +59,14 @@ QUANTISED = (
     # DeepSeek-V4's experts; compressed-tensors
     Scheme(spec=resolve("mxfp4"), codes=Part(".weight", ("I8",), 2), scale=Part(".scale", ("F8_E8M0",))),
     Scheme(spec=resolve("mxfp4"), codes=Part(".weight_packed", U8, 2), scale=Part(".weight_scale", U8)),
+    # compressed-tensors' int8, a byte each
+    Scheme(
+        spec=resolve("int8", 0),
+        codes=Part(".weight", ("I8",)),
+        signed=True,
+        row_scale=Part(".weight_scale", PLAIN_DTYPES),
+        ignored=(".input_scale", ".input_zero_point"),
+    ),
     # compressed-tensors (Kimi K2) by groups, or by rows; with zero points where it is not symmetric
     *(
         Scheme(
