@@ -27,6 +27,15 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
+def check_device(name: str, tensor: Tensor, device: torch.device | None = None) -> None:
+    """Raises ArgumentError unless a tensor is on `device`, None: the CPU."""
+    if device is None or device.type == "cpu":
+        if not tensor.is_cpu and tensor.device.type != "cpu":
+            raise ArgumentError(f"{name}: expected a CPU tensor, found {tensor.device}")
+    elif tensor.device != device:
+        raise ArgumentError(f"{name}: expected a tensor on {device}, found {tensor.device}")
+
+
 def runs_now() -> bool:
     """Whether operators called here run at once: nothing traces, transforms or intercepts them."""
     return not (

@@ -18,7 +18,10 @@ from .checkpoints import Codes, LayerReader, PackedFile, open_layer, open_reader
 from .cpu import current_isa
 from .errors import ArgumentError
 from .formats import PANEL_ROWS, Format, resolve, round_up
-from .gpu import offload
+from .gpu import hybrid, offload
+from .gpu.device import usable
+from .gpu.matrices import unpacked
+from .gpu.resident import Resident
 from .layer import PROJECTIONS, Layer, check_activations
 from .lora import ExpertLora
 
@@ -66,6 +69,8 @@ class Experts:
             spec.check_columns(name, self.shape(name)[1])
         self._weights: dict[int, Tensor] = {}
         self._biases: dict[str, Tensor] = {}
+        self._mapped = False  # the weights are pages of a file
+        self._placement: hybrid.Placement | None = None
         self._layer = Layer(spec, num_experts, hidden_size, intermediate_size, activation, has_gate)
         self._handle = self._layer.new_handle()
         self.activations = activations
@@ -222,6 +227,8 @@ class Experts:
 
     def set_biases(self, gate: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None) -> None:
         """Biases of the projections: gate and up [E,I], down [E,H]; None for none."""
+        if self._placement is not None:
+            raise ArgumentError("set_biases: expected experts that are in RAM; set biases before move()")
         for name, bias in (("gate", gate), ("up", up), ("down", down)):
             if bias is None:
                 self._biases.pop(name, None)
@@ -310,8 +317,18 @@ class Experts:
         return {name: bias[:, : self.shape(name)[0]] for name, bias in self._biases.items()}
 
     def packed(self, expert: int) -> Tensor:
-        """A view of one expert's packed bytes, uint8 [expert_nbytes]: gate, up and down back to back."""
-        return self._weights[expert]
+        """One expert's packed bytes, uint8 [expert_nbytes]: gate, up and down back to back.
+
+        A view; for an expert on a device a copy, whose padding may differ from what was moved there.
+        """
+        if expert in self._weights or self._placement is None:
+            return self._weights[expert]
+        one = Experts.empty(
+            1, self.hidden_size, self.intermediate_size, format=self.spec, has_gate=self.has_gate
+        )
+        for name, matrices in self._placement.resident.matrices.items():
+            one.pack_codes(name, 0, *matrices.parts(self._placement.experts.index(expert)))
+        return one.packed(0)
 
     def numa_bytes(self) -> dict[tuple[int, int | None], int]:
         """Bytes of the packed matrices by (NUMA node whose threads compute them first, node whose memory holds them).
@@ -329,6 +346,8 @@ class Experts:
         """Float32 [rows, cols]: the values one packed matrix stands for."""
         rows, cols = self.shape(name)
         out = torch.empty(rows, cols, dtype=torch.float32, device="cpu")
+        if self._placement is not None and expert in self._placement.experts:
+            return self._placement.dequantize(name, expert)
         matrix = self._address(name, expert)
         _native.unpack(self.spec.layout(rows, cols), matrix, address(name, out, F32, (rows, cols)))
         return out
@@ -344,7 +363,9 @@ class Experts:
     def __repr__(self) -> str:
         group = f", group_size={self.spec.group_size}" if self.spec.group_size else ""
         sizes = f"{self.num_experts} x {self.hidden_size} x {self.intermediate_size}"
-        return f"Experts({sizes}, {self.format}{group}, {self.nbytes / 1e6:.1f} MB)"
+        place = self._placement
+        moved = "" if place is None else f", {len(place.experts)} of them on {place.resident.device}"
+        return f"Experts({sizes}, {self.format}{group}, {self.nbytes / 1e6:.1f} MB{moved})"
 
     # --- computing ---
 
@@ -356,9 +377,15 @@ class Experts:
         Tensors on a GPU are copied to RAM, computed there and the result copied back, gradients likewise; LoRA's
         factors may be on either side. It waits for the GPU's stream.
 
+        Experts that are on a device (see :meth:`move`) compute there with bf16 activations, those in RAM meanwhile; x,
+        ids and weights must be on that device. Where all are on it, nothing is copied, and an id out of range fails as
+        torch's own indexing does there.
+
         Raises:
             ArgumentError: a wrong shape, dtype or device, or an id out of range.
         """
+        if self._placement is not None:
+            return hybrid.forward(self, self._placement, x, ids, weights, lora)
         if not x.is_cpu and x.device.type not in ("cpu", "meta"):
             return offload.forward(self, x, ids, weights, lora)
         return ops.forward(self, x, ids, weights, lora)
@@ -374,6 +401,8 @@ class Experts:
                 not plain, or calls that torch traces, transforms or intercepts.
             TicketError: Python is ending.
         """
+        if self._placement is not None:
+            raise ArgumentError("submit: expected experts that are all in RAM; call those that are on a device")
         return tickets.submit(self, x, ids, weights, lora)
 
     # --- copies ---
@@ -427,6 +456,7 @@ class Experts:
         layout = file.layout
         sizes = layout.num_experts, layout.hidden_size, layout.intermediate_size
         experts = cls(*sizes, layout.spec, layout.activation, layout.has_gate)
+        experts._mapped = mmap
         if not mmap:
             experts._allocate()
         for e in range(layout.num_experts):
@@ -468,12 +498,57 @@ class Experts:
 
     # --- memory ---
 
+    def move(self, device: str | torch.device, experts: Sequence[int] | None = None) -> None:
+        """Move some experts, or all, to the memory of a device, packed in the same codes: they leave RAM.
+
+        Not while they compute; once for all, and nothing can be packed into them then. Tensors go to RAM only for the
+        experts that stay there.
+
+        Args:
+            device: "cuda" for instance.
+            experts: their numbers; None: all.
+
+        Raises:
+            ArgumentError: no such experts, or some were moved before.
+            DeviceError: no such device.
+        """
+        moved = tuple(sorted(set(range(self.num_experts) if experts is None else experts)))
+        if self._placement is not None:
+            raise ArgumentError(f"move: {len(self._placement.experts)} of these experts were moved before")
+        if not moved or not 0 <= moved[0] <= moved[-1] < self.num_experts:
+            raise ArgumentError(f"move: expected numbers from 0 to {self.num_experts - 1}, found {list(moved)}")
+        there = usable(device)
+        matrices, start = {}, 0
+        for name in self.projections:
+            end = start + self.spec.matrix_nbytes(*self.shape(name))
+            data = torch.stack([self._weights[e][start:end].to(there) for e in moved])
+            matrices[name], start = unpacked(self.spec, *self.shape(name), data), end
+        own = torch.tensor(moved)
+        biases = {name: bias[own].to(there) for name, bias in self.biases().items()}
+        resident = Resident(there, matrices, biases, self.activation)
+        self._placement = hybrid.Placement.of(resident, moved, self.num_experts)
+        self._release(moved)
+
+    def _release(self, moved: Sequence[int]) -> None:
+        """Gives back the memory of experts that are elsewhere; those that stay are copied into memory of their own."""
+        size, stay = self.expert_nbytes, [e for e in range(self.num_experts) if e not in moved]
+        nowhere = torch.empty(size, dtype=torch.uint8, device="cpu")  # never read, so no page of it is taken
+        for e in moved:
+            self._layer.set_weights(e, nowhere)
+            del self._weights[e]
+        if self._mapped or not stay:
+            return
+        pages = memory.allocate(len(stay) * size, f"packed {self.format} experts")
+        self._layer.place(pages)
+        for e, page in zip(stay, pages.split(size), strict=True):
+            page.copy_(self._weights[e])
+            self._set_weights(e, page)
+
     def _allocate(self) -> None:
-        size = self.expert_nbytes
         pages = memory.allocate(self.nbytes, f"packed {self.format} experts")
         self._layer.place(pages)
-        for e in range(self.num_experts):
-            self._set_weights(e, pages[e * size : (e + 1) * size])
+        for e, page in enumerate(pages.split(self.expert_nbytes)):
+            self._set_weights(e, page)
 
     def _set_weights(self, expert: int, data: Tensor) -> None:
         self._layer.set_weights(expert, data)
@@ -488,6 +563,8 @@ class Experts:
 
     def _address(self, name: str, expert: int) -> int:
         """Where one packed matrix lies."""
+        if expert not in self._weights:
+            raise ArgumentError(f"{name} of expert {expert}: is on a device, where nothing can be packed")
         start = address(f"expert {expert}", self._weights[expert], BYTES, (self.expert_nbytes,))
         before = self.projections[: self.projections.index(name)]
         return start + sum(self.spec.matrix_nbytes(*self.shape(other)) for other in before)

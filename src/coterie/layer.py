@@ -63,10 +63,10 @@ class Layer(_native.Layer):
         return self.spec.expert_nbytes(self.hidden_size, self.intermediate_size, self.has_gate)
 
     def place(self, pages: Tensor) -> None:
-        """Where there are several NUMA nodes: has fresh memory for all experts lie on the nodes that compute them."""
-        size = self.num_experts * self.expert_nbytes
-        memory = address("memory for experts", pages, BYTES, (size,))
-        _native.place(*self._layouts, self.num_experts, self.expert_nbytes, memory)
+        """Where there are several NUMA nodes: has fresh memory for experts lie on the nodes that compute them."""
+        count = pages.numel() // self.expert_nbytes
+        memory = address("memory for experts", pages, BYTES, (count * self.expert_nbytes,))
+        _native.place(*self._layouts, count, self.expert_nbytes, memory)
 
     def located(self, expert: int, data: Tensor) -> list[tuple[int, int, int]]:
         """(node that computes them, node that holds them or -1, bytes) of the packed matrices of one expert."""

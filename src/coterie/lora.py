@@ -49,7 +49,7 @@ class ExpertLora:
         return [float(s) for s in given] if isinstance(given, (tuple, list)) else [float(given)] * 3
 
     def check(self, experts: Experts) -> None:
-        """Raise ArgumentError unless the adapters fit these experts."""
+        """Raise ArgumentError unless the adapters fit these experts, wherever they are."""
         if len(self.scalings()) != 3:
             raise ArgumentError(f"scaling: expected one number or three, found {len(self.scalings())}")
         for name, (a, b) in self.pairs().items():
@@ -69,5 +69,3 @@ class ExpertLora:
                     raise ArgumentError(f"{name}_{label}: expected shape {list(shape)}, found {list(tensor.shape)}")
                 if tensor.dtype not in (torch.bfloat16, torch.float32, torch.float16):
                     raise ArgumentError(f"{name}_{label}: expected bfloat16, float32 or float16, found {tensor.dtype}")
-                if tensor.device.type != "cpu":
-                    raise ArgumentError(f"{name}_{label}: expected a CPU tensor, found {tensor.device}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .border import BF16, COMPUTED, DTYPES, F32, FLOATS, I64, address, is_plain, runs_now
+from .border import BF16, COMPUTED, DTYPES, F32, FLOATS, I64, address, check_device, is_plain, runs_now
 from .errors import ArgumentError
 from .layer import Layer, find
 from .lora import ExpertLora
@@ -77,14 +77,25 @@ def engine_factor(tensor: Tensor | None) -> Tensor | None:
 
 def checked(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None) -> list[Tensor]:
     """The factors of LoRA that are given. Raises ArgumentError for anything the engine cannot take."""
-    _check_batch(experts, x, ids, weights)
+    check_batch(experts, x, ids, weights)
     given = [factor for factor in (lora or ExpertLora()).factors() if factor is not None]
     if lora is not None and given:
         lora.check(experts)
+        for name, pair in lora.pairs().items():
+            for label, factor in zip("ab", pair, strict=True):
+                if factor is not None:
+                    check_device(f"{name}_{label}", factor)
     return given
 
 
-def _check_batch(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor) -> None:
+def check_batch(
+    experts: 'Experts',
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    device: torch.device | None = None,
+) -> None:
+    """Raises ArgumentError unless the tensors fit the experts and each other and are on `device`, None: the CPU."""
     if x.dim() != 2 or x.shape[1] != experts.hidden_size:
         raise ArgumentError(f"x: expected shape [tokens, {experts.hidden_size}], found {list(x.shape)}")
     if x.dtype not in DTYPES:
@@ -100,8 +111,7 @@ def _check_batch(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor) ->
     if not weights.is_floating_point():
         raise ArgumentError(f"weights: expected a float dtype, found {weights.dtype}")
     for name, tensor in (("x", x), ("ids", ids), ("weights", weights)):
-        if not tensor.is_cpu and tensor.device.type != "cpu":
-            raise ArgumentError(f"{name}: expected a CPU tensor, found {tensor.device}")
+        check_device(name, tensor, device)
 
 
 @torch.library.custom_op("coterie::experts_forward", mutates_args=())

@@ -46,7 +46,7 @@ class Codes:
         rows = self.codes.shape[0]
         scale = torch.ones(rows, 1, device="cpu") if self.row_scale is None else self.row_scale[:, None]
         if self.scale is not None:
-            scale = scale * _number(self.scale).repeat_interleave(self.spec.encoding.tile_rows, 0)[:rows]
+            scale = scale * number(self.scale).repeat_interleave(self.spec.encoding.tile_rows, 0)[:rows]
         dense = self._values().mul_(self._columns(scale))
         return dense if self.columns is None else torch.empty_like(dense).index_copy_(1, self.columns, dense)
 
@@ -58,7 +58,7 @@ class Codes:
         if scale is not None and dtype is not None:
             scale = scale.to(dtype)
         fitted = replace(self, codes=codes, scale=scale)
-        if codes is self.codes and (scale is self.scale or torch.equal(_number(scale), _number(self.scale))):
+        if codes is self.codes and (scale is self.scale or torch.equal(number(scale), number(self.scale))):
             return fitted
         exact = self.dequantize()
         return replace(fitted, loss=((fitted.dequantize() - exact).norm() / exact.norm()).item())
@@ -94,6 +94,6 @@ class Codes:
         return groups.repeat_interleave(self.spec.group_size or cols, 1)[:, :cols]
 
 
-def _number(scale: Tensor) -> Tensor:
+def number(scale: Tensor) -> Tensor:
     """Float32 of scales; uint8 ones are powers of two, 2^(byte - 127)."""
     return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()

@@ -20,8 +20,18 @@ if TYPE_CHECKING:
     from coterie.experts import Experts
 
 
-def forward(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None = None) -> Tensor:
-    """See Experts.__call__: x, ids and weights are on one device, LoRA's factors there or in RAM. So are gradients."""
+def forward(
+    experts: Experts,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    lora: ExpertLora | None = None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """See Experts.__call__: x, ids and weights are on one device, LoRA's factors there or in RAM. So are gradients.
+
+    meanwhile: queues work of the device that it is to do while the CPU computes.
+    """
     device = x.device
     for name, tensor in (("ids", ids), ("weights", weights)):
         if tensor.device != device:
@@ -43,6 +53,7 @@ def forward(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, lora: Exp
         factors[i] = factor
     if shared:
         factors[2] = factors[0]
+    meanwhile()
     given = any(factor is not None for factor in factors)
     out = ops.forward(experts, x, ids, weights, ExpertLora(*factors, lora.scaling) if given else None)
     return out.to(device) if copies is None else _ToDevice.apply(copies, out)

@@ -1,0 +1,57 @@
+"""Slots of a batch, which are a token and one of its experts, sorted by expert, on the tokens' device."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some experts and their rows: `rows` of the sorted slots, those of expert `experts[i]` end before `ends[i]`."""
+
+    experts: Tensor  # int64 [n]
+    rows: slice
+    ends: Tensor  # int32 [n], counted from the first of the rows
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """order: slots by expert, int64 [T*K]; those without an expert come last. tokens: theirs, T where there is none.
+
+    pieces: what is to be computed. Rows in none of them have no expert; some that have none may be in the last.
+    """
+
+    order: Tensor
+    tokens: Tensor
+    pieces: tuple[Piece, ...]
+
+
+def route(ids: Tensor, count: int, most: int) -> Routing:
+    """ids int64 [T, K] from -1, no expert, to count - 1. Pieces are of at most `most` experts.
+
+    One piece is laid out without waiting for the device; where there may be more, it is asked once.
+    """
+    (batch, top_k), slots = ids.shape, ids.numel()
+    ids = torch.where(ids < 0, count, ids).flatten()
+    rows = torch.zeros(count + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
+    n = min(count, slots)
+    experts = (rows[:count] == 0).to(torch.int8).argsort(stable=True)[:n]  # those with rows are the first
+    rank = torch.full_like(rows, n).scatter_(0, experts, torch.arange(n, device=ids.device))
+    order = rank[ids].argsort(stable=True)
+    tokens = torch.where(ids[order] < count, order // max(1, top_k), batch)
+    ends = rows[experts].cumsum(0).int()
+    if n <= most:
+        ends[-1:] = slots  # rows without an expert are the last one's
+        return Routing(order, tokens, (Piece(experts, slice(0, slots), ends),) if slots else ())
+    bounds = [0, *ends.tolist()]
+    used = sum(start < end for start, end in itertools.pairwise(bounds))
+    pieces = []
+    for first in range(0, used, most):
+        last = min(first + most, used)
+        span = slice(bounds[first], bounds[last])
+        pieces.append(Piece(experts[first:last], span, ends[first:last] - span.start))
+    return Routing(order, tokens, tuple(pieces))
