@@ -136,3 +136,76 @@ def test_only_the_experts_need_ram(checkpoint, pretend, monkeypatch):
     coterie.from_pretrained(path, "int8")
     rest = sum(p.nbytes for p in model.parameters() if not isinstance(p, PackedWeight))
     assert asked[1] - asked[0] == rest and asked[0] > 0
+
+
+PLACES = ["all", 3, 0.5, [[True, False] * 4, [False] * 8]]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("gpu_experts", PLACES[:3], ids=str)
+def test_experts_on_the_device(gpu_experts, family, checkpoint, pretend):
+    options = OPTIONS | {"activations": "bf16"}
+    model = coterie.from_pretrained(checkpoint(family), "int4", pretend.NAME, gpu_experts=gpu_experts, **options)
+    plain = coterie.from_pretrained(checkpoint(family), "int4", **options)
+    ids = tiny_models.prompt()
+    with torch.no_grad():
+        found, expected = model(ids.to(pretend.DEVICE)).logits.cpu(), plain(ids).logits
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.median() < 0.02, errors  # a token may choose another expert
+    assert model.generate(ids.to(pretend.DEVICE), max_new_tokens=3, do_sample=False).shape == (2, 15)
+
+
+@pytest.mark.parametrize("gpu_experts", PLACES, ids=["all", "number", "fraction", "mask"])
+def test_saved_and_opened_again(gpu_experts, checkpoint, tmp_path, pretend):
+    plain = coterie.from_pretrained(checkpoint("qwen3_moe"), "int8")
+    model = coterie.from_pretrained(checkpoint("qwen3_moe"), "int8", pretend.NAME, gpu_experts=gpu_experts)
+    model.to("cpu").save_pretrained(tmp_path)  # Transformers asks for storages, which the pretended device has not
+    assert "gpu_experts" not in (tmp_path / "config.json").read_text()
+    ids = tiny_models.prompt()
+    again = coterie.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, plain(ids).logits)
+        there = coterie.from_pretrained(tmp_path, device=pretend.NAME, gpu_experts=gpu_experts, mmap=True)
+        found, expected = (m(ids.to(pretend.DEVICE)).logits.cpu() for m in (there, model.to(pretend.DEVICE)))
+        assert torch.equal(found, expected)
+
+
+def test_moved_experts_refuse_the_cpu(checkpoint, pretend):
+    path = checkpoint("qwen3_moe")
+    model = coterie.from_pretrained(path, "int8", pretend.NAME, gpu_experts="all")
+    with pytest.raises(ArgumentError, match="x: expected a tensor on pretend:0, found cpu"):
+        model.to("cpu")(tiny_models.prompt())
+    with pytest.raises(ArgumentError, match="gpu_experts needs a GPU"):
+        coterie.from_pretrained(path, "int8", gpu_experts="all")
+    with pytest.raises(ArgumentError, match=r"gpu_experts: expected .* 2 layers by experts, found 9"):
+        coterie.from_pretrained(path, "int8", pretend.NAME, gpu_experts=9)
+
+
+@pytest.mark.parametrize("gpu_experts", PLACES, ids=["all", "number", "fraction", "mask"])
+@pytest.mark.parametrize("moved", [False, True], ids=["adapters in RAM", "adapters on the device"])
+def test_training_experts_on_the_device(gpu_experts, moved, checkpoint, pretend):
+    path, options = checkpoint("qwen3_moe"), {"target_modules": ["q_proj"], "target_parameters": PARAMETERS}
+    plain = adapt(coterie.from_pretrained(path, "int4", **OPTIONS), **options)
+    model = adapt(coterie.from_pretrained(path, "int4", pretend.NAME, gpu_experts=gpu_experts, **OPTIONS), **options)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "lora_" in name:
+                model.get_parameter(name).copy_(parameter)
+    model = model.to(pretend.DEVICE) if moved else model
+    loss, expected = loss_and_gradients(plain, "cpu")
+    before, found = loss_and_gradients(model, pretend.DEVICE)
+    assert before == pytest.approx(loss, rel=0.02)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert gradient.device == model.get_parameter(name).device, name
+        assert relative(gradient.cpu(), expected[name]) < 0.1, name
+
+
+def test_ram_for_experts_on_the_device(checkpoint, pretend, monkeypatch):
+    """A layer is whole in RAM while it is packed."""
+    path, asked = checkpoint("qwen3_moe"), []
+    monkeypatch.setattr(memory, "require", lambda needed, what: asked.append(needed) if "experts in" in what else None)
+    for gpu_experts in (None, 6, "all"):
+        model = coterie.from_pretrained(path, "int8", pretend.NAME, gpu_experts=gpu_experts)
+    whole = model.model.layers[0].mlp.experts.packed_module.experts.nbytes
+    assert asked == [2 * whole, 2 * whole // 4 + whole, whole]

@@ -6,7 +6,9 @@ import pytest
 import torch
 from engine_cases import FORMATS, dense, name_of, options
 from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, relative
+from torch.utils.checkpoint import checkpoint
 
+import coterie
 from coterie import Activation, ExpertLora, Experts, reference
 from coterie.activations import KINDS
 from coterie.errors import ArgumentError, DeviceError
@@ -201,6 +203,35 @@ def test_one_piece_is_dense_at_a_time(monkeypatch):
     seen.clear()
     experts(x, ids.where(ids > 3, 1), weights)
     assert sum(seen) == 2 * 3  # experts 1, 4 and 5 alone, gate with up and down
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("how", [{"use_reentrant": False}, coterie.checkpointing(), {"use_reentrant": True}])
+def test_checkpointing(how, where):
+    experts, _ = moved(experts=PLACES[where])
+    x, ids, weights, grad = random_batch(SIZES, 2, 20)
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    experts(one, ids, weights).backward(grad)
+    checkpoint(lambda x: experts(x, ids, weights), two, **how).backward(grad)
+    assert torch.equal(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_compiled(where):
+    """The rest of a graph is; the experts are not."""
+    experts, _ = moved(experts=PLACES[where])
+    x, ids, weights, _ = random_batch(SIZES, 2, 20)
+
+    def block(x):
+        return torch.relu(experts(x * 2, ids, weights)) + x
+
+    torch._dynamo.reset()
+    found = []
+    for compute in (block, torch.compile(block, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        y = compute(leaf)
+        found.append((y, *torch.autograd.grad(y.sum(), leaf)))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("spec", FORMATS, ids=name_of)

@@ -21,19 +21,21 @@ if TYPE_CHECKING:
 class Placement:
     """Which of a layer's E experts are on a device, and these.
 
-    experts: their numbers, ascending. slots: on the device, int64 [E + 2]: what stands for id - 1 .. E there, -1 for
-    ids of RAM and for both ends.
+    experts: their numbers, ascending; index: the same on the device. slots: on the device too, int64 [E + 2]: which of
+    its experts an id of -1 .. E is, or -1.
     """
 
     experts: tuple[int, ...]
+    index: Tensor
     slots: Tensor
     resident: Resident
 
     @classmethod
     def of(cls, resident: Resident, experts: tuple[int, ...], num_experts: int) -> Placement:
+        index = torch.tensor(experts, device="cpu")
         slots = torch.full((num_experts + 2,), -1, device="cpu")
-        slots[torch.tensor(experts, device="cpu") + 1] = torch.arange(len(experts), device="cpu")
-        return cls(experts, slots.to(resident.device), resident)
+        slots[index + 1] = torch.arange(len(experts), device="cpu")
+        return cls(experts, index.to(resident.device), slots.to(resident.device), resident)
 
     @property
     def whole(self) -> bool:
@@ -59,7 +61,9 @@ class Placement:
 
     def _own(self, factor: Tensor) -> Tensor:
         if not self.whole:
-            factor = factor.index_select(0, torch.tensor(self.experts, device=factor.device))
+            there = factor.device == self.index.device
+            index = self.index if there else torch.tensor(self.experts, device=factor.device)
+            factor = factor.index_select(0, index)
         return factor.to(self.resident.device)
 
 

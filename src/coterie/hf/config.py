@@ -15,7 +15,8 @@ from coterie.layer import check_activations
 
 METHOD = "coterie"
 STORED = ("experts", "group_size", "zero_point")  # what packed experts are
-LOADING = ("mmap", "activations")  # how packed experts are opened, and what they compute with
+# How packed experts are opened, what they compute with, and which are on the GPU.
+LOADING = ("mmap", "activations", "gpu_experts")
 OPTIONS = (*STORED, "scale_search", *LOADING)
 
 
@@ -29,6 +30,8 @@ class CoterieConfig(QuantizationConfigMixin):
     scale_search: choose scales that minimise the squared error, at pack time.
     mmap: read a packed checkpoint in place instead of copying it into huge pages; for models larger than memory.
     activations: what int8 and int4 experts compute with, "auto", "bf16" or "int8"; see `Experts`.
+    gpu_experts: which experts are on the GPU that the rest of the model is on, packed as in RAM: "all", a number of
+        each layer's, a fraction in (0, 1] (both take the first ones), or a bool mask [layers, experts]. Default: none.
 
     Given for a packed checkpoint, what is said of its format must be what it is packed as.
     Raises ArgumentError for a format, group size or option that does not exist.
@@ -42,6 +45,7 @@ class CoterieConfig(QuantizationConfigMixin):
         scale_search: bool = True,
         mmap: bool = False,
         activations: str = "auto",
+        gpu_experts: Any = None,
         quant_method: str = METHOD,
         version: str = VERSION,
         **unknown: Any,
@@ -66,6 +70,7 @@ class CoterieConfig(QuantizationConfigMixin):
         self.scale_search = scale_search
         self.mmap = mmap
         self.activations = activations
+        self.gpu_experts = gpu_experts
         self.become(spec)
 
     def become(self, spec: Format) -> None:

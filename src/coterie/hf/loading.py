@@ -35,10 +35,11 @@ def from_pretrained(
     scale_search: bool = True,
     mmap: bool = False,
     activations: str = "auto",
+    gpu_experts: Any = None,
     auto_class: Any = AutoModelForCausalLM,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Loads any Transformers causal LM that has experts, with its experts packed in CPU memory.
+    """Loads any Transformers causal LM that has experts, with its experts packed, in CPU memory or on a GPU.
 
     path_or_id: a checkpoint folder or a Hugging Face id; plain (bf16, fp16, f32: packed while it streams in), quantised
         (FP8, MXFP4, NVFP4, GPTQ ...: experts keep their codes, the rest is dequantised), or packed before (by
@@ -49,6 +50,8 @@ def from_pretrained(
     group_size, zero_point, scale_search: as in CoterieConfig; for checkpoints that are not packed.
     mmap: use a packed checkpoint's experts where they lie on disk, instead of copying them into huge pages.
     activations: what int8 and int4 experts compute with: "auto", "bf16" or "int8"; see `Experts`.
+    gpu_experts: with device="cuda", which experts are there too instead of in RAM: "all", a number of each layer's, a
+        fraction in (0, 1], or a bool mask [layers, experts]; see CoterieConfig.
     auto_class: what loads the model, for other heads than causal LM.
     Other arguments are those of `auto_class.from_pretrained`: settings of the config, `revision`, `subfolder`, `dtype`,
     and so on. A `config` that is given is not changed.
@@ -64,7 +67,7 @@ def from_pretrained(
         kwargs["device_map"] = str(device)
     if "quantization_config" in kwargs:
         raise ArgumentError("quantization_config is made by coterie.from_pretrained: give experts=... instead")
-    asked = CoterieConfig(experts, group_size, zero_point, scale_search, mmap, activations)
+    asked = CoterieConfig(experts, group_size, zero_point, scale_search, mmap, activations, gpu_experts)
     check_path(path_or_id, kwargs.get("subfolder") or "")
     config, kwargs = split_config(path_or_id, kwargs)
     parts = [config, config.get_text_config()]

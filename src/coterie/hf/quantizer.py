@@ -25,6 +25,7 @@ from coterie.checkpoints.packed_read import open_layer
 from coterie.checkpoints.tensorfile import TensorFile
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.experts import Experts
+from coterie.gpu.choice import chosen
 from coterie.gpu.device import usable
 from coterie.hf.config import METHOD, CoterieConfig
 from coterie.hf.experts import NAME
@@ -104,7 +105,12 @@ class CoterieQuantizer(HfQuantizer):
                 options.become(self._quantised.format(options.asked))
         for name, layout in self._layouts.items():
             self._check_format(name, layout)
-        needed = loaded_nbytes(model, self._layouts, options.spec, options.mmap, rest_in_ram=self._device.type == "cpu")
+        self._moved = chosen(options.gpu_experts, [layout.num_experts for layout in self._layouts.values()])
+        if any(self._moved) and self._device.type == "cpu":
+            raise ArgumentError('gpu_experts needs a GPU for the rest of the model too: device="cuda"')
+        needed = loaded_nbytes(
+            model, self._layouts, options.spec, options.mmap, self._device.type == "cpu", [len(m) for m in self._moved]
+        )
         memory.require(needed, f"{type(model).__name__} with experts in {options.experts}")
         for name in self._layouts:
             module = model.get_submodule(name)
@@ -127,13 +133,16 @@ class CoterieQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
         numbers = number_layers(list(self._layouts))
         description = "Opening experts" if self.pre_quantized else "Packing experts"
-        for name, layout in logging.tqdm(self._layouts.items(), desc=description):
+        layouts = logging.tqdm(self._layouts.items(), desc=description)
+        for (name, layout), moved in zip(layouts, self._moved, strict=True):
             module, experts = model.get_submodule(name), self._load(name, layout, numbers[name])
             experts.activations = self.quantization_config.activations
+            if moved:
+                experts.move(self._device, moved)
             attach(module, experts, layout)
             remove_hooks(module)
         become_packed(model)
-        del self._model, self._layouts
+        del self._model, self._layouts, self._moved
         if not self.pre_quantized and self._quantised is None:
             del self._sources, self._files
         elif not self.pre_quantized:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -33,10 +35,24 @@ def rest_of(model: nn.Module, experts: list[nn.Module]) -> list[nn.Parameter]:
 
 
 def loaded_nbytes(
-    model: PreTrainedModel, layouts: dict[str, Layout], spec: Format, mmap: bool = False, rest_in_ram: bool = True
+    model: PreTrainedModel,
+    layouts: dict[str, Layout],
+    spec: Format,
+    mmap: bool = False,
+    rest_in_ram: bool = True,
+    moved: Sequence[int] = (),
 ) -> int:
-    """Bytes of RAM that `model` takes with its experts packed as `spec`; mapped ones are the page cache's."""
-    packed = 0 if mmap else sum(layout.num_experts * expert_nbytes(layout, spec) for layout in layouts.values())
+    """Bytes of RAM that `model` takes with its experts packed as `spec`; mapped ones are the page cache's.
+
+    moved: how many experts of each layer go to a device. A layer is whole in RAM until then.
+    """
+    counts = moved or [0] * len(layouts)
+    packed = whole = 0
+    for layout, count in zip(layouts.values(), counts, strict=True):
+        expert = expert_nbytes(layout, spec)
+        packed += (layout.num_experts - count) * expert
+        whole = max(whole, layout.num_experts * expert if count else 0)
+    packed = 0 if mmap else packed + whole
     if not rest_in_ram:
         return packed
     rest = sum(parameter.nbytes for parameter in rest_of(model, [model.get_submodule(name) for name in layouts]))

@@ -1,0 +1,50 @@
+"""Which experts of a model go to its GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from coterie.errors import ArgumentError
+
+
+def chosen(gpu_experts: Any, counts: Sequence[int]) -> list[tuple[int, ...]]:
+    """The experts of each layer that go to the GPU; `counts`: how many each has.
+
+    gpu_experts: None, for none; "all"; a number for each layer, or a fraction of it in (0, 1], rounded, which take the
+    first ones; a bool mask [layers, experts], True for the GPU. Raises ArgumentError for anything else.
+    """
+    if gpu_experts is None:
+        return [()] * len(counts)
+    if isinstance(gpu_experts, str):
+        if gpu_experts != "all":
+            raise _refused(gpu_experts, counts)
+        return [tuple(range(count)) for count in counts]
+    if isinstance(gpu_experts, bool):
+        raise _refused(gpu_experts, counts)
+    if isinstance(gpu_experts, int):
+        if not 0 <= gpu_experts <= min(counts):
+            raise _refused(gpu_experts, counts)
+        return [tuple(range(gpu_experts))] * len(counts)
+    if isinstance(gpu_experts, float):
+        if not 0 < gpu_experts <= 1:
+            raise _refused(gpu_experts, counts)
+        return [tuple(range(round(gpu_experts * count))) for count in counts]
+    try:
+        rows = [torch.as_tensor(row, device="cpu") for row in gpu_experts]
+    except (TypeError, ValueError, RuntimeError):
+        raise _refused(type(gpu_experts).__name__, counts) from None
+    if [tuple(row.shape) for row in rows] != [(count,) for count in counts] or any(r.dtype != torch.bool for r in rows):
+        found = f"{type(gpu_experts).__name__} of {len(rows)} rows" + (f" of {rows[0].dtype}" if rows else "")
+        raise _refused(found, counts)
+    return [tuple(row.nonzero()[:, 0].tolist()) for row in rows]
+
+
+def _refused(found: Any, counts: Sequence[int]) -> ArgumentError:
+    experts = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    return ArgumentError(
+        f'gpu_experts: expected "all", a number of each layer\'s {experts} experts, a fraction in (0, 1], or a bool '
+        f"mask of {len(counts)} layers by experts, found {found!r}"
+    )

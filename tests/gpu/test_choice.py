@@ -1,0 +1,45 @@
+"""What `gpu_experts` stands for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coterie.errors import ArgumentError
+from coterie.gpu.choice import chosen
+
+MASK = torch.tensor([[True, False, False, True], [False] * 4, [True] * 4])
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (None, [(), (), ()]),
+        ("all", [(0, 1, 2, 3)] * 3),
+        (0, [()] * 3),
+        (2, [(0, 1)] * 3),
+        (4, [(0, 1, 2, 3)] * 3),
+        (0.5, [(0, 1)] * 3),
+        (1.0, [(0, 1, 2, 3)] * 3),
+        (MASK, [(0, 3), (), (0, 1, 2, 3)]),
+        (MASK.tolist(), [(0, 3), (), (0, 1, 2, 3)]),
+        (MASK.numpy(), [(0, 3), (), (0, 1, 2, 3)]),
+    ],
+    ids=str,
+)
+def test_chosen(asked, expected):
+    assert chosen(asked, [4, 4, 4]) == expected
+
+
+def test_layers_of_different_sizes():
+    assert chosen(0.5, [4, 8]) == [(0, 1), (0, 1, 2, 3)]
+    assert chosen([[True, False], [False, True, True]], [2, 3]) == [(0,), (1, 2)]
+
+
+WRONG = ["auto", "half", -1, 5, 0.0, 1.5, True, float("nan"), MASK[:2], MASK[:, :3], MASK.int(), [], [1, 2], object()]
+
+
+@pytest.mark.parametrize("asked", WRONG)
+def test_refused(asked):
+    with pytest.raises(ArgumentError, match=r'gpu_experts: expected "all", a number of each layer\'s 4 experts'):
+        chosen(asked, [4, 4, 4])
