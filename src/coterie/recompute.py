@@ -17,7 +17,8 @@ def checkpointing(retain_experts: bool = True) -> dict[str, Any]:
         SFTConfig(gradient_checkpointing=True, gradient_checkpointing_kwargs=coterie.checkpointing(), ...)
 
     retain_experts: keep what the experts computed (T*K*2I values a layer) and recompute only the rest in the backward
-        pass, so each layer's experts run forward once, those on a GPU excepted; False: recompute everything, and keep only the layers' inputs.
+        pass, so each layer's experts run forward once, but for those that are on a GPU; False: recompute everything,
+        and keep only the layers' inputs.
     """
     if not retain_experts:
         return {"use_reentrant": False}

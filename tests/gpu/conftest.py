@@ -13,17 +13,19 @@ from torch.utils import backend_registration
 
 sys.path.append(str(Path(__file__).parents[1] / "hf"))  # its tiny models
 
-
-module: ModuleType | None = None
-if not torch.cuda.is_available() and hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
-    import pretend as module  # before any test: autograd counts the devices when it first runs
+# Before the first backward pass of the process: autograd counts the devices then, once.
+IN_PYTHON = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+if IN_PYTHON and not torch.cuda.is_available():
+    import pretend as pretended
 
 
 @pytest.fixture
 def pretend() -> Iterator[ModuleType]:
     """The pretended device; what was copied is forgotten."""
-    if module is None:
-        pytest.skip("a real GPU is tested instead, or this torch takes no backends in Python")
-    module.copied.clear()
-    with module.Device():
-        yield module
+    if torch.cuda.is_available():
+        pytest.skip("a real GPU is tested instead")
+    if not IN_PYTHON:
+        pytest.skip("this torch takes no backends in Python")
+    pretended.copied.clear()
+    with pretended.Device():
+        yield pretended

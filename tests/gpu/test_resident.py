@@ -217,6 +217,16 @@ def test_checkpointing(how, where):
 
 
 @pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, where):
+    experts, _ = moved(experts=PLACES[where])
+    x, ids, weights, _ = random_batch(SIZES, 2, 20)
+    with torch.autocast("cpu", dtype):
+        found = experts(x, ids, weights)
+    assert torch.equal(found, experts(x, ids, weights))
+
+
+@pytest.mark.parametrize("where", PLACES)
 def test_compiled(where):
     """The rest of a graph is; the experts are not."""
     experts, _ = moved(experts=PLACES[where])

@@ -62,9 +62,10 @@ class Resident:
         names = tuple(lora)
         factors = [factor for a, b, _ in lora.values() for factor in (a, b)]
         scalings = tuple(scaling for _, _, scaling in lora.values())
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weights, *factors)):
-            return _Compute.apply(self, names, scalings, x, ids, weights, *factors)
-        return _Call(self, names, scalings, x, ids, weights, factors).output()
+        with torch.autocast(self.device.type, enabled=False):
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weights, *factors)):
+                return _Compute.apply(self, names, scalings, x, ids, weights, *factors)
+            return _Call(self, names, scalings, x, ids, weights, factors).output()
 
     def route(self, ids: Tensor) -> Routing:
         rows, cols = self.matrices["up"].codes.shape[1], self.matrices["up"].cols
@@ -226,7 +227,7 @@ class _Call:
 
     def bias(self, piece: Piece, name: str) -> Tensor:
         """Float32 [rows, ...]."""
-        row = torch.arange(piece.rows.stop - piece.rows.start, device=self.x.device)
+        row = torch.arange(piece.rows.stop - piece.rows.start, dtype=torch.int32, device=self.x.device)
         return self.resident.biases[name][piece.experts[torch.searchsorted(piece.ends, row, right=True)]]
 
     def _summed(self, slots: Tensor) -> Tensor:
