@@ -46,7 +46,10 @@ def test_a_layer_of_experts_stands_alone(tmp_path: Path) -> None:
     assert [tuple(w.shape) for w in experts.dequantize() if w is not None] == [(4, 64, 128), (4, 64, 128), (4, 128, 64)]
 
     experts.save(tmp_path, layer=0)
-    assert torch.equal(coterie.Experts.open(tmp_path, layer=0)(x, ids, weights), y)
+    opened = coterie.Experts.open(tmp_path, layer=0)
+    assert torch.equal(opened(x, ids, weights), y)
+    opened.move("cpu", [0, 3])  # a device: "cuda" where there is one
+    torch.testing.assert_close(opened(x, ids, weights), y, rtol=0.05, atol=0.05 * float(y.abs().max()))
 
 
 def test_threads_can_be_set() -> None:

@@ -20,8 +20,8 @@ from .errors import ArgumentError
 from .formats import PANEL_ROWS, Format, resolve, round_up
 from .gpu import hybrid, offload
 from .gpu.device import usable
-from .gpu.matrices import unpacked
 from .gpu.resident import Resident
+from .gpu.stream import unpacked
 from .layer import PROJECTIONS, Layer, check_activations
 from .lora import ExpertLora
 

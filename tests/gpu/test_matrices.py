@@ -7,7 +7,7 @@ import torch
 from engine_cases import FORMATS, matrix_shapes, name_of, options
 
 from coterie import Experts
-from coterie.gpu.matrices import unpacked
+from coterie.gpu.stream import unpacked
 
 
 def data_of(experts, name):

@@ -9,11 +9,12 @@ from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, rela
 from torch.utils.checkpoint import checkpoint
 
 import coterie
-from coterie import Activation, ExpertLora, Experts, reference
+from coterie import Activation, ExpertLora, Experts, ops, reference
 from coterie.activations import KINDS
 from coterie.errors import ArgumentError, DeviceError
 from coterie.gpu import resident
 from coterie.gpu.activate import activate
+from coterie.gpu.transfer import Transfer
 
 SIZES = (6, 128, 256)
 SPEC = FORMATS[6]
@@ -178,6 +179,25 @@ def test_same_bits_every_time(pieces):
     lora = random_lora(SIZES, 8, torch.float32)
     one, two = (gradients(lambda x, w, lora: experts(x, ids, w, lora), x, weights, lora, grad) for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_device_is_at_work_while_the_cpu_computes(monkeypatch):
+    """Its work is queued when the tokens are in RAM, before the CPU begins."""
+    experts, _ = moved(experts=(0, 2, 3))
+    x, ids, weights, _ = random_batch(SIZES, 2, 20)
+    begun = []
+
+    def noted(owner, name, what):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: begun.append(what) or original(*args))
+
+    noted(Transfer, "to_host", "tokens to RAM")
+    noted(resident.Resident, "forward", "device")
+    noted(ops, "forward", "CPU")
+    noted(Transfer, "to_device", "result back")
+    with torch.no_grad():
+        experts(x, ids, weights)
+    assert begun == ["tokens to RAM", "device", "CPU", "result back"]
 
 
 def test_only_the_activations_are_kept():

@@ -173,9 +173,9 @@ class _Call:
             order = self.routing.order[piece.rows]
             grad_weights[order] = found
             (slope,) = torch.autograd.grad(hidden, leaf, self.weighted(piece, back))
-            back = self.back_first(piece, slope, grads, wanted)
-            if slots is not None:
-                slots.index_copy_(0, order, back)
+            back_rows = self.back_first(piece, slope, grads, wanted)
+            if slots is not None and back_rows is not None:
+                slots.index_copy_(0, order, back_rows)
         return None if slots is None else self._summed(slots), grad_weights.view(self.shape)
 
     def rows(self, piece: Piece, tokens: Tensor) -> Tensor:
