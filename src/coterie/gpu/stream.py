@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coterie.checkpoints.codes import VALUES
+from coterie.checkpoints.codes import MIDDLE, VALUES
 from coterie.formats import PANEL_ROWS, Format, round_up
 from coterie.gpu.matrices import Matrices
 
@@ -88,7 +88,10 @@ def _in_order(bits: int, words: Tensor) -> Tensor:
 
 def _pairs(spec: Format) -> Tensor:
     """For each byte the values of its two codes, as the bits of an int32."""
-    values = torch.arange(16) if spec.zero_point else torch.tensor(VALUES[spec.name])
+    if spec.name in VALUES:
+        values = torch.tensor(VALUES[spec.name])
+    else:
+        values = torch.arange(16) - (0 if spec.zero_point else MIDDLE[spec.name])
     values = values.to(torch.bfloat16)
     byte = torch.arange(256)
     return torch.stack([values[byte & 15], values[byte >> 4]], -1).view(torch.int32)[:, 0]
