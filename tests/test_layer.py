@@ -102,7 +102,7 @@ def test_unknown_handles(operator):
         ),
     }
     for handle in (torch.tensor(0), torch.tensor([1]), stale):
-        with pytest.raises(ArgumentError, match="packed experts that are not in this process"):
+        with pytest.raises(ArgumentError, match="packed weights that are not in this process"):
             calls[operator](handle)
 
 
@@ -130,7 +130,7 @@ def test_an_exported_graph_elsewhere_is_an_error(tmp_path):
     done = subprocess.run(
         [*program, tmp_path / "graph.pt2", tmp_path / "inputs.pt"], capture_output=True, text=True, timeout=120
     )
-    assert "packed experts that are not in this process" in done.stdout, done.stderr
+    assert "packed weights that are not in this process" in done.stdout, done.stderr
 
 
 def test_layers_share_a_compiled_graph():

@@ -38,6 +38,7 @@ struct Workspace {
   StagedBuffer input, hidden, low_gate, low_up, low_down;
   StagedBuffer grad_out, grads, d_low_down;
   Buffer hidden_rows, result, scratch, weight_parts;
+  std::vector<int32_t> in_order;  // 0, 1, 2 ...
 
   void release();
   int64_t bytes();

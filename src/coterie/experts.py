@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import _native, memory, ops, tickets
+from . import _native, handles, memory, ops, tickets
 from .activations import Activation
 from .border import BYTES, DTYPES, F32, FLOATS, address, is_plain
 from .checkpoints import Codes, LayerReader, PackedFile, open_layer, open_reader, packed, write_layer
@@ -72,7 +72,7 @@ class Experts:
         self._mapped = False  # the weights are pages of a file
         self._placement: hybrid.Placement | None = None
         self._layer = Layer(spec, num_experts, hidden_size, intermediate_size, activation, has_gate)
-        self._handle = self._layer.new_handle()
+        self._handle = handles.new_handle(self._layer)
         self.activations = activations
 
     # --- making ---

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
-import weakref
-
-import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, handles
 from .activations import Activation
 from .border import BYTES, F32, address
 from .errors import ArgumentError
@@ -16,8 +12,6 @@ from .formats import ENCODINGS, PANEL_ROWS, Format, round_up
 
 PROJECTIONS = ("gate", "up", "down")  # in the order of the engine's numbers
 ACTIVATIONS = ("auto", "bf16", "int8")
-
-_layers: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 
 
 class Layer(_native.Layer):
@@ -38,24 +32,14 @@ class Layer(_native.Layer):
         activation: Activation,
         has_gate: bool,
     ) -> None:
-        number = secrets.randbits(63)
+        number = handles.new_number()
         up, down = spec.layout(intermediate_size, hidden_size), spec.layout(hidden_size, intermediate_size)
         super().__init__(number, up, down, activation.native(), num_experts, has_gate)
         self._layouts = up, down, has_gate
         self.spec, self.num_experts = spec, num_experts
         self.hidden_size, self.intermediate_size, self.has_gate = hidden_size, intermediate_size, has_gate
         self.activations, self.adapted = "auto", False
-        _layers[number] = self
-
-    def new_handle(self) -> Tensor:
-        """A tensor by which the operators find this layer; it keeps the layer alive.
-
-        Operators take tensors and numbers only, and torch.compile specialises a graph on a number of a module: with a
-        tensor, all layers of a model share one graph. Its value is a random number, so that a graph that was saved in
-        one process finds no layer in another. The layer must not hold it: the two would never be freed.
-        """
-        with torch.inference_mode(False):  # autograd saves it
-            return self.handle()
+        handles.register(number, self)
 
     @property
     def expert_nbytes(self) -> int:
@@ -100,17 +84,6 @@ class Layer(_native.Layer):
                 '"bf16"'
             )
         self.adapted = True
-
-
-def find(handle: Tensor) -> Layer:
-    """The layer that a handle stands for. Raises ArgumentError where it is another process's, or gone."""
-    layer = _layers.get(int(handle))
-    if layer is None:
-        raise ArgumentError(
-            "this graph computes packed experts that are not in this process: graphs refer to experts, they do not "
-            "hold them; open the model here and compile or export it again"
-        )
-    return layer
 
 
 def check_activations(activations: str, spec: Format) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .border import BF16, COMPUTED, DTYPES, F32, FLOATS, I64, address, check_device, is_plain, runs_now
 from .errors import ArgumentError
-from .layer import Layer, find
+from .handles import find
+from .layer import Layer
 from .lora import ExpertLora
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 from transformers.quantizers import auto
@@ -15,14 +16,14 @@ from coterie.layer import check_activations
 
 METHOD = "coterie"
 STORED = ("experts", "group_size", "zero_point")  # what packed experts are
-# How packed experts are opened, what they compute with, and which are on the GPU.
-LOADING = ("mmap", "activations", "gpu_experts")
+# How packed experts are opened, what they compute with, which are on the GPU, and what else is packed.
+LOADING = ("mmap", "activations", "gpu_experts", "dense", "dense_skip")
 OPTIONS = (*STORED, "scale_search", *LOADING)
 
 
 @auto.register_quantization_config(METHOD)
 class CoterieConfig(QuantizationConfigMixin):
-    """How the experts of a model are packed; the rest of the model keeps its dtype.
+    """How the experts of a model are packed, and its linear layers; the rest of the model keeps its dtype.
 
     experts: "bf16", "int8" or "int4", which is the default.
     group_size: columns that share one scale, 0 for one scale per row. Default: 32 for int4, per row for int8.
@@ -32,6 +33,9 @@ class CoterieConfig(QuantizationConfigMixin):
     activations: what int8 and int4 experts compute with, "auto", "bf16" or "int8"; see `Experts`.
     gpu_experts: which experts are on the GPU that the rest of the model is on, packed as in RAM: "all", a number of
         each layer's, a fraction in (0, 1] (both take the first ones), or a bool mask [layers, experts]. Default: none.
+    dense: the format that linear layers outside the experts are packed in when the model is loaded: attention, dense
+        MLPs, shared experts, the head; routers and embeddings stay. Default: they keep their dtype.
+    dense_skip: regular expressions; layers whose names they match keep their dtype.
 
     Given for a packed checkpoint, what is said of its format must be what it is packed as.
     Raises ArgumentError for a format, group size or option that does not exist.
@@ -46,6 +50,8 @@ class CoterieConfig(QuantizationConfigMixin):
         mmap: bool = False,
         activations: str = "auto",
         gpu_experts: Any = None,
+        dense: str | None = None,
+        dense_skip: Sequence[str] = (),
         quant_method: str = METHOD,
         version: str = VERSION,
         **unknown: Any,
@@ -71,6 +77,10 @@ class CoterieConfig(QuantizationConfigMixin):
         self.mmap = mmap
         self.activations = activations
         self.gpu_experts = gpu_experts
+        self.dense = None if dense is None else resolve(dense).name
+        if dense_skip and dense is None:
+            raise ArgumentError("dense_skip: expected dense=... too, the format that the other layers are packed in")
+        self.dense_skip = list(dense_skip)
         self.become(spec)
 
     def become(self, spec: Format) -> None:

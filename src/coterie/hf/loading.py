@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def from_pretrained(
     mmap: bool = False,
     activations: str = "auto",
     gpu_experts: Any = None,
+    dense: str | None = None,
+    dense_skip: Sequence[str] = (),
     auto_class: Any = AutoModelForCausalLM,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -52,6 +55,8 @@ def from_pretrained(
     activations: what int8 and int4 experts compute with: "auto", "bf16" or "int8"; see `Experts`.
     gpu_experts: with device="cuda", which experts are there too instead of in RAM: "all", a number of each layer's, a
         fraction in (0, 1], or a bool mask [layers, experts]; see CoterieConfig.
+    dense, dense_skip: the format that linear layers outside the experts are packed in, "int8" say, and regular
+        expressions for those that are not; see CoterieConfig.
     auto_class: what loads the model, for other heads than causal LM.
     Other arguments are those of `auto_class.from_pretrained`: settings of the config, `revision`, `subfolder`, `dtype`,
     and so on. A `config` that is given is not changed.
@@ -67,7 +72,9 @@ def from_pretrained(
         kwargs["device_map"] = str(device)
     if "quantization_config" in kwargs:
         raise ArgumentError("quantization_config is made by coterie.from_pretrained: give experts=... instead")
-    asked = CoterieConfig(experts, group_size, zero_point, scale_search, mmap, activations, gpu_experts)
+    asked = CoterieConfig(
+        experts, group_size, zero_point, scale_search, mmap, activations, gpu_experts, dense, dense_skip
+    )
     check_path(path_or_id, kwargs.get("subfolder") or "")
     config, kwargs = split_config(path_or_id, kwargs)
     parts = [config, config.get_text_config()]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from coterie.checkpoints.folderwriter import replaced_folder
 from coterie.checkpoints.packed_write import write_layer
 from coterie.errors import ArgumentError
+from coterie.hf.dense import packed_linears
 from coterie.hf.modules import number_layers, packed_modules
 from coterie.hf.packed import described
 from coterie.hf.saving import write_index
@@ -37,8 +38,12 @@ class PackedModel:
         if not experts:
             return super().extra_repr()
         nbytes = sum(e.nbytes for e in experts)
-        rest = self.get_memory_footprint() - nbytes
+        linears = [linear for _, linear in packed_linears(self)]
+        dense = sum(linear.nbytes for linear in linears)
+        rest = self.get_memory_footprint() - nbytes - dense
         packed = f"experts packed as {described(experts[0].spec)}: {nbytes / 1e6:,.1f} MB"
+        if linears:
+            packed += f"; {len(linears)} linear layers as {described(linears[0].spec)}: {dense / 1e6:,.1f} MB"
         return f"{packed}; the rest {str(self.dtype).removeprefix('torch.')}: {rest / 1e6:,.1f} MB"
 
     def train(self, mode: bool = True) -> PreTrainedModel:
@@ -49,6 +54,8 @@ class PackedModel:
         if mode:
             for _, packed in packed_modules(self):
                 packed.experts.adapt()
+            for _, linear in packed_linears(self):
+                linear.adapt()
         return super().train(mode)
 
     def half(self) -> PreTrainedModel:
@@ -64,7 +71,8 @@ class PackedModel:
         tensors = [p for p in self.parameters() if not isinstance(p, PackedWeight)]
         if return_buffers:
             tensors += self.buffers()
-        return sum(t.nbytes for t in tensors) + sum(packed.experts.nbytes for _, packed in packed_modules(self))
+        experts = sum(packed.experts.nbytes for _, packed in packed_modules(self))
+        return sum(t.nbytes for t in tensors) + experts + sum(linear.nbytes for _, linear in packed_linears(self))
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
         """Writes a packed checkpoint, which loads again with bit-equal logits; arguments as Transformers has them.
@@ -81,6 +89,11 @@ class PackedModel:
             raise ArgumentError("push_to_hub is not supported for packed models: save to a folder, then `hf upload` it")
         if kwargs.get("variant"):
             raise ArgumentError(f"variant={kwargs['variant']!r} is not supported for packed models: use another folder")
+        if any(packed_linears(self)):
+            raise ArgumentError(
+                "save_pretrained: the linear layers are packed, which no checkpoint holds yet: open the model without "
+                "dense=... to save it"
+            )
         folder = Path(save_directory)
         numbers = number_layers(list(packed))
         with replaced_folder(folder, self.get_memory_footprint(return_buffers=False)) as new:

@@ -28,6 +28,14 @@ class PackedModule:
     def __deepcopy__(self, memo: dict) -> PackedModule:
         return self
 
+    @property
+    def format(self) -> str:
+        return self.experts.format
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of parameter `name`."""
+        return self.layout.shape(name)
+
     def extra_repr(self) -> str:
         """What print(model) says of it."""
         layout = self.layout

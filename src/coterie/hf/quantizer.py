@@ -25,9 +25,11 @@ from coterie.checkpoints.packed_read import open_layer
 from coterie.checkpoints.tensorfile import TensorFile
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.experts import Experts
+from coterie.formats import resolve
 from coterie.gpu.choice import chosen
 from coterie.gpu.device import usable
 from coterie.hf.config import METHOD, CoterieConfig
+from coterie.hf.dense import detach, pack_linears, packed_linears
 from coterie.hf.experts import NAME
 from coterie.hf.layout import Layout
 from coterie.hf.model import become_packed
@@ -108,6 +110,8 @@ class CoterieQuantizer(HfQuantizer):
         self._moved = chosen(options.gpu_experts, [layout.num_experts for layout in self._layouts.values()])
         if any(self._moved) and self._device.type == "cpu":
             raise ArgumentError('gpu_experts needs a GPU for the rest of the model too: device="cuda"')
+        if options.dense is not None and self._device.type != "cpu":
+            raise ArgumentError(f"dense={options.dense!r}: linear layers are packed on the CPU, found {self._device}")
         needed = loaded_nbytes(
             model, self._layouts, options.spec, options.mmap, self._device.type == "cpu", [len(m) for m in self._moved]
         )
@@ -141,6 +145,8 @@ class CoterieQuantizer(HfQuantizer):
                 experts.move(self._device, moved)
             attach(module, experts, layout)
             remove_hooks(module)
+        if self.quantization_config.dense is not None:
+            pack_linears(model, resolve(self.quantization_config.dense), self.quantization_config.dense_skip)
         become_packed(model)
         del self._model, self._layouts, self._moved
         if not self.pre_quantized and self._quantised is None:
@@ -206,6 +212,8 @@ class CoterieQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         for name, _ in list(packed_modules(model)):
             unpack(model.get_submodule(name), dtype, model.device)
+        for name, _ in list(packed_linears(model)):
+            detach(model.get_submodule(name), dtype)
         model.set_experts_implementation(model.get_correct_experts_implementation(None))
         return model
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from coterie.errors import ArgumentError
-from coterie.hf.packed import PackedModule
 
 logger = logging.getLogger(__name__)
 
@@ -19,20 +18,29 @@ SAME = {aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_f
 EMPTY = {aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default}
 
 
+class Packed(Protocol):
+    """Where the values of a module's packed parameters are."""
+
+    @property
+    def format(self) -> str: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dense(self, name: str, dtype: torch.dtype) -> Tensor: ...
+
+
 class PackedWeight(Tensor):
-    """A frozen parameter of an experts module whose values live in a `PackedModule`.
+    """A frozen parameter whose values are packed, in a `PackedModule` of experts for instance.
 
     It has the logical shape and dtype of the parameter it replaces (so that PEFT, parameter counts and `.to()` see what
     they expect) and takes no memory. Reading it gives the values that the kernels compute with: `weight[expert]`
     dequantises one expert, any other op the whole tensor. Writing to it raises ArgumentError.
     """
 
-    packed: PackedModule
+    packed: Packed
     parameter: str
 
     @staticmethod
-    def __new__(cls, packed: PackedModule, name: str, dtype: torch.dtype) -> PackedWeight:
-        weight = Tensor._make_wrapper_subclass(cls, packed.layout.shape(name), dtype=dtype, device="cpu")
+    def __new__(cls, packed: Packed, name: str, dtype: torch.dtype) -> PackedWeight:
+        weight = Tensor._make_wrapper_subclass(cls, packed.shape(name), dtype=dtype, device="cpu")
         weight.packed = packed
         weight.parameter = name
         return weight
@@ -48,7 +56,7 @@ class PackedWeight(Tensor):
         return isinstance(other, PackedWeight) and (other.packed, other.parameter) == (self.packed, self.parameter)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"PackedWeight({self.parameter} {list(self.shape)}, {self.packed.experts.format}, dtype={self.dtype})"
+        return f"PackedWeight({self.parameter} {list(self.shape)}, {self.packed.format}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo: dict) -> Tensor:
         return nn.Parameter(PackedWeight(self.packed, self.parameter, self.dtype), requires_grad=False)
@@ -75,7 +83,7 @@ class PackedWeight(Tensor):
                 kwargs.setdefault("dtype", first.dtype)
                 plain = torch.empty(first.shape, dtype=first.dtype, device="meta")
                 return func(plain, *args[1:], **{**kwargs, "device": kwargs.get("device") or "cpu"})
-            if func is aten.select.int and args[1] == 0 and not first.parameter.endswith("_bias"):
+            if func is aten.select.int and args[1] == 0 and first.dim() == 3:
                 return first.packed.dense_expert(first.parameter, int(args[2]) % first.shape[0], first.dtype)
             if func is aten.copy_.default and first._is(args[1]):
                 return first
@@ -86,7 +94,7 @@ class PackedWeight(Tensor):
                 )
         if func._schema.is_mutable and any(_written(func, args, kwargs)):
             raise ArgumentError(
-                f"{func.__name__} would write to packed expert weights, which are frozen: load new weights with "
+                f"{func.__name__} would write to packed weights, which are frozen: load new weights with "
                 "coterie.from_pretrained(), train them through LoRA"
             )
         return func(*_dense(args), **_dense(kwargs))

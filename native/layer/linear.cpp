@@ -1,0 +1,87 @@
+#include "layer/linear.h"
+
+#include <algorithm>
+#include <mutex>
+#include <numeric>
+#include <vector>
+
+#include "layer/products.h"
+#include "layer/workspace.h"
+#include "runtime/threads.h"
+
+namespace coterie {
+namespace {
+
+constexpr int64_t kChunkRows = 4096;  // longer batches run in chunks, so that the workspace stays bounded
+
+int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Row i of the input makes row i of the result.
+Tokens each_row(Workspace& w, int64_t rows) {
+  const size_t before = w.in_order.size();
+  if (static_cast<int64_t>(before) < rows) {
+    w.in_order.resize(rows);
+    std::iota(w.in_order.begin() + before, w.in_order.end(), static_cast<int32_t>(before));
+  }
+  return {w.in_order.data(), w.in_order.data(), nullptr, rows};
+}
+
+// The rows as the kernels read them: where they lie if that will do.
+Staged staged(Workspace& w, const Kernels& kernels, const Layout& weights, const Strided& x, int64_t rows, int64_t cols, int64_t padded, bool integer) {
+  Staged to = integer ? w.input.integers(kernels, rows, weights) : w.input.floats(kernels, rows, padded);
+  if (!integer && kernels.float_bytes == 2 && x.dtype == DType::bf16 && cols == padded) {
+    to.data = static_cast<uint8_t*>(const_cast<void*>(x.data));
+    to.row_bytes = x.stride * 2;
+  } else {
+    stage_rows(kernels, weights, x.data, x.dtype, x.stride, cols, rows, to);
+  }
+  return to;
+}
+
+// f(first row, rows, input, result) for chunks of the rows.
+template <class F>
+void in_chunks(int64_t rows, const Strided& x, void* out, int64_t out_row_bytes, const F& f) {
+  for (int64_t first = 0; first < rows; first += kChunkRows) {
+    const Strided part{static_cast<const uint8_t*>(x.data) + first * x.stride * element_bytes(x.dtype), x.dtype, x.stride};
+    f(std::min(kChunkRows, rows - first), part, static_cast<uint8_t*>(out) + first * out_row_bytes);
+  }
+}
+
+}  // namespace
+
+void linear(const Linear& layer, const Kernels& kernels, int64_t rows, const Strided& x, void* out, DType out_dtype, bool integer) {
+  Workspace& w = workspace();
+  std::lock_guard<std::mutex> lock(w.turn);
+  const Layout& layout = layer.layout;
+  const int64_t scratch_bytes = round_up(block_scratch_bytes(layout.padded_cols()), 4096);
+  uint8_t* scratch = w.scratch.at_least(scratch_bytes * thread_count());
+  in_chunks(rows, x, out, layout.rows * element_bytes(out_dtype), [&](int64_t count, const Strided& part, void* to) {
+    Product product{};
+    product.layout = &layout;
+    product.matrix[0] = layer.matrix;
+    product.bias[0] = layer.bias;
+    product.x = staged(w, kernels, layout, part, count, layout.cols, layout.padded_cols(), integer);
+    product.tokens = each_row(w, count);
+    multiply_sum(kernels, {product}, {count, layout.rows, to, out_dtype}, w.result, scratch, scratch_bytes);
+  });
+}
+
+void linear_backward(const Linear& layer, const Kernels& kernels, int64_t rows, const Strided& grad_out, void* grad_x, DType grad_x_dtype) {
+  Workspace& w = workspace();
+  std::lock_guard<std::mutex> lock(w.turn);
+  const Layout& layout = layer.layout;
+  const int64_t padded_rows = round_up(layout.rows, kColumnAlign);
+  const int64_t scratch_bytes = round_up(block_scratch_bytes(padded_rows), 4096);
+  uint8_t* scratch = w.scratch.at_least(scratch_bytes * thread_count());
+  in_chunks(rows, grad_out, grad_x, layout.cols * element_bytes(grad_x_dtype), [&](int64_t count, const Strided& part, void* to) {
+    Product product{};
+    product.layout = &layout;
+    product.matrix[0] = layer.matrix;
+    product.transposed = true;
+    product.x = staged(w, kernels, layout, part, count, layout.rows, padded_rows, false);
+    product.tokens = each_row(w, count);
+    multiply_sum(kernels, {product}, {count, layout.cols, to, grad_x_dtype}, w.result, scratch, scratch_bytes);
+  });
+}
+
+}  // namespace coterie

@@ -1,0 +1,26 @@
+// One packed matrix by itself: y = x W^T + bias, and what comes back.
+#pragma once
+#include "isa/kernels.h"
+
+namespace coterie {
+
+struct Linear {
+  Layout layout;  // [outputs, inputs]
+  const uint8_t* matrix = nullptr;
+  const float* bias = nullptr;  // outputs padded to panels; may be null
+};
+
+// Rows of activations or gradients.
+struct Strided {
+  const void* data;
+  DType dtype;
+  int64_t stride;  // elements from row to row
+};
+
+// `out` [rows, outputs] is contiguous. integer: activations are rounded to int8.
+void linear(const Linear& layer, const Kernels& kernels, int64_t rows, const Strided& x, void* out, DType out_dtype, bool integer);
+
+// grad_x [rows, inputs], contiguous, from grad_out [rows, outputs].
+void linear_backward(const Linear& layer, const Kernels& kernels, int64_t rows, const Strided& grad_out, void* grad_x, DType grad_x_dtype);
+
+}  // namespace coterie

@@ -1,0 +1,114 @@
+"""The linear layers of a model outside its experts, packed: attention, dense MLPs, shared experts, the head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from coterie.errors import ArgumentError
+from coterie.formats import Format
+from coterie.hf.layout import is_experts
+from coterie.hf.packed import described
+from coterie.hf.weight import PackedWeight
+from coterie.linear import Linear
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedMatrix:
+    """What stands behind the `PackedWeight` of a linear layer. Never changes, so copies of a module share it."""
+
+    linear: Linear
+
+    def __deepcopy__(self, memo: dict) -> PackedMatrix:
+        return self
+
+    @property
+    def format(self) -> str:
+        return self.linear.spec.name
+
+    def shape(self, name: str) -> tuple[int, int]:
+        return self.linear.out_features, self.linear.in_features
+
+    def dense(self, name: str, dtype: torch.dtype) -> Tensor:
+        return self.linear.dequantize().to(dtype)
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer whose weight is packed. It stays an nn.Linear: what adapts or looks at those finds it."""
+
+    packed: PackedMatrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.packed.linear(x)
+
+    def extra_repr(self) -> str:
+        linear = self.packed.linear
+        return f"{super().extra_repr()}, packed as {described(linear.spec)}, {linear.nbytes / 1e6:,.1f} MB"
+
+
+def packed_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+    """The packed linear layers of a model: (module name, packed weight), in order."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            yield name, module.packed.linear
+
+
+def pack_linears(model: PreTrainedModel, spec: Format, skip: Sequence[str] = ()) -> None:
+    """Packs every linear layer but routers and those whose names match a regular expression in `skip`.
+
+    A layer whose columns the group size does not divide keeps its weight; so does a head that shares it with the
+    embedding. Raises ArgumentError for a `skip` that matches no layer, and for a model without linear layers.
+    """
+    names = list(linear_names(model))
+    for pattern in skip:
+        if not any(re.search(pattern, name) for name in names):
+            raise ArgumentError(f"dense_skip: {pattern!r} matches none of the linear layers {', '.join(names[:8])} ...")
+    names = [name for name in names if not any(re.search(pattern, name) for pattern in skip)]
+    if not names:
+        raise ArgumentError(f"dense={spec.name!r}: {type(model).__name__} has no linear layers to pack")
+    for name in logging.tqdm(names, desc="Packing linear layers"):
+        module = model.get_submodule(name)
+        try:
+            packed = Linear.pack(module.weight, module.bias, format=spec)
+        except ArgumentError as error:
+            logger.warning("%s keeps its weight: %s", name, error)
+            continue
+        attach(module, packed)
+
+
+def linear_names(model: PreTrainedModel) -> Iterator[str]:
+    """The linear layers that can be packed: not routers, which stand beside the experts they choose, nor tied heads."""
+    beside_experts = {
+        child
+        for module in model.modules()
+        if any(is_experts(child) for child in module.children())
+        for child in module.children()
+    }
+    table = model.get_input_embeddings().weight
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module not in beside_experts and module.weight is not table:
+            yield name
+
+
+def attach(module: nn.Linear, linear: Linear) -> None:
+    """Puts a packed weight into a linear layer in the place of its own."""
+    module.__class__ = PackedLinear
+    module.packed = PackedMatrix(linear)
+    weight = PackedWeight(module.packed, "weight", module.weight.dtype)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    module.weight._is_hf_initialized = True
+
+
+def detach(module: PackedLinear, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    """Puts the dequantised weight back."""
+    module.weight = nn.Parameter(module.packed.dense("weight", dtype).to(device), requires_grad=False)
+    del module.packed
+    module.__class__ = nn.Linear
