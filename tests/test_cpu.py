@@ -129,3 +129,19 @@ def test_set_threads_refuses(count):
 
 def test_errors_have_one_base():
     assert issubclass(DeviceError, CoterieError) and issubclass(ArgumentError, (CoterieError, ValueError))
+
+
+@pytest.mark.parametrize(
+    ("first", "environment", "found"),
+    [
+        ("coterie", {}, "1000"),
+        ("torch", {}, "None"),
+        ("coterie", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("coterie", {"OMP_WAIT_POLICY": "active"}, "None"),
+    ],
+)
+def test_openmp_threads_soon_sleep(first, environment, found, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    program = f"import os, {first}, coterie; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert in_a_new_process(program, **environment) == found
