@@ -9,6 +9,7 @@ import coterie_hook
 from . import cpu
 from .activations import Activation
 from .experts import Experts
+from .linear import Linear
 from .lora import ExpertLora
 from .recompute import checkpointing
 from .tickets import Ticket
@@ -20,7 +21,17 @@ cpu.read_environment()
 coterie_hook.install()
 
 __version__ = "0.1.0"
-__all__ = ["Activation", "CoterieConfig", "ExpertLora", "Experts", "Ticket", "checkpointing", "cpu", "from_pretrained"]
+__all__ = [
+    "Activation",
+    "CoterieConfig",
+    "ExpertLora",
+    "Experts",
+    "Linear",
+    "Ticket",
+    "checkpointing",
+    "cpu",
+    "from_pretrained",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,137 @@
+"""Models whose linear layers are packed too."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny_models
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import coterie
+from coterie import tiny
+from coterie.errors import ArgumentError
+from coterie.hf.dense import PackedLinear, packed_linears
+from coterie.hf.weight import PackedWeight
+
+IDS = torch.arange(5, 37)[None]
+
+
+def opened(dense: str | None = "int8", **options):
+    return coterie.from_pretrained(tiny.PATH, experts="bf16", dense=dense, **options)
+
+
+def logits(model, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(ids).logits
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+@pytest.mark.parametrize(("dense", "error"), [("bf16", 0.004), ("int8", 0.02), ("fp8_channel", 0.05), ("int4", 0.15)])
+def test_logits(dense, error):
+    model, plain = opened(dense), opened(None)
+    assert 0 <= relative(logits(model), logits(plain)) < error
+    found = dict(packed_linears(model))
+    assert len(found) == 16 and all(linear.spec.name == dense for linear in found.values())
+    assert not any("gate" in name or "lm_head" in name for name in found)  # routers, and a head that the table shares
+
+
+def test_what_is_said_and_counted():
+    model, plain = opened("int8"), opened(None)
+    packed = sum(linear.nbytes for _, linear in packed_linears(model))
+    weights = sum(p.nbytes for name, p in plain.named_parameters() if "_proj.weight" in name and "self_attn" in name)
+    assert plain.get_memory_footprint() - model.get_memory_footprint() == weights - packed
+    assert "16 linear layers as int8" in repr(model)
+    assert "packed as int8" in repr(model.model.layers[0].self_attn.q_proj)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters())
+
+
+def test_skip():
+    model = opened("int8", dense_skip=[r"layers\.0\.", "o_proj"])
+    names = [name for name, _ in packed_linears(model)]
+    assert len(names) == 9 and not any("layers.0." in name or "o_proj" in name for name in names)
+    with pytest.raises(ArgumentError, match=r"'nothing' matches none of the linear layers model\.layers\.0"):
+        opened("int8", dense_skip=["nothing"])
+    with pytest.raises(ArgumentError, match="has no linear layers to pack"):
+        opened("int8", dense_skip=["."])
+    with pytest.raises(ArgumentError, match="expected dense="):
+        opened(None, dense_skip=["o_proj"])
+    with pytest.raises(ArgumentError, match="unknown format 'int3'"):
+        opened("int3")
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "mixtral", "gpt_oss"])
+def test_families(family, tmp_path, float32_products):
+    """Shared experts, latent attention, an untied head, biases."""
+    tiny_models.make(family).save_pretrained(tmp_path)
+    model = coterie.from_pretrained(tmp_path, experts="bf16", dense="bf16", dtype=torch.float32)
+    plain = coterie.from_pretrained(tmp_path, experts="bf16", dtype=torch.float32)
+    assert relative(logits(model, tiny_models.prompt()), logits(plain, tiny_models.prompt())) < 1e-4
+    assert any(name == "lm_head" for name, _ in packed_linears(model))
+
+
+def test_dequantize():
+    model = opened("int8")
+    dense = {name: linear.dequantize().bfloat16() for name, linear in packed_linears(model)}
+    model.dequantize()
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert all(torch.equal(model.get_submodule(name).weight, weight) for name, weight in dense.items())
+
+
+def test_saving_is_refused(tmp_path):
+    with pytest.raises(ArgumentError, match="open the model without dense="):
+        opened().save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_train(float32_products):
+    """LoRA of PEFT on packed attention and experts: the gradients of dense layers of the same values."""
+    packed, dense = opened("int8").float(), opened(None).float()
+    for name, linear in packed_linears(packed):
+        dense.get_submodule(name).weight.data = linear.dequantize()
+    config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], target_parameters=["experts.gate_up_proj"])
+    found = []
+    for model in (packed, dense):
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, copy.deepcopy(config))
+        adapted.train()
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.02)
+        loss = adapted(IDS, labels=IDS).loss
+        loss.backward()
+        found.append((loss.item(), {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert found[0][1].keys() == found[1][1].keys() and len(found[0][1]) > 16
+    for name, gradient in found[0][1].items():
+        assert relative(gradient, found[1][1][name]) < 0.004, name  # weights are bf16 in the backward pass
+
+
+def test_a_model_in_training_has_one_arithmetic():
+    model = opened("int8")
+    before = logits(model)
+    model.train()
+    model.eval()
+    after = logits(model)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, logits(model))
+
+
+def test_merging_into_a_packed_layer_is_refused():
+    adapted = get_peft_model(opened("int8"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(ArgumentError, match="packed weights, which are frozen"):
+        adapted.merge_and_unload()
+
+
+def test_copies_share_the_weights():
+    model = opened("int8")
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied), logits(model))
+    pairs = zip(packed_linears(model), packed_linears(copied), strict=True)
+    assert all(a is b for (_, a), (_, b) in pairs)
+    assert isinstance(copied.model.layers[0].self_attn.q_proj.weight, PackedWeight)
