@@ -85,7 +85,7 @@ def logits(model: nn.Module, **inputs: Any) -> torch.Tensor:
 
 def small_model(config: Any, trust_remote_code: bool) -> nn.Module:
     """A model of the same architecture with few, narrow layers, and weights that let everything matter."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # the small copy is on the CPU
         torch.manual_seed(0)
         small = shrink(config)
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=trust_remote_code)
