@@ -26,8 +26,8 @@ from .layer import PROJECTIONS, Layer, check_activations
 from .lora import ExpertLora
 
 REPACKED = (
-    "some experts have codes that no format holds (columns in act-order, or 8 bits with zero points): they are "
-    "dequantised and packed anew"
+    "some experts have codes that no format holds ({odd}): they are dequantised and packed anew as {format}, with a "
+    "relative error of {error:.1g}"
 )
 
 
@@ -485,14 +485,16 @@ class Experts:
             layer.num_experts, layer.hidden_size, layer.intermediate_size, format=format, group_size=group_size,
             zero_point=zero_point, activation=layer.activation, has_gate=layer.has_gate,
         )  # fmt: skip
-        held = True
+        errors = []
         for e in range(layer.num_experts):
             for name, weight in layer.expert(e).items():
-                experts.pack_stored(name, e, weight, scale_search)
-                held &= not isinstance(weight, Codes) or weight.held
+                error = experts.pack_stored(name, e, weight, scale_search)
+                if not layer.held(weight):
+                    errors.append(error)
             layer.release(e)
-        if not held:
-            warnings.warn(REPACKED, stacklevel=2)  # Python shows it once
+        if errors:  # Python shows the same words once
+            error = sum(errors) / len(errors)
+            warnings.warn(REPACKED.format(odd=layer.odd, format=experts.format, error=error), stacklevel=2)
         experts.set_biases(**layer.biases())
         return experts
 

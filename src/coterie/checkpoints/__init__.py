@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from coterie.checkpoints.codes import Codes
+from coterie.checkpoints.gguf_file import is_gguf
 from coterie.checkpoints.packed import UNFINISHED, is_packed, packed_layers
 from coterie.checkpoints.packed_read import PackedFile, open_layer
 from coterie.checkpoints.packed_write import LayerWriter, write_layer
@@ -35,4 +36,4 @@ def packed(path: str | os.PathLike) -> bool:
     path = Path(path)
     if path.is_dir():
         return bool(packed_layers(path)) or (path / UNFINISHED).exists()
-    return path.exists() and is_packed(TensorFile(path))
+    return path.exists() and not is_gguf(path) and is_packed(TensorFile(path))

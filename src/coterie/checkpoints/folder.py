@@ -28,7 +28,9 @@ class Folder:
         self.path = Path(path)
         self._files: dict[str, TensorFile] = {}
         if not self.path.exists():
-            raise CheckpointError(f"{self.path} does not exist: expected a checkpoint folder or a .safetensors file")
+            raise CheckpointError(
+                f"{self.path} does not exist: expected a checkpoint folder, a .safetensors or a .gguf file"
+            )
         if self.path.is_dir():
             self.root = self.path
             self.shard_of = self._names()
@@ -146,7 +148,9 @@ class Folder:
     def _other_weights(self) -> str:
         others = [file.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for file in self.root.glob(pattern)]
         if others:
-            return f"no *.safetensors file, only {shown(sorted(others)[0])}; save it as safetensors first"
+            first = sorted(others)[0]
+            hint = "open that file itself" if first.endswith(".gguf") else "save it as safetensors first"
+            return f"no *.safetensors file, only {shown(first)}; {hint}"
         return f"no {SINGLE}, no {INDEX}, no *.safetensors file"
 
 

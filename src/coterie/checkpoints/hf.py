@@ -8,7 +8,7 @@ from coterie.checkpoints.hf_fused import open_fused
 from coterie.checkpoints.hf_separate import open_separate
 from coterie.checkpoints.naming import find_layers
 from coterie.checkpoints.quantised import check_quantised
-from coterie.checkpoints.reader import LayerReader, Reader
+from coterie.checkpoints.reader import LayerReader, Reader, spans
 from coterie.checkpoints.schemes import PLAIN, PLAIN_STACKS, QUANTISED_STACKS
 from coterie.errors import CheckpointError
 
@@ -35,10 +35,6 @@ class HFReader(Reader):
         except CheckpointError as error:
             raise type(error)(f"{folder.path}: {error.args[0]}") from None
 
-    @classmethod
-    def recognises(cls, folder: Folder) -> bool:
-        return True
-
     @property
     def layers(self) -> tuple[int, ...]:
         return tuple(self._names)
@@ -61,14 +57,3 @@ class HFReader(Reader):
                 f"{self.folder.path}, {names.stem}: {reader.num_experts} experts, config.json says {counts[0]}"
             )
         return reader
-
-
-def spans(numbers: tuple[int, ...]) -> str:
-    """Ascending numbers in few words: "0-3, 5"."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)

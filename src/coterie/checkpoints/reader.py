@@ -21,7 +21,8 @@ class LayerReader(ABC):
     num_experts (E), hidden_size (H), intermediate_size (I), has_gate, biased (those of gate,
     up, down that have biases) and activation say what the layer is; `specs` are the formats of its matrices, each once,
     None for plain ones;
-    `tensors` names every tensor it is made of, `nbytes` counts the bytes of its weights as stored.
+    `tensors` names every tensor it is made of, `nbytes` counts the bytes of its weights as stored; `odd` says in words
+    which of them no format holds as they are.
     """
 
     num_experts: int
@@ -33,6 +34,13 @@ class LayerReader(ABC):
     specs: tuple[Format | None, ...]
     tensors: tuple[str, ...]
     nbytes: int
+    odd: str = "columns in act-order, or 8 bits with zero points"
+
+    def held(self, weight: Tensor | Codes) -> bool:
+        """Whether the layer's own format holds a matrix that `expert` gave as it is."""
+        if isinstance(weight, Codes):
+            return weight.held and self.spec in (None, weight.spec)
+        return self.spec is None
 
     @property
     def spec(self) -> Format | None:
@@ -62,21 +70,14 @@ class LayerReader(ABC):
 
 
 class Reader(ABC):
-    """A checkpoint whose experts can be read. One subclass a format, one row in `readers.READERS`.
+    """A checkpoint whose experts can be read. One subclass a format.
 
+    folder: None where it is no folder as Hugging Face lays them out.
     schemes: how its quantised matrices may be stored; () where its config does not say that any is.
     """
 
-    folder: Folder
+    folder: Folder | None
     schemes: tuple[Scheme, ...]
-
-    @abstractmethod
-    def __init__(self, folder: Folder): ...
-
-    @classmethod
-    @abstractmethod
-    def recognises(cls, folder: Folder) -> bool:
-        """Whether a checkpoint looks like this format, judged by its config and the names of its tensors."""
 
     @property
     @abstractmethod
@@ -86,3 +87,14 @@ class Reader(ABC):
     @abstractmethod
     def layer(self, layer: int) -> LayerReader:
         """The reader of one layer; raises CheckpointError when the layer is not whole, before reading any weight."""
+
+
+def spans(numbers: tuple[int, ...]) -> str:
+    """Ascending numbers in few words: "0-3, 5"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)

@@ -1,22 +1,20 @@
-"""The formats of unpacked checkpoints, one row each: the first that recognises a checkpoint reads it."""
+"""The formats of unpacked checkpoints: which reader reads a path."""
 
 from __future__ import annotations
 
 import os
 
 from coterie.checkpoints.folder import Folder
+from coterie.checkpoints.gguf import GgufReader
+from coterie.checkpoints.gguf_file import GgufFile, is_gguf
 from coterie.checkpoints.hf import HFReader
 from coterie.checkpoints.reader import Reader
 
-# HFReader recognises everything, and says what it looked for when it finds nothing: it stays last.
-READERS: tuple[type[Reader], ...] = (HFReader,)
-
 
 def open_reader(path: str | os.PathLike) -> Reader:
-    """A reader of the experts of an unpacked checkpoint: a folder or a .safetensors file.
+    """A reader of the experts of an unpacked checkpoint: a folder, a .safetensors file or a GGUF file.
 
     Raises CheckpointError when it is broken or quantised in a way that is not read, MissingTensorError when no format
     finds experts in it.
     """
-    folder = Folder(path)
-    return next(reader for reader in READERS if reader.recognises(folder))(folder)
+    return GgufReader(GgufFile(path)) if is_gguf(path) else HFReader(Folder(path))

@@ -22,7 +22,9 @@ def _convert() -> None:
 
 @app.command()
 def cpu(
-    input_path: Annotated[Path, typer.Option("--input-path", "-i", help="Folder of a Hugging Face MoE checkpoint.")],
+    input_path: Annotated[
+        Path, typer.Option("--input-path", "-i", help="Folder of a Hugging Face MoE checkpoint, or a GGUF file.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="New or empty folder for the packed checkpoint.")],
     quant_method: Annotated[
         str | None,
@@ -51,19 +53,19 @@ def cpu(
 
     Reads one expert at a time, so it needs little memory. An interrupted conversion never looks finished.
     """
-    from coterie.convert import convert_cpu
+    from coterie.hf.gguf import convert
 
     try:
         with ConversionProgress() as progress:
-            report = convert_cpu(
+            report = convert(
                 input_path,
                 output,
-                quant_method,
-                group_size,
-                zero_point,
-                threads,
-                parse_layers(layers) if layers else None,
-                progress,
+                quant_method=quant_method,
+                group_size=group_size,
+                zero_point=zero_point,
+                threads=threads,
+                layers=parse_layers(layers) if layers else None,
+                progress=progress,
             )
     except KeyboardInterrupt:
         text = f"coterie: stopped; nothing is kept: what was written to {output} has been removed"
@@ -89,8 +91,8 @@ def cpu(
     elif report.own:
         matrices = sum(error.matrices for error in report.errors.values())
         console.print(
-            f"[yellow]{report.repacked} of {matrices} matrices have codes that no format holds[/] (columns in "
-            "act-order, or 8 bits with zero points): they are packed anew, and these errors come on top.",
+            f"[yellow]{report.repacked} of {matrices} matrices have codes that no format holds[/] ({report.odd}): "
+            "they are packed anew, and these errors come on top.",
             highlight=False,
         )
     elif report.quantised:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Protocol
 
 from coterie import cpu
-from coterie.checkpoints import Codes, LayerReader, LayerWriter, Reader, open_reader, packed
-from coterie.checkpoints.hf import spans
+from coterie.checkpoints import LayerReader, LayerWriter, Reader, open_reader, packed
+from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.packed import PackedLayer, layer_file
+from coterie.checkpoints.reader import spans
 from coterie.convert.background import Background
 from coterie.convert.output import OutputFolder
 from coterie.convert.report import ConversionReport, ProjectionError
@@ -38,8 +39,12 @@ def convert_cpu(
     threads: int | None = None,
     layers: Sequence[int] | None = None,
     progress: Progress | None = None,
+    rest: str | os.PathLike | None = None,
 ) -> ConversionReport:
     """Converts the checkpoint folder `source` into the new or empty folder `output`.
+
+    `rest` is the folder that has everything but the experts where `source`, a GGUF file, has it in names of its own:
+    `coterie.hf.gguf.convert` makes one.
 
     `quant_method` None: int4 for a plain checkpoint; for a quantised one its own format, which keeps codes and scales
     (rounded to bf16 where they are finer). For any other a quantised checkpoint is dequantised, a matrix at a time.
@@ -57,7 +62,10 @@ def convert_cpu(
     if packed(source):
         raise ArgumentError(f"{source} is packed already: convert the original checkpoint")
     reader = open_reader(source)
-    if not reader.folder.config:
+    beside = reader.folder if rest is None else Folder(rest)
+    if layers is None and beside is None:
+        raise CheckpointError(f"{source} is no Hugging Face folder: convert it by `coterie convert cpu -i {source}`")
+    if beside is not None and not beside.config:
         raise CheckpointError(f"{source} is not a model folder: it has no config.json")
     readers = {layer: reader.layer(layer) for layer in _selected(reader, layers)}
     spec = format_for(readers, quant_method, group_size, zero_point)
@@ -67,12 +75,12 @@ def convert_cpu(
         for r in readers.values()
     }
     experts = {name for r in readers.values() for name in r.tensors}
-    rest = Rest(reader.folder, experts, reader.schemes) if layers is None else None
+    others = Rest(beside, experts, reader.schemes) if beside is not None and layers is None else None
     packed_bytes = sum(layout.nbytes for layout in layouts.values())
 
     errors: dict[str, ProjectionError] = {}
     repacked = 0
-    with _threads(threads), OutputFolder(output, packed_bytes + (rest.nbytes if rest else 0)) as folder:
+    with _threads(threads), OutputFolder(output, packed_bytes + (others.nbytes if others else 0)) as folder:
         bytes_done = 0
         for position, (layer, r) in enumerate(readers.items(), 1):
             two = scratch[r.hidden_size, r.intermediate_size, r.has_gate]
@@ -88,8 +96,8 @@ def convert_cpu(
                         progress(position, len(readers), expert + 1, r.num_experts, bytes_done)
                 for projection, bias in r.biases().items():
                     writer.write_bias(projection, bias)
-        if rest is not None:
-            rest.copy(spec, layouts.values(), folder)
+        if others is not None:
+            others.copy(spec, layouts.values(), folder)
     return ConversionReport(
         source=source,
         output=output,
@@ -99,12 +107,13 @@ def convert_cpu(
         layers=tuple(readers),
         source_bytes=sum(r.nbytes for r in readers.values()),
         packed_bytes=packed_bytes,
-        rest_source_bytes=rest.source_bytes if rest else 0,
-        rest_bytes=rest.tensor_bytes if rest else 0,
+        rest_source_bytes=others.source_bytes if others else 0,
+        rest_bytes=others.tensor_bytes if others else 0,
         seconds=time.perf_counter() - started,
         errors=errors,
         sources=tuple(dict.fromkeys(spec for r in readers.values() for spec in r.specs)),
         repacked=repacked,
+        odd=", ".join(dict.fromkeys(r.odd for r in readers.values())),
     )
 
 
@@ -186,7 +195,7 @@ def _pack_expert(
         except ArgumentError as problem:
             raise CheckpointError(f"layer {layer}, expert {expert}, {projection}: {problem}") from problem
         errors.setdefault(projection, ProjectionError()).add(layer, expert, error)
-        repacked += isinstance(weight, Codes) and not weight.held
+        repacked += not reader.held(weight)
     return repacked
 
 

@@ -29,7 +29,8 @@ class ProjectionError:
 class ConversionReport:
     """source_bytes and packed_bytes count the experts alone, rest_source_bytes and rest_bytes every other tensor;
     errors by projection, 0 where codes and scales were kept. sources: the formats that the experts were in, None for
-    plain ones. repacked: matrices whose codes no format holds, so that they were packed anew whatever was asked for.
+    plain ones. repacked: matrices whose codes no format holds, so that they were packed anew whatever was asked for;
+    odd: in words, which.
     """
 
     source: Path
@@ -46,6 +47,7 @@ class ConversionReport:
     errors: dict[str, ProjectionError]
     sources: tuple[Format | None, ...]
     repacked: int
+    odd: str
 
     @property
     def quantised(self) -> tuple[Format, ...]:

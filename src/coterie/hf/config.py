@@ -9,6 +9,7 @@ from typing import Any
 from transformers.quantizers import auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from coterie.checkpoints.gguf import GgufReader
 from coterie.checkpoints.packed import VERSION
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import Format, resolve
@@ -81,6 +82,7 @@ class CoterieConfig(QuantizationConfigMixin):
         if dense_skip and dense is None:
             raise ArgumentError("dense_skip: expected dense=... too, the format that the other layers are packed in")
         self.dense_skip = list(dense_skip)
+        self.gguf: GgufReader | None = None  # where the experts are, while a GGUF file is loaded
         self.become(spec)
 
     def become(self, spec: Format) -> None:

@@ -13,11 +13,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from coterie.checkpoints.folder import PACKED_INDEX, Folder, read_json
+from coterie.checkpoints.gguf import GgufReader
+from coterie.checkpoints.gguf_file import GgufFile, is_gguf
 from coterie.checkpoints.packed import UNFINISHED
 from coterie.checkpoints.quantised import unread
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.gpu.device import usable
 from coterie.hf.config import LOADING, METHOD, CoterieConfig
+from coterie.hf.empty import empty_model
+from coterie.hf.gguf import read_config, read_rest
 
 # What finds the files of a config finds those of its model too.
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -44,9 +48,9 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """Loads any Transformers causal LM that has experts, with its experts packed, in CPU memory or on a GPU.
 
-    path_or_id: a checkpoint folder or a Hugging Face id; plain (bf16, fp16, f32: packed while it streams in), quantised
-        (FP8, MXFP4, NVFP4, GPTQ ...: experts keep their codes, the rest is dequantised), or packed before (by
-        `save_pretrained` or `coterie convert cpu`: opened as it is).
+    path_or_id: a checkpoint folder, a GGUF file or a Hugging Face id; plain (bf16, fp16, f32: packed while it streams
+        in), quantised (FP8, MXFP4, NVFP4, GPTQ, GGUF's types ...: experts keep their codes where a format holds them,
+        the rest is dequantised), or packed before (by `save_pretrained` or `coterie convert cpu`: opened as it is).
     experts: a format, "int4" say. The default is int4 for a plain checkpoint, for a quantised one its own. For a packed
         checkpoint leave it out.
     device: where all but the experts goes, "cuda" for instance, which needs accelerate. `device_map` says the same.
@@ -75,6 +79,8 @@ def from_pretrained(
     asked = CoterieConfig(
         experts, group_size, zero_point, scale_search, mmap, activations, gpu_experts, dense, dense_skip
     )
+    if is_gguf(path_or_id):
+        return _from_gguf(path_or_id, asked, auto_class, kwargs)
     check_path(path_or_id, kwargs.get("subfolder") or "")
     config, kwargs = split_config(path_or_id, kwargs)
     parts = [config, config.get_text_config()]
@@ -95,6 +101,24 @@ def from_pretrained(
     packed.check_asked()
     config.quantization_config = packed.to_dict() | {name: getattr(asked, name) for name in LOADING}
     return auto_class.from_pretrained(path_or_id, config=config, **kwargs)
+
+
+def _from_gguf(
+    path: str | os.PathLike, asked: CoterieConfig, auto_class: Any, kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """The model of a GGUF file: Transformers makes what is not experts of its metadata and tensors."""
+    file = GgufFile(path)
+    asked.gguf = GgufReader(file)
+    given = {name: value for name, value in kwargs.items() if name not in ("config", *MODEL, *BOTH)}
+    config, unused = read_config(file, **given)
+    if isinstance(kwargs.get("config"), PretrainedConfig):
+        config = copy.deepcopy(kwargs["config"])
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype", "auto"))
+    dtype = config.dtype if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    empty = empty_model(config, auto_class, dtype=dtype)
+    return type(empty).from_pretrained(
+        None, config=config, state_dict=read_rest(file, empty), quantization_config=asked, **unused | {"dtype": dtype}
+    )
 
 
 def split_config(path_or_id: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:

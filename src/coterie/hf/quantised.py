@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 
-from coterie.checkpoints import LayerReader, open_reader
+from coterie.checkpoints import LayerReader, Reader, open_reader
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.quantised import says_quantised
 from coterie.convert.cpu import format_for
@@ -29,10 +29,10 @@ from coterie.hf.names import parameters_in
 class Quantised:
     """What `convert` would make of a quantised checkpoint.
 
-    readers: of the experts, by module name. rest: the weights to be dequantised.
+    readers: of the experts, by module name. rest: the weights to be dequantised, those of `folder`.
     """
 
-    folder: Folder
+    folder: Folder | None
     readers: dict[str, LayerReader]
     rest: tuple[Written, ...]
 
@@ -95,11 +95,18 @@ def open_quantised(path: Path, layouts: dict[str, Layout]) -> Quantised | None:
     if not says_quantised(path):
         return None
     reader = open_reader(path)
+    readers = read_experts(reader, layouts, path)
+    experts = {tensor for layer in readers.values() for tensor in layer.tensors}
+    assert reader.folder is not None
+    names = [name for name in reader.folder.shard_of if name not in experts]
+    rest = tuple(weight for weight in written_tensors(reader.folder, names, reader.schemes) if weight.scheme)
+    return Quantised(reader.folder, readers, rest)
+
+
+def read_experts(reader: Reader, layouts: dict[str, Layout], path: Path) -> dict[str, LayerReader]:
+    """The experts of each module, by its name. Raises CheckpointError where they are not what config.json says."""
     numbers = number_layers(list(layouts))
     readers = {name: reader.layer(number) for name, number in numbers.items()}
     for name, layout in layouts.items():
         layout.check_found(f"{path}, layer {numbers[name]}", readers[name])
-    experts = {tensor for layer in readers.values() for tensor in layer.tensors}
-    names = [name for name in reader.folder.shard_of if name not in experts]
-    rest = tuple(weight for weight in written_tensors(reader.folder, names, reader.schemes) if weight.scheme)
-    return Quantised(reader.folder, readers, rest)
+    return readers

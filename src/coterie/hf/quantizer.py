@@ -42,7 +42,7 @@ from coterie.hf.modules import (
     remove_hooks,
     unpack,
 )
-from coterie.hf.quantised import open_quantised
+from coterie.hf.quantised import Quantised, open_quantised, read_experts
 from coterie.hf.sizes import loaded_nbytes
 from coterie.hf.sources import Sources
 from coterie.hf.weight import PackedWeight
@@ -85,11 +85,15 @@ class CoterieQuantizer(HfQuantizer):
             del model.config.transformers_weights
         self._model = model
         self._layouts = read_layouts(model)
-        if not checkpoint_files:
-            raise ArgumentError("no checkpoint files: coterie packs experts from safetensors files, not a state dict")
-        files = [Path(file) for file in checkpoint_files]
         options = self.quantization_config
-        if self.pre_quantized:
+        if not checkpoint_files and options.gguf is None:
+            raise ArgumentError("no checkpoint files: coterie packs experts from safetensors files, not a state dict")
+        files = [Path(file) for file in checkpoint_files or ()]
+        if options.gguf is not None:
+            readers = read_experts(options.gguf, self._layouts, options.gguf.file.path)
+            self._quantised = Quantised(None, readers, ())
+            options.become(self._quantised.format(options.asked))
+        elif self.pre_quantized:
             self._folder = files[0].parent
             self._check_packed()
             # In place: Transformers goes on with the same list, and need not look into the experts' files.
@@ -148,6 +152,7 @@ class CoterieQuantizer(HfQuantizer):
         if self.quantization_config.dense is not None:
             pack_linears(model, resolve(self.quantization_config.dense), self.quantization_config.dense_skip)
         become_packed(model)
+        self.quantization_config.gguf = model.config.quantization_config.gguf = None
         del self._model, self._layouts, self._moved
         if not self.pre_quantized and self._quantised is None:
             del self._sources, self._files

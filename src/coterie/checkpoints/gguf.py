@@ -1,0 +1,198 @@
+"""Experts in GGUF files: a stack of each projection a layer, `blk.{L}.ffn_{gate,up,down}_exps.weight`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from coterie.activations import Activation
+from coterie.checkpoints.codes import Codes
+from coterie.checkpoints.gguf_file import GgufFile
+from coterie.checkpoints.gguf_types import TYPES, Type, widest
+from coterie.checkpoints.reader import LayerReader, Reader, spans
+from coterie.checkpoints.tensorfile import shown
+from coterie.errors import CheckpointError, MissingTensorError, UnsupportedModelError
+from coterie.formats import Format
+
+EXPERTS = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.(?P<kind>\w+)")
+# The metadata does not say what the experts compute. Architectures that are known to compute silu(gate) * up:
+SILU = {
+    "bailingmoe", "bailingmoe2", "deepseek", "deepseek2", "dots1", "ernie4_5-moe", "glm4moe", "granitemoe",
+    "hunyuan-moe", "llama", "minimax-m2", "olmoe", "phimoe", "qwen2moe", "qwen35moe", "qwen3moe", "qwen3next",
+    "qwen3vlmoe",
+}  # fmt: skip
+ACTIVATIONS = {
+    **dict.fromkeys(SILU, Activation()),
+    "gpt-oss": Activation("silu", alpha=1.702, limit=7.0, up_offset=1.0),
+}
+PLAIN_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class GgufReader(Reader):
+    """The experts of a GGUF model. All layers have one format, the smallest that no matrix is larger than.
+
+    Raises CheckpointError for a broken file, MissingTensorError for one without experts.
+    """
+
+    folder = None
+    schemes = ()
+
+    def __init__(self, file: GgufFile):
+        self.file = file
+        blocks, drafts = file.own_value("block_count"), file.own_value("nextn_predict_layers", 0)
+        names = [name for name in file.names if (match := EXPERTS.fullmatch(name)) and match["kind"] == "weight"]
+        layers = {int(name.split(".")[1]) for name in names}
+        self._layers = tuple(sorted(n for n in layers if blocks is None or n < int(blocks) - int(drafts)))
+        if not self._layers:
+            raise MissingTensorError(
+                f"{file.path}: no experts found; the names tried: blk.{{L}}.ffn_{{gate,up,down,gate_up}}_exps.weight"
+            )
+        found = {file.type(name): name for name in names if int(name.split(".")[1]) in self._layers}
+        for kind, name in found.items():
+            if kind not in TYPES:
+                raise CheckpointError(
+                    f"{file.path}, tensor {shown(name)}: type {kind}, this version reads {', '.join(TYPES)}"
+                )
+        self.spec = widest([TYPES[kind] for kind in found])
+        self._odd = ", ".join(kind for kind in found if TYPES[kind].codes is None or TYPES[kind].spec != self.spec)
+
+    def __deepcopy__(self, memo: dict) -> GgufReader:
+        """Copies of a config that holds one share it."""
+        return self
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self._layers
+
+    def layer(self, layer: int) -> LayerReader:
+        if layer not in self._layers:
+            raise CheckpointError(
+                f"{self.file.path} has no experts in layer {layer}; layers with experts: {spans(self._layers)}"
+            )
+        return _open_layer(self.file, layer, self.spec, self._odd)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufExperts(LayerReader):
+    """One layer. `names` has the tensor of each projection; "gate_up" for gate and, behind it, up in one."""
+
+    file: GgufFile
+    names: dict[str, str]
+
+    def expert(self, expert: int) -> dict[str, Tensor | Codes]:
+        found: dict[str, Tensor | Codes] = {}
+        for part, name in self.names.items():
+            weight = _matrix(self.file, name, expert)
+            if part != "gate_up":
+                found[part] = weight
+                continue
+            half = self.intermediate_size
+            for own, rows in (("gate", (0, half)), ("up", (half, 2 * half))):
+                found[own] = weight.rows(*rows) if isinstance(weight, Codes) else weight[slice(*rows)]
+        return found
+
+    def stored(self, expert: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise CheckpointError(f"{self.file.path}: GGUF files are read, not written; convert it first")
+
+    def biases(self) -> dict[str, Tensor]:
+        return {part: torch.from_numpy(self.file.dequantize(_bias(self.names[part])).copy()) for part in self.biased}
+
+    def release(self, expert: int) -> None:
+        for name in self.names.values():
+            self.file.release(name, expert, self.num_experts)
+
+
+def _bias(name: str) -> str:
+    return name.removesuffix(".weight") + ".bias"
+
+
+def _open_layer(file: GgufFile, layer: int, spec: Format | None, odd: str) -> GgufExperts:
+    """Checks every tensor of the layer. Raises CheckpointError."""
+    stem = f"blk.{layer}.ffn_"
+    parts = ("gate_up", "down") if f"{stem}gate_up_exps.weight" in file.names else ("gate", "up", "down")
+    names = {part: f"{stem}{part}_exps.weight" for part in parts}
+    missing = [name for name in names.values() if name not in file.names]
+    if missing:
+        raise MissingTensorError(
+            f"{file.path} has no tensor {missing[0]}; the names tried: {', '.join(names.values())}"
+        )
+    folds = 2 if "gate_up" in names else 1
+    experts, rows, hidden = _size(file, names[parts[0]])
+    intermediate = rows // folds
+    for part, name in names.items():
+        expected = (experts, hidden, intermediate) if part == "down" else (experts, folds * intermediate, hidden)
+        if (found := _size(file, name)) != expected:
+            raise CheckpointError(f"{file.path}, tensor {name}: shape {list(found)}, expected {list(expected)}")
+    stated = file.own_value("expert_count", experts)
+    if stated != experts:
+        raise CheckpointError(f"{file.path}, {stem}*: {experts} experts, the metadata says {stated}")
+    biased = tuple(part for part, name in names.items() if _bias(name) in file.names)
+    if biased and (folds == 2 or biased != parts):
+        raise CheckpointError(f"{file.path}, {stem}*: biases of {', '.join(biased)} alone, expected of gate, up, down")
+    for part in biased:
+        expected = (experts, hidden if part == "down" else intermediate)
+        if file.shape(_bias(names[part])) != expected:
+            raise CheckpointError(
+                f"{file.path}, tensor {_bias(names[part])}: shape {list(file.shape(_bias(names[part])))}, "
+                f"expected {list(expected)}"
+            )
+    own = tuple(name for name in file.names if name.startswith(stem) and EXPERTS.fullmatch(name))
+    known = {*names.values(), *(_bias(names[part]) for part in biased)}
+    for name in own:
+        kind = EXPERTS.fullmatch(name)["kind"]  # type: ignore[index]
+        if name not in known and kind not in ("scale", "input_scale"):
+            raise CheckpointError(
+                f"{file.path}, tensor {shown(name)}: this version does not know what it is to experts"
+            )
+    return GgufExperts(
+        num_experts=experts,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        has_gate=True,
+        biased=biased,
+        activation=_activation(file),
+        specs=(spec,),
+        tensors=own,
+        nbytes=sum(file.nbytes(name) for name in names.values()),
+        odd=odd,
+        file=file,
+        names=names,
+    )
+
+
+def _size(file: GgufFile, name: str) -> tuple[int, ...]:
+    shape = file.shape(name)
+    if len(shape) != 3 or 0 in shape:
+        raise CheckpointError(f"{file.path}, tensor {name}: shape {list(shape)}, expected [experts, rows, columns]")
+    return shape
+
+
+def _activation(file: GgufFile) -> Activation:
+    if file.architecture not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{file.path}: GGUF architecture {shown(file.architecture)}: this version does not know what its experts "
+            f"compute; it knows {', '.join(sorted(ACTIVATIONS))}"
+        )
+    return ACTIVATIONS[file.architecture]
+
+
+def _matrix(file: GgufFile, name: str, expert: int) -> Tensor | Codes:
+    """One expert's matrix [rows, cols]: as it is where it is plain or has codes of a format, else float32."""
+    kind = file.type(name)
+    stored: Type = TYPES[kind]
+    scale = name.removesuffix(".weight") + ".scale"
+    factor = float(file.data(scale, expert)) if scale in file.names else 1.0
+    if kind in PLAIN_TORCH and factor == 1.0:
+        return torch.from_numpy(file.data(name, expert).copy()).view(PLAIN_TORCH[kind])
+    if stored.codes is None or stored.spec is None:
+        return torch.from_numpy(file.dequantize(name, expert).copy()).mul_(factor)
+    rows = torch.from_numpy(file.data(name, expert).copy())
+    codes = stored.codes(stored.spec, rows.unflatten(1, (-1, file.block_bytes(name))))
+    if factor == 1.0:
+        return codes
+    if codes.row_scale is None:
+        return codes.dequantize().mul_(factor)
+    return replace(codes, row_scale=codes.row_scale * factor)

@@ -1,0 +1,148 @@
+"""A GGUF file, or all files of a model that is split into several: metadata, and tensors by name, mapped."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coterie.checkpoints.tensorfile import shown
+from coterie.errors import CheckpointError, MissingTensorError
+
+MAGIC = b"GGUF"
+SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+def is_gguf(path: str | os.PathLike) -> bool:
+    """Whether a path is a GGUF file, judged by its first bytes."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == MAGIC
+    except OSError:
+        return False
+
+
+def gguf_package() -> Any:
+    """The `gguf` package. Raises CheckpointError, saying how to install it, where it is not there."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise CheckpointError(
+            "reading GGUF files needs the gguf package: pip install 'coterie[gguf]', or pip install gguf"
+        ) from error
+    return gguf
+
+
+class GgufFile:
+    """The tensors of a GGUF model. `path` may be any of its files; metadata is that of the first.
+
+    Raises CheckpointError, naming the file, for one that is broken, of the other byte order, or one of a split model
+    whose other files are missing.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self._readers = [_open(file) for file in _files(self.path)]
+        self._tensors = {tensor.name: (reader, tensor) for reader in self._readers for tensor in reader.tensors}
+        count = sum(len(reader.tensors) for reader in self._readers)
+        stated = self.value("split.tensors.count", count)
+        if len(self._tensors) != stated:
+            raise CheckpointError(f"{self.path}: {len(self._tensors)} tensors, the metadata says {stated}")
+
+    def __deepcopy__(self, memo: dict) -> GgufFile:
+        """Copies of a config that holds one share it: it is never written."""
+        return self
+
+    @property
+    def first(self) -> Path:
+        """The file that has the metadata."""
+        return _files(self.path)[0]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.value("general.architecture", "unnamed"))
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """A metadata value, or `default` where there is none of that key."""
+        field = self._readers[0].fields.get(key)
+        return default if field is None else field.contents()
+
+    def own_value(self, key: str, default: Any = None) -> Any:
+        """The value of a key that is the architecture's own: "block_count", say."""
+        return self.value(f"{self.architecture}.{key}", default)
+
+    def type(self, name: str) -> str:
+        """The name of a tensor's type, "Q4_K" say."""
+        return self._tensor(name).tensor_type.name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, columns last."""
+        return tuple(int(size) for size in reversed(self._tensor(name).shape))
+
+    def nbytes(self, name: str) -> int:
+        return int(self._tensor(name).n_bytes)
+
+    def block_bytes(self, name: str) -> int:
+        """Bytes of a block of a tensor that is stored in blocks."""
+        return gguf_package().GGML_QUANT_SIZES[self._tensor(name).tensor_type][1]
+
+    def data(self, name: str, index: int | None = None) -> np.ndarray:
+        """A tensor, or number `index` along its first dimension, as stored: uint8 [..., rows, bytes] for blocks and
+        bf16, else numbers. A view of the mapped file."""
+        data = self._tensor(name).data
+        return data if index is None else data[index]
+
+    def dequantize(self, name: str, index: int | None = None) -> np.ndarray:
+        """The same in float32, by the gguf package's own rules."""
+        return gguf_package().quants.dequantize(self.data(name, index), self._tensor(name).tensor_type)
+
+    def release(self, name: str, index: int = 0, count: int = 1) -> None:
+        """Lets go of the memory of a tensor's pages, of the `index`th of `count` equal pieces of it."""
+        reader, tensor = self._tensors[name]
+        piece = int(tensor.n_bytes) // count
+        begin = int(tensor.data_offset) + index * piece
+        start = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = (begin + piece) // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > start:
+            reader.data._mmap.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def _tensor(self, name: str) -> Any:
+        try:
+            return self._tensors[name][1]
+        except KeyError:
+            raise MissingTensorError(f"{self.path} has no tensor {shown(name)}") from None
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a model, in order. Raises CheckpointError where some are missing."""
+    match = SHARD.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match["count"])
+    files = [path.with_name(f"{match['stem']}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} of the {count} files of this model are missing: {', '.join(missing[:4])}"
+            f"{', ...' if len(missing) > 4 else ''}"
+        )
+    return files
+
+
+def _open(path: Path) -> Any:
+    package = gguf_package()
+    try:
+        reader = package.GGUFReader(path)
+    except Exception as error:  # the package raises whatever its slices and enums do
+        raise CheckpointError(f"{path} is not a whole GGUF file: {shown(str(error))}") from error
+    if reader.byte_order != "I":
+        raise CheckpointError(f"{path}: numbers in the other byte order than this machine's, expected little-endian")
+    return reader

@@ -1,0 +1,122 @@
+"""A GGUF file opened as a model computes what Transformers computes on its dequantised weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gguf_models import PARTS, TOKENS, experts, write_gguf, write_qwen3
+from tiny_models import make, prompt
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+import coterie
+from coterie.cli import app
+from coterie.convert import convert_cpu
+from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
+
+ROPE = {"rope_type": "default", "rope_theta": 500000.0}
+
+
+def qwen3(**changes):
+    return make("qwen3_moe", torch.float32, norm_topk_prob=True, rope_parameters=ROPE, rms_norm_eps=1e-5, **changes)
+
+
+def difference(model, stock):
+    with torch.no_grad():
+        found, expected = model(prompt()).logits, stock(prompt()).logits
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("kind", ["BF16", "MXFP4", "Q8_0"])
+@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.filterwarnings("ignore:some experts have codes")
+def test_logits(tmp_path, float32_products, kind, files):
+    stock = qwen3()
+    file = write_qwen3(tmp_path / "model.gguf", stock, experts=kind, files=files)
+    asked = {"experts": "bf16"} if kind == "BF16" else {"activations": "bf16"}
+    model = coterie.from_pretrained(file, dtype=torch.float32, **asked)
+    assert difference(model, stock) < 4e-3
+    assert model.config.quantization_config.gguf is None
+
+
+def test_tied_embeddings(tmp_path, float32_products):
+    stock = qwen3(tie_word_embeddings=True)
+    model = coterie.from_pretrained(
+        write_qwen3(tmp_path / "model.gguf", stock, experts="BF16"), dtype=torch.float32, experts="bf16"
+    )
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert difference(model, stock) < 4e-3
+
+
+def test_dtypes(tmp_path):
+    file = write_qwen3(tmp_path / "model.gguf", qwen3(), experts="MXFP4")
+    model = coterie.from_pretrained(file)
+    assert model.dtype == torch.bfloat16 and model.config.quantization_config.experts == "mxfp4"
+    assert coterie.from_pretrained(file, dtype="float32").dtype == torch.float32
+    assert coterie.from_pretrained(file, experts="int8").config.quantization_config.experts == "int8"
+    with pytest.raises(ArgumentError, match="mmap=True needs a packed checkpoint"):
+        coterie.from_pretrained(file, mmap=True)
+
+
+def test_saved_and_converted_it_computes_the_same(tmp_path):
+    stock = qwen3()
+    file = write_qwen3(tmp_path / "model.gguf", stock, experts="MXFP4", files=2)
+    model = coterie.from_pretrained(file)
+    model.save_pretrained(tmp_path / "saved")
+    ran = CliRunner().invoke(app, ["convert", "cpu", "-i", str(file), "-o", str(tmp_path / "converted")])
+    assert ran.exit_code == 0, ran.output
+    for folder in ("saved", "converted"):
+        again = coterie.from_pretrained(tmp_path / folder)
+        assert torch.equal(again(prompt()).logits, model(prompt()).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "converted").convert_tokens_to_ids("ab") == TOKENS.index("ab")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_converting_without_the_rest(tmp_path):
+    file = write_qwen3(tmp_path / "model.gguf", qwen3(), experts="MXFP4")
+    with pytest.raises(CheckpointError, match="coterie convert cpu"):
+        convert_cpu(file, tmp_path / "out")
+    convert_cpu(file, tmp_path / "out", layers=[1])
+    assert coterie.Experts.open(tmp_path / "out", layer=1).format == "mxfp4"
+
+
+def test_architectures_that_transformers_does_not_open(tmp_path):
+    tensors, _ = experts(dict.fromkeys(PARTS, "MXFP4"))
+    file = write_gguf(tmp_path / "model.gguf", tensors, {"block_count": 1}, arch="olmoe")
+    with pytest.raises(UnsupportedModelError, match="does not open GGUF architecture 'olmoe'"):
+        coterie.from_pretrained(file)
+
+
+def test_weights_that_are_missing_or_unknown(tmp_path):
+    stock = qwen3()
+    changes = {
+        "blk.1.attn_k.weight": (None, "has no tensor for model.layers.1.self_attn.k_proj.weight"),
+        "blk.1.attn_k.lora": ("F32", "'blk.1.attn_k.lora': Transformers does not know what it is"),
+        "blk.1.attn_k.scale": ("F32", "'blk.1.attn_k.scale': Transformers does not multiply by it"),
+    }
+    for name, (kind, message) in changes.items():
+        file = write_qwen3(tmp_path / "model.gguf", stock, change=(name, kind))
+        with pytest.raises(CheckpointError, match=message):
+            coterie.from_pretrained(file)
+
+
+def test_scaled_positions_are_refused(tmp_path):
+    file = write_qwen3(tmp_path / "model.gguf", qwen3(), metadata={"rope.scaling.type": "yarn"})
+    with pytest.raises(UnsupportedModelError, match="positions are scaled"):
+        coterie.from_pretrained(file)
+
+
+def test_a_model_without_experts(tmp_path):
+    tensors, _ = experts(dict.fromkeys(PARTS, "MXFP4"))
+    file = write_gguf(tmp_path / "model.gguf", {"blk.0.attn_q.weight": tensors["blk.0.ffn_up_exps.weight"]})
+    with pytest.raises(CheckpointError, match="no experts found"):
+        coterie.from_pretrained(file)
+
+
+def test_transformers_makes_the_same_config(tmp_path):
+    """What is set beside Transformers' own reading agrees with the model that was written."""
+    stock = qwen3()
+    model = coterie.from_pretrained(write_qwen3(tmp_path / "model.gguf", stock, experts="MXFP4"))
+    kept = ("hidden_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok", "head_dim", "norm_topk_prob")
+    assert {name: getattr(model.config, name) for name in kept} == {name: getattr(stock.config, name) for name in kept}
+    assert isinstance(model, type(stock))
