@@ -17,6 +17,9 @@ ACTIVATION_GROUP = 256  # columns of an activation that share one int8 scale
 BF16_ACTIVATIONS = ("avx512_bf16", "amx", "amx_emulated")  # the others compute bf16 weights with float32 activations
 TILES = ("amx", "amx_emulated")
 DECODED_FROM, DECODED_FROM_IN_TILES = 16, 8  # rows of an expert from which 4-bit groups are decoded to int8
+# 4-bit codes as whole numbers: the largest magnitude, and what one is worth.
+LARGEST = {"int4": 8.0, "q4_0": 8.0, "iq4_nl": 127.0, "mxfp4": 12.0, "nvfp4": 12.0}
+UNITS = {"mxfp4": 0.5, "nvfp4": 0.5}
 TILE_ROWS = {"scalar": 4}  # rows, else 6, up to which other weights are not decoded to bf16
 
 FORMATS = (
@@ -111,8 +114,8 @@ def decoded(experts: Experts) -> dict[str, Tensor]:
     """Grouped 4-bit weights as the engine multiplies them by many rows: codes times the ratio of their group's
     scale to the largest of 256 columns of the row, rounded to int8."""
     spec, found = experts.spec, {}
-    unit = 1.0 if spec.name == "int4" else 0.5  # e2m1 is multiplied as whole halves
-    steps = torch.tensor((15.0 if spec.zero_point else 8.0) if spec.name == "int4" else 12.0) / 127
+    unit = UNITS.get(spec.name, 1.0)
+    steps = torch.tensor(15.0 if spec.zero_point else LARGEST[spec.name]) / 127
     for name in experts.projections:
         rows, cols = experts.shape(name)
         matrices = []

@@ -147,3 +147,54 @@ def write_qwen3(
         part = {name: tensors[name] for name in list(tensors)[n::files]}
         write_gguf(file, part, (metadata if n == 0 else {}) | {"split.tensors.count": len(tensors)})
     return names[0]
+
+
+# Parameters of Qwen3.5-MoE in Transformers -> in GGUF, where they are not as in Qwen3-MoE.
+QWEN35 = QWEN3 | {
+    "post_attention_layernorm": "post_attention_norm", "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_z": "attn_gate", "linear_attn.in_proj_a": "ssm_alpha", "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.conv1d": "ssm_conv1d", "linear_attn.norm": "ssm_norm", "linear_attn.out_proj": "ssm_out",
+    "linear_attn.A_log": "ssm_a", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp", "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}  # fmt: skip
+
+
+def write_qwen35(path: Path, model) -> Path:
+    """A file of a Qwen3.5-MoE's shapes: its numbers under the names and in the shapes of GGUF, without what llama.cpp
+    does to some of them, so that it stands for another model than this one."""
+    config, tensors = model.config, {}
+    for name, parameter in model.named_parameters():
+        layer = name.split(".")[2] if ".layers." in name else None
+        stem, leaf = ("", name) if layer is None else (f"blk.{layer}.", name.split(".", 3)[3])
+        values = parameter.detach().float()
+        if leaf == "mlp.experts.gate_up_proj":
+            named = {
+                f"ffn_{part}_exps.weight": half for part, half in zip(("gate", "up"), values.chunk(2, 1), strict=True)
+            }
+        elif leaf == "mlp.experts.down_proj":
+            named = {"ffn_down_exps.weight": values}
+        elif leaf == "linear_attn.dt_bias":
+            named = {"ssm_dt.bias": values}
+        elif leaf == "linear_attn.A_log":
+            named = {"ssm_a": -values.exp()}
+        else:
+            kept = values.squeeze() if "conv1d" in leaf or "shared_expert_gate" in leaf else values
+            named = {f"{QWEN35[leaf.removesuffix('.weight')]}.weight": kept}
+        for own, kept in named.items():
+            tensors[stem + own] = np.ascontiguousarray(kept.numpy()), "F32"
+    head_dim = config.head_dim
+    metadata = {
+        "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size, "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads, "attention.key_length": head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps, "full_attention_interval": 2,
+        "ssm.conv_kernel": config.linear_conv_kernel_dim, "ssm.state_size": config.linear_key_head_dim,
+        "ssm.group_count": config.linear_num_key_heads, "ssm.time_step_rank": config.linear_num_value_heads,
+        "ssm.inner_size": config.linear_value_head_dim * config.linear_num_value_heads, "rope.freq_base": 10000.0,
+        "rope.dimension_sections": [2, 1, 1, 0], "rope.dimension_count": head_dim // 4,
+        "expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_feed_forward_length": config.shared_expert_intermediate_size, "tokenizer.ggml.tokens": TOKENS,
+    }  # fmt: skip
+    return write_gguf(path, tensors, metadata, arch="qwen35moe")

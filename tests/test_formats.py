@@ -10,7 +10,7 @@ from streams import floats, matrix_of, take_apart
 from coterie import Experts
 from coterie.errors import ArgumentError
 from coterie.formats import Format, resolve, round_up
-from coterie.reference import E2M1
+from coterie.reference import E2M1, IQ4
 
 
 def test_defaults():
@@ -77,8 +77,10 @@ def value_of(spec, parts):
         values = parts.codes.view(torch.float8_e4m3fn).float()
     elif spec.name in ("mxfp4", "nvfp4"):
         values = torch.tensor([*E2M1, *(-v for v in E2M1)])[parts.codes.long()]
+    elif spec.name == "iq4_nl":
+        values = torch.tensor(IQ4)[parts.codes.long()]
     else:
-        zero = 128 if spec.name == "int8" else 8
+        zero = 128 if spec.encoding.bits == 8 else 8
         if parts.zero is not None:
             zero = parts.zero.float()
             zero = zero.repeat_interleave(spec.group_size, 1) if spec.group_size else zero[:, None]

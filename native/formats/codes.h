@@ -7,6 +7,7 @@
 namespace coterie {
 namespace {
 
+// kPadding: a code that stands for zero, or any where none does, which groups do not ask for.
 // A line of codes as 32-bit words holds, for each of 16 rows, one word; its bytes are columns k0 k2 k1 k3 (formats/layout.h).
 
 // Stored as they are.
@@ -14,6 +15,7 @@ struct Bf16Codes {
   static constexpr int kBits = 16, kPairs = 1;
   static constexpr bool kInteger = false;
   static constexpr int kOffset = 0;
+  static constexpr uint16_t kPadding = 0;
   static constexpr float kUnit = 1.0f;
   static float value(uint16_t code, int) { return bf16_to_float(code); }
 };
@@ -23,6 +25,7 @@ struct ByteCodes {
   static constexpr int kBits = 8, kPairs = 2;
   static constexpr bool kInteger = true;
   static constexpr int kOffset = 128;
+  static constexpr uint16_t kPadding = 128;
   static constexpr float kUnit = 1.0f;
   static float value(uint16_t code, int) { return static_cast<float>(code - kOffset); }
   static bool valid(uint16_t code) { return code != 0; }
@@ -44,6 +47,7 @@ struct NibbleCodes {
   static constexpr int kBits = 4, kPairs = 4;
   static constexpr bool kInteger = true;
   static constexpr int kOffset = 8;
+  static constexpr uint16_t kPadding = 8;
   static constexpr float kUnit = 1.0f;
   static constexpr int8_t kTable[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
   static float value(uint16_t code, int zero) { return static_cast<float>(code - zero); }
@@ -67,6 +71,7 @@ struct E2m1Codes {
   static constexpr int kBits = 4, kPairs = 4;
   static constexpr bool kInteger = true;
   static constexpr int kOffset = 12;
+  static constexpr uint16_t kPadding = 0;
   static constexpr float kUnit = 0.5f;
   static constexpr float kMost = 6.0f;
   static constexpr int kMostExponent = 2;  // of a power of two
@@ -96,11 +101,48 @@ struct E2m1Codes {
   }
 };
 
+// Entries of ggml's table for 4-bit codes that are not linear, close together around zero; none is zero.
+struct Iq4Codes {
+  static constexpr int kBits = 4, kPairs = 4;
+  static constexpr bool kInteger = true;
+  static constexpr int kOffset = 127;
+  static constexpr uint16_t kPadding = 0;
+  static constexpr float kUnit = 1.0f;
+  static constexpr int8_t kTable[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+  alignas(16) static constexpr uint8_t kBytes[16] = {0, 23, 44, 62, 78, 92, 105, 117, 128, 140, 152, 165, 180, 196, 216, 240};
+  static float value(uint16_t code, int) { return kTable[code & 15]; }
+  static bool valid(uint16_t code) { return code < 16; }
+  // To the nearest, ties to the lower one.
+  static Words round(Vector x, Vector) {
+    Ints minus_code{};
+    for (int i = 0; i < 15; i++) minus_code += x > 0.5f * static_cast<float>(kTable[i] + kTable[i + 1]);
+    return reinterpret_cast<Words>(-minus_code);
+  }
+  static Vector rounded(Vector x, Vector) {
+    Vector value = splat(kTable[0]);
+    for (int i = 0; i < 15; i++) {
+      const float middle = 0.5f * static_cast<float>(kTable[i] + kTable[i + 1]), more = static_cast<float>(kTable[i + 1] - kTable[i]);
+      value += x > middle ? splat(more) : Vector{};
+    }
+    return value;
+  }
+
+  template <class Isa, int shift>
+  static typename Isa::F column(typename Isa::I words, typename Isa::F) {
+    return Isa::lookup(Isa::template field<shift, 15>(words), kTable);
+  }
+  template <class Isa, int half>
+  static typename Isa::I bytes(const uint8_t* line) {
+    return Isa::lookup_bytes(half ? Isa::high_nibbles(line) : Isa::low_nibbles(line), kBytes);
+  }
+};
+
 // 8-bit floats e4m3 without infinities: sign, four bits of exponent, three of mantissa.
 struct E4m3Codes {
   static constexpr int kBits = 8, kPairs = 2;
   static constexpr bool kInteger = false;
   static constexpr int kOffset = 0;
+  static constexpr uint16_t kPadding = 0;
   static constexpr float kUnit = 1.0f;
   static constexpr float kMost = 448.0f;
   static constexpr int kMostExponent = 8;

@@ -7,16 +7,19 @@
 #include "formats/fp8_channel.h"
 #include "formats/int4.h"
 #include "formats/int8.h"
+#include "formats/iq4_nl.h"
 #include "formats/mxfp4.h"
 #include "formats/mxfp8.h"
 #include "formats/nvfp4.h"
+#include "formats/q4_0.h"
+#include "formats/q8_0.h"
 
 namespace coterie {
 namespace {
 
 template <class... Family>
 struct Families {};
-using AllFamilies = Families<Bf16, Int8, Int4, Fp8Block, Fp8Channel, Mxfp4, Mxfp8, Nvfp4>;
+using AllFamilies = Families<Bf16, Int8, Int4, Fp8Block, Fp8Channel, Mxfp4, Mxfp8, Nvfp4, Q4_0, Q8_0, Iq4Nl>;
 
 template <class F, class First, class... Rest>
 decltype(auto) with_family(Families<First, Rest...>, int number, const Layout& layout, const F& f) {

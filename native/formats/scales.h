@@ -30,6 +30,34 @@ struct Bf16Scale {
   }
 };
 
+struct F16Scale {
+  static constexpr int kRowBytes = 2, kBlockBytes = 0;
+  static constexpr float kMost = 65504.0f;
+  static bool valid(const uint8_t* from) { return (from[1] & 0x7c) != 0x7c; }
+  // Of a number: to the nearest, ties to even, saturating.
+  static Words round(Vector x) {
+    const Vector size = from_bits(bits_of(x) & 0x7fffffffu), a = size < kMost ? size : splat(kMost);
+    const Words u = bits_of(a), normal = ((u + 0xfff + (u >> 13 & 1)) >> 13) - (112u << 10);
+    const Words small = without_round(a * 16777216.0f + kRound);
+    return (a < 6.103515625e-5f ? small : normal) | bits_of(x) >> 31 << 15;
+  }
+  static Vector stored(Vector scale) {
+    const Words bits = round(scale), magnitude = bits & 0x7fff;
+    const Vector small = to_float(magnitude) / 16777216.0f, normal = from_bits((magnitude << 13) + (112u << 23));
+    return from_bits(bits_of(magnitude < 0x400 ? small : normal) | bits >> 15 << 31);
+  }
+  static void store(Vector scale, uint8_t* to) { store_narrow<uint16_t>(to, round(scale)); }
+  static float value(const uint8_t* from) {
+    uint16_t half;
+    memcpy(&half, from, 2);
+    return f16_to_float(half);
+  }
+  template <class Isa>
+  static typename Isa::F load(const uint8_t* panel) {
+    return Isa::load_f16(panel);
+  }
+};
+
 // Powers of two, 2^(byte - 127); 255 is NaN.
 struct E8m0Scale {
   static constexpr int kRowBytes = 1, kBlockBytes = 0;

@@ -72,7 +72,7 @@ bool pack(const Layout& layout, const Codes& source, int64_t begin, int64_t end,
     if constexpr (E::kRowScale) memcpy(matrix + row.row_scale(), source.row_scale + r, 4);
     for (int64_t k = 0; k < layout.padded_cols(); k++) {
       // Columns beyond the matrix stand for zero.
-      uint16_t code = E::Codes::kBits == 16 || !E::Codes::kInteger || E::Codes::kUnit != 1.0f ? 0 : E::Codes::kOffset;
+      uint16_t code = E::Codes::kPadding;
       if constexpr (E::kZero) code = k < layout.cols || !E::kStepZero ? source.zero[r * (E::kStepZero ? steps : 1) + (E::kStepZero ? k / layout.step : 0)] : 0;
       if (k < layout.cols) {
         if constexpr (E::Codes::kBits == 16)

@@ -14,15 +14,6 @@
 namespace coterie {
 namespace {
 
-inline float f16_to_float(uint16_t h) {
-  const uint32_t sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
-  const float normal = bits_to_float((magnitude << 13) + 0x38000000u);
-  const float subnormal = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
-  const float special = bits_to_float(0x7f800000u | (magnitude << 13));
-  const float value = magnitude < 0x400u ? subnormal : magnitude >= 0x7c00u ? special : normal;
-  return bits_to_float(float_to_bits(value) | sign);
-}
-
 inline void load_row(const void* source, DType dtype, int64_t offset, int64_t count, float* to) {
   if (dtype == DType::f32) memcpy(to, static_cast<const float*>(source) + offset, count * 4);
   const uint16_t* half = static_cast<const uint16_t*>(source) + offset;

@@ -55,6 +55,7 @@ struct Scalar {
     memcpy(h, p, sizeof h);
     return each<F>([&](int i) { return bf16_to_float(h[i]); });
   }
+  static F load_f16(const uint8_t* p) { return each<F>([&](int i) { return F16Scale::value(p + 2 * i); }); }
   static F load_bytes(const uint8_t* p) { return each<F>([&](int i) { return static_cast<float>(p[i]); }); }
 
   static I integer_zero() { return integer_set1(0); }

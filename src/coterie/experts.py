@@ -99,7 +99,8 @@ class Experts:
         ``gate`` None: an MLP without a gate.
 
         Args:
-            format: ``bf16``, ``int8``, ``int4``, ``fp8_block``, ``fp8_channel``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
+            format: ``bf16``, ``int8``, ``int4``, ``fp8_block``, ``fp8_channel``, ``mxfp4``, ``mxfp8``,
+                ``nvfp4``, ``q4_0``, ``q8_0`` or ``iq4_nl``.
             group_size: columns that share a scale (int8, int4: 32, 64, 128; 0 = per row); None: the format's default,
                 32 for int4, per row for int8.
             zero_point: int4 with a zero point per scale.

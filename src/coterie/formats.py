@@ -42,6 +42,8 @@ class Encoding:
     row_scales: bool = False
 
 
+# What the codes of iq4_nl stand for.
+IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes of a 4-bit float
 U8, E4M3 = torch.uint8, torch.float8_e4m3fn
 
@@ -57,6 +59,9 @@ ENCODINGS = {
     "mxfp4": Encoding(bits=4, codes=U8, scales=U8, group_sizes=(32,), int8_activations=True),
     "mxfp8": Encoding(bits=8, codes=E4M3, scales=U8, group_sizes=(32,)),
     "nvfp4": Encoding(bits=4, codes=U8, scales=E4M3, group_sizes=(16,), int8_activations=True, row_scales=True),
+    "q4_0": Encoding(bits=4, codes=U8, scales=torch.float16, group_sizes=(32,), int8_activations=True),
+    "q8_0": Encoding(bits=8, codes=U8, scales=torch.float16, group_sizes=(32,), int8_activations=True),
+    "iq4_nl": Encoding(bits=4, codes=U8, scales=torch.float16, group_sizes=(32,), int8_activations=True),
 }
 FORMATS = tuple(ENCODINGS)
 

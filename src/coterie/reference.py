@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import Activation
-from .formats import E2M1, Format
+from .formats import E2M1, IQ4, Format
 from .lora import ExpertLora
 
 _Factors = tuple[Tensor | None, Tensor | None, float]
@@ -78,7 +78,8 @@ def quantise(w: Tensor, spec: Format) -> Tensor:
     int8: ``max|w| / 127`` per row or group. int4: the extreme value maps to code -8; with a zero point, the range
     (widened to hold 0) to 0..15. Grouped scales are rounded to bf16. fp8: ``max|w| / 448`` per row, or per tile of 128
     rows and columns. mxfp4, mxfp8: a power of two per group, by the OCP microscaling rule. nvfp4: ``max|w| / 6`` per
-    group, rounded to e4m3 in units of ``max|W| / 2688``.
+    group, rounded to e4m3 in units of ``max|W| / 2688``. q4_0 and q8_0: as int4 and int8, with scales rounded to f16;
+    iq4_nl: the extreme value maps to -127.
     """
     w, name = w.float(), spec.name
     if name == "bf16":
@@ -88,14 +89,16 @@ def quantise(w: Tensor, spec: Format) -> Tensor:
     g = torch.nn.functional.pad(w, (0, -k % group)).unflatten(1, (-1, group))
     most = g.abs().amax(-1, keepdim=True)
     zero = torch.zeros_like(most)
-    if name == "int8":
+    if name in ("int8", "q8_0"):
         scale, zero = most / 127, zero + 128
     elif name == "int4" and spec.zero_point:
         least, largest = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
         scale = (largest - least) / 15
         zero = torch.where(scale > 0, (-least / scale.clamp(min=1e-38)).round().clamp(0, 15), zero + 8)
-    elif name == "int4":
+    elif name in ("int4", "q4_0"):
         scale, zero = g.gather(-1, g.abs().argmax(-1, keepdim=True)) / -8, zero + 8
+    elif name == "iq4_nl":
+        scale = g.gather(-1, g.abs().argmax(-1, keepdim=True)) / -127
     elif name == "fp8_block":
         tiles = torch.nn.functional.pad(most, (0, 0, 0, 0, 0, -n % 128)).unflatten(0, (-1, 128)).amax(1, keepdim=True)
         scale = tiles.expand(-1, 128, -1, -1).flatten(0, 1)[:n] / 448
@@ -107,8 +110,8 @@ def quantise(w: Tensor, spec: Format) -> Tensor:
     else:
         matrix = w.abs().max() / (6 * 448)
         scale = (most / 6 / matrix).to(torch.float8_e4m3fn).float() * matrix
-    if spec.group_size and spec.encoding.scales == torch.bfloat16:
-        scale = scale.bfloat16().float()
+    if spec.group_size and spec.encoding.scales in (torch.bfloat16, torch.float16):
+        scale = scale.to(spec.encoding.scales).float()
     inverse = torch.where(scale != 0, 1 / scale, torch.zeros_like(scale))
     return (_rounded(g * inverse + zero, spec) - zero).mul(scale).flatten(1)[:, :k]
 
@@ -123,4 +126,7 @@ def _rounded(x: Tensor, spec: Format) -> Tensor:
         code = torch.bucketize(x.abs(), middle)  # ties go down ...
         code += (x.abs() == torch.cat([middle, torch.tensor([torch.inf])])[code]) & (code % 2 == 1)  # ... or to even
         return values[code].copysign(x)
-    return x.round().clamp(*((1, 255) if spec.name == "int8" else (0, 15)))
+    if spec.name == "iq4_nl":
+        values = torch.tensor(IQ4)
+        return values[torch.bucketize(x, (values[1:] + values[:-1]) / 2)]  # ties go down
+    return x.round().clamp(*((1, 255) if spec.encoding.bits == 8 else (0, 15)))

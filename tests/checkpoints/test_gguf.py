@@ -12,12 +12,14 @@ from gguf_models import PARTS, E, H, I, blocks, dense, experts, write_experts, w
 from coterie import Experts
 from coterie.activations import Activation
 from coterie.checkpoints import open_reader
-from coterie.checkpoints.gguf_types import TYPES
+from coterie.checkpoints.gguf_types import TYPES, widest
 from coterie.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 
 KEPT = {name for name, kind in TYPES.items() if kind.codes is not None}
+# Of which scales are rounded to f16.
+ROUNDED = {"IQ4_XS"}
 # Relative error of what is packed anew.
-WORST = {"int8": 0.006, "int4": 0.08}
+WORST = {"q8_0": 0.006, "iq4_nl": 0.07, "q4_0": 0.06}
 
 
 def errors(opened: Experts, values: dict[str, torch.Tensor]) -> list[float]:
@@ -32,7 +34,9 @@ def test_every_type(tmp_path, kind):
     opened = Experts.open(file, layer=1)
     spec = TYPES[kind].spec
     assert opened.format == (spec.name if spec else "bf16")
-    if kind in KEPT:
+    if kind in ROUNDED:
+        assert max(errors(opened, values)) < 2**-11
+    elif kind in KEPT:
         assert errors(opened, values) == [0, 0, 0]
     elif spec is None:
         for found, value in zip(opened.dequantize(), values.values(), strict=True):
@@ -46,7 +50,7 @@ def test_what_is_packed_anew_is_said(tmp_path, recwarn):
     Experts.open(file)
     assert not recwarn
     file, _ = write_experts(tmp_path / "model.gguf", {"gate": "Q6_K", "up": "Q6_K", "down": "Q5_K"})
-    with pytest.warns(UserWarning, match=r"\(Q6_K, Q5_K\): they are .* packed anew as int8, with .* error of 0.00"):
+    with pytest.warns(UserWarning, match=r"\(Q6_K, Q5_K\): they are .* packed anew as q8_0, with .* error of 0.00"):
         Experts.open(file)
 
 
@@ -54,11 +58,32 @@ def test_mixed_types_are_packed_as_the_widest(tmp_path):
     file, (values,) = write_experts(tmp_path / "model.gguf", {"gate": "MXFP4", "up": "MXFP4", "down": "Q6_K"})
     with pytest.warns(UserWarning, match=r"\(MXFP4, Q6_K\)|\(Q6_K\)"):
         opened = Experts.open(file)
-    assert opened.format == "int8"
-    assert max(errors(opened, values)) < WORST["int8"]
+    assert opened.format == "q8_0"
+    assert max(errors(opened, values)) < WORST["q8_0"]
     file, _ = write_experts(tmp_path / "plain.gguf", {"gate": "MXFP4", "up": "MXFP4", "down": "BF16"})
     with pytest.warns(UserWarning):
         assert Experts.open(file).format == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        (("BF16", "F32"), None),
+        (("Q4_0", "Q4_0"), "q4_0"),
+        (("Q3_K", "IQ4_XS"), "iq4_nl"),
+        (("IQ2_XXS", "MXFP4"), "mxfp4"),
+        (("IQ4_XS", "IQ4_NL"), "iq4_nl"),
+        (("Q4_0", "IQ4_NL"), "q8_0"),
+        (("MXFP4", "Q4_0"), "q8_0"),
+        (("IQ2_XXS", "Q4_K"), "q8_0"),
+        (("Q4_0", "Q8_0"), "q8_0"),
+        (("Q8_0", "BF16"), "bf16"),
+    ],
+)
+def test_one_format_for_several_types(kinds, expected):
+    for order in (kinds, kinds[::-1]):
+        spec = widest([TYPES[kind] for kind in order])
+        assert (spec and spec.name) == expected
 
 
 def test_all_layers_have_one_format(tmp_path):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gguf_models import PARTS, TOKENS, experts, write_gguf, write_qwen3
+from gguf_models import PARTS, TOKENS, experts, write_gguf, write_qwen3, write_qwen35
 from tiny_models import make, prompt
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import coterie
@@ -78,6 +78,20 @@ def test_converting_without_the_rest(tmp_path):
         convert_cpu(file, tmp_path / "out")
     convert_cpu(file, tmp_path / "out", layers=[1])
     assert coterie.Experts.open(tmp_path / "out", layer=1).format == "mxfp4"
+
+
+def test_qwen3_5_is_what_transformers_makes_of_it(tmp_path, float32_products):
+    """Names, offsets and orders of llama.cpp that Transformers undoes by rules: its own loader is the truth."""
+    pytest.importorskip("transformers.integrations.gguf.gguf_conversion_mapping")
+    file = write_qwen35(tmp_path / "model.gguf", make("qwen3_5_moe_text", torch.float32, head_dim=32))
+    stock = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, dtype=torch.float32, experts_implementation="eager"
+    )
+    model = coterie.from_pretrained(file, dtype=torch.float32, experts="bf16")
+    for name, weight in stock.named_parameters():
+        if "experts." not in name:
+            assert torch.equal(weight, model.get_parameter(name)), name
+    assert difference(model, stock) < 4e-3
 
 
 def test_architectures_that_transformers_does_not_open(tmp_path):

@@ -76,6 +76,9 @@ def test_tiny_and_huge_weights_are_packed(isa, spec, scale):
     experts.pack_projection("down", 0, weight)
     found = experts.dequantize_projection("down", 0)
     assert found.isfinite().all()
+    if spec.encoding.scales == torch.float16:  # from 2^-24 to 65504: smaller weights are zero, larger ones saturate
+        assert found.abs().max() == (0 if scale < 1 else 65504 * {"q4_0": 8, "q8_0": 127, "iq4_nl": 127}[spec.name])
+        return
     assert (found - weight).abs().max() <= weight.abs().max() * (0.2 if scale > 1e-37 else 1.01) + 1e-37
 
 

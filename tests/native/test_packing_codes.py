@@ -27,7 +27,7 @@ def source_of(spec, rows, cols, seed=0):
         codes = torch.randint(0, 2**encoding.bits, (rows, cols), generator=random, dtype=torch.uint8)
         if encoding.codes == torch.float8_e4m3fn:
             codes = torch.where(codes & 0x7F == 0x7F, 0, codes)
-        given["codes"] = codes.clamp(min=1 if spec.name == "int8" else 0).view(encoding.codes)
+        given["codes"] = codes.clamp(min=1 if spec.name in ("int8", "q8_0") else 0).view(encoding.codes)
     if groups and encoding.scales is not None:
         shape = (-(-rows // encoding.tile_rows), groups)
         if encoding.scales == torch.uint8:
@@ -96,6 +96,9 @@ def test_one_scale_for_the_matrix():
         (Format("mxfp4", 32), {"scale": torch.full((96, 8), 255, dtype=torch.uint8)}, "NaN, or out of mxfp4's range"),
         (Format("mxfp4", 32), {"codes": torch.full((96, 256), 16, dtype=torch.uint8)}, "out of mxfp4's range"),
         (Format("int8"), {"codes": torch.zeros(96, 256, dtype=torch.uint8)}, "out of int8's range"),
+        (Format("q8_0", 32), {"codes": torch.zeros(96, 256, dtype=torch.uint8)}, "out of q8_0's range"),
+        (Format("q4_0", 32), {"scale": torch.full((96, 8), torch.inf, dtype=torch.float16)}, "out of q4_0's range"),
+        (Format("iq4_nl", 32), {"codes": torch.full((96, 256), 16, dtype=torch.uint8)}, "out of iq4_nl's range"),
         (Format("fp8_channel"), {"codes": torch.full((96, 256), torch.nan).to(torch.float8_e4m3fn)}, "is NaN"),
         (Format("fp8_block", 128), {"scale": torch.ones(2, 2)}, r"scale: expected shape \[1, 2\]"),
     ],

@@ -269,6 +269,13 @@ inline __m512i mm512_cvtepu16_epi32(__m256i v) { return widen<uint32_t, uint16_t
 inline __m512i mm512_cvtepu8_epi32(__m128i v) { return widen<uint32_t, uint8_t>(v); }
 inline __m256i mm512_cvtepi32_epi16(__m512i v) { return narrow<__m256i, int16_t>(v); }
 inline __m128i mm512_cvtepi32_epi8(__m512i v) { return narrow<__m128i, int8_t>(v); }
+inline __m512 mm512_cvtph_ps(__m256i v) {
+  const __m256 low = _mm256_cvtph_ps(_mm256_castsi256_si128(v)), high = _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
+  __m512 to;
+  memcpy(&to, &low, 32);
+  memcpy(reinterpret_cast<char*>(&to) + 32, &high, 32);
+  return to;
+}
 inline __m512 mm512_cvtepi32_ps(__m512i v) {
   Lanes<int32_t> x = lanes<int32_t>(v);
   return each<__m512, float>([&](int i) { return static_cast<float>(x[i]); });
@@ -323,6 +330,7 @@ inline __m256i mm256_dpbusd_avx_epi32(__m256i acc, __m256i u, __m256i s) { retur
 #define _mm512_cvtepi32_epi8 ::coterie_emulated::mm512_cvtepi32_epi8
 #define _mm512_cvtepi32_ps ::coterie_emulated::mm512_cvtepi32_ps
 #define _mm512_cvtepi8_epi32 ::coterie_emulated::mm512_cvtepi8_epi32
+#define _mm512_cvtph_ps ::coterie_emulated::mm512_cvtph_ps
 #define _mm512_cvtepu16_epi32 ::coterie_emulated::mm512_cvtepu16_epi32
 #define _mm512_cvtepu8_epi32 ::coterie_emulated::mm512_cvtepu8_epi32
 #define _mm512_cvtne2ps_pbh ::coterie_emulated::mm512_cvtne2ps_pbh

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from coterie.formats import E2M1, Format
+from coterie.formats import E2M1, IQ4, Format
 
 SIGNED = (*E2M1, *(-value for value in E2M1))
 # The values of 4-bit codes, by format.
-VALUES = {"mxfp4": SIGNED, "nvfp4": SIGNED}
+VALUES = {"mxfp4": SIGNED, "nvfp4": SIGNED, "iq4_nl": IQ4}
 # The code of 0, where there are no zero points.
-MIDDLE = {"int4": 8, "int8": 128}
+MIDDLE = {"int4": 8, "int8": 128, "q4_0": 8, "q8_0": 128}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,9 @@ class Codes:
         return dense if self.columns is None else torch.empty_like(dense).index_copy_(1, self.columns, dense)
 
     def fitted(self) -> Codes:
-        """The same as the encoding holds it: scales in its own dtype, and int8 from -127 on, where it had -128."""
+        """The same as the encoding holds it: scales in its own dtype, and 8-bit codes from -127 on, not -128."""
         codes, scale, dtype = self.codes, self.scale, self.spec.encoding.scales
-        if self.spec.name == "int8":
+        if self.spec.name in ("int8", "q8_0"):
             codes = codes.clamp(min=1)
         if scale is not None and dtype is not None:
             scale = scale.to(dtype)

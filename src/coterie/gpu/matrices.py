@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coterie.checkpoints.codes import number
+from coterie.checkpoints.codes import MIDDLE, number
 from coterie.formats import Format
 
 
@@ -75,7 +75,7 @@ class Matrices:
             return pairs.view(torch.bfloat16)[..., : self.cols]
         if self.spec.encoding.codes == torch.float8_e4m3fn:
             return codes.view(torch.float8_e4m3fn).to(torch.bfloat16)
-        return codes.to(torch.bfloat16).sub_(128) if self.spec.name == "int8" else codes
+        return codes if self.spec.encoding.bits == 16 else codes.to(torch.bfloat16).sub_(MIDDLE[self.spec.name])
 
     def _scales(self, index: Tensor) -> Tensor | None:
         """Float32 [m, rows, groups]; one group where only rows have a scale."""
