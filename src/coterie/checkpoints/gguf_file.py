@@ -121,17 +121,21 @@ class GgufFile:
             raise MissingTensorError(f"{self.path} has no tensor {shown(name)}") from None
 
 
+def file_names(name: str) -> list[str]:
+    """The names of all files of a model, in order, by that of any of them."""
+    match = SHARD.fullmatch(name)
+    if match is None:
+        return [name]
+    return [f"{match['stem']}-{n:05d}-of-{match['count']}.gguf" for n in range(1, int(match["count"]) + 1)]
+
+
 def _files(path: Path) -> list[Path]:
     """The files of a model, in order. Raises CheckpointError where some are missing."""
-    match = SHARD.fullmatch(path.name)
-    if match is None:
-        return [path]
-    count = int(match["count"])
-    files = [path.with_name(f"{match['stem']}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
+    files = [path.with_name(name) for name in file_names(path.name)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(
-            f"{path}: {len(missing)} of the {count} files of this model are missing: {', '.join(missing[:4])}"
+            f"{path}: {len(missing)} of the {len(files)} files of this model are missing: {', '.join(missing[:4])}"
             f"{', ...' if len(missing) > 4 else ''}"
         )
     return files

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import modeling_gguf_pytorch_utils as by_table
+from transformers.utils import cached_file
 
-from coterie.checkpoints.gguf_file import GgufFile, is_gguf
+from coterie.checkpoints.gguf_file import GgufFile, file_names, is_gguf
 from coterie.checkpoints.tensorfile import shown
 from coterie.convert import ConversionReport, convert_cpu
 from coterie.errors import CheckpointError, UnsupportedModelError
@@ -34,6 +35,18 @@ FIELDS = {
     "expert_weights_norm": "norm_topk_prob",
     "expert_weights_scale": "routed_scaling_factor",
 }
+
+
+def find_gguf(path_or_id: str | os.PathLike, name: str, hub: dict[str, Any]) -> Path:
+    """A GGUF file of a folder or of a Hugging Face id, fetched with all files of its model where it is not here.
+
+    hub: arguments of Transformers that say where to look. Raises CheckpointError where there is no such file.
+    """
+    try:
+        files = [cached_file(path_or_id, file, **hub) for file in file_names(name)]
+    except OSError as error:
+        raise CheckpointError(f"{path_or_id} has no {shown(name)}: {shown(str(error))}") from error
+    return Path(files[0])
 
 
 def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict[str, Any]]:

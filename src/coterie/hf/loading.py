@@ -21,7 +21,7 @@ from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.gpu.device import usable
 from coterie.hf.config import LOADING, METHOD, CoterieConfig
 from coterie.hf.empty import empty_model
-from coterie.hf.gguf import read_config, read_rest
+from coterie.hf.gguf import find_gguf, read_config, read_rest
 
 # What finds the files of a config finds those of its model too.
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -62,6 +62,7 @@ def from_pretrained(
     dense, dense_skip: the format that linear layers outside the experts are packed in, "int8" say, and regular
         expressions for those that are not; see CoterieConfig.
     auto_class: what loads the model, for other heads than causal LM.
+    gguf_file: the name of a GGUF file in that folder or of that id.
     Other arguments are those of `auto_class.from_pretrained`: settings of the config, `revision`, `subfolder`, `dtype`,
     and so on. A `config` that is given is not changed.
 
@@ -79,6 +80,8 @@ def from_pretrained(
     asked = CoterieConfig(
         experts, group_size, zero_point, scale_search, mmap, activations, gpu_experts, dense, dense_skip
     )
+    if kwargs.get("gguf_file"):
+        path_or_id = find_gguf(path_or_id, kwargs.pop("gguf_file"), {k: v for k, v in kwargs.items() if k in HUB})
     if is_gguf(path_or_id):
         return _from_gguf(path_or_id, asked, auto_class, kwargs)
     check_path(path_or_id, kwargs.get("subfolder") or "")
@@ -170,7 +173,9 @@ def check_folder(path: Path) -> None:
                 f"{path} holds an adapter, not a model: load the model it was trained on, "
                 f"model = coterie.from_pretrained({str(base)!r}), then PeftModel.from_pretrained(model, {str(path)!r})"
             )
-        raise CheckpointError(f"{path} has no config.json: it is not a Hugging Face checkpoint folder")
+        gguf = next((file.name for file in sorted(path.glob("*.gguf"))), None)
+        hint = f"; give the path of the GGUF file itself, {path / gguf}" if gguf else ""
+        raise CheckpointError(f"{path} has no config.json: it is not a Hugging Face checkpoint folder{hint}")
     stored = read_json(path / "config.json").get("quantization_config")
     if isinstance(stored, dict) and stored.get("quant_method") == METHOD and not (path / PACKED_INDEX).is_file():
         raise CheckpointError(f"{path} is packed but has no {PACKED_INDEX}: save or convert it again")

@@ -55,7 +55,7 @@ def open_source(model: str) -> Source:
     """
     path, where = Path(model), str(model)
     if path.suffix == ".gguf":
-        raise CheckpointError(f"{path} is GGUF: {OPENS}; plan the original by its folder, config.json or hub id")
+        raise CheckpointError(f"{path} is GGUF, which is opened but not planned: plan the original, by its config.json")
     if path.is_dir():
         file = path / "config.json"
         if not file.is_file():
@@ -109,7 +109,7 @@ def _instead_of_a_model(folder: Path) -> str:
         base = read_json(adapter).get("base_model_name_or_path") or "its base model"
         return f"it is an adapter, plan {base}"
     if next(folder.glob("*.gguf"), None):
-        return f"it holds GGUF files; {OPENS}"
+        return "it holds GGUF files, which are opened one by one but not planned: plan the original"
     return "expected a model folder"
 
 
