@@ -88,11 +88,20 @@ def test_saved_and_converted_it_computes_the_same(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     ran = CliRunner().invoke(app, ["convert", "cpu", "-i", str(file), "-o", str(tmp_path / "converted")])
     assert ran.exit_code == 0, ran.output
+    assert "Codes and scales of the experts are the checkpoint's own." in " ".join(ran.output.split())
     for folder in ("saved", "converted"):
         again = coterie.from_pretrained(tmp_path / folder)
         assert torch.equal(again(prompt()).logits, model(prompt()).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "converted").convert_tokens_to_ids("ab") == TOKENS.index("ab")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_converting_says_what_is_packed_anew(tmp_path):
+    file = write_qwen3(tmp_path / "model.gguf", qwen3(), experts="Q4_1")
+    ran = CliRunner().invoke(app, ["convert", "cpu", "-i", str(file), "-o", str(tmp_path / "out")])
+    said = " ".join(ran.output.split())
+    assert "experts in q8_0" in said
+    assert "48 of 48 matrices have codes that no format holds (Q4_1)" in said
 
 
 def test_converting_without_the_rest(tmp_path):

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from coterie.cli.console import console, errors, significant, size, table
 from coterie.errors import ArgumentError
+from coterie.formats import resolve
 
 app = typer.Typer(help="Convert checkpoints.", no_args_is_help=True)
 
@@ -51,6 +52,8 @@ def cpu(
     DeepSeek, Qwen, gpt-oss, compressed-tensors, ModelOpt, GPTQ, AWQ and AutoRound store them. Quantised experts keep
     their codes and scales unless another format is asked for; what else is quantised is dequantised.
 
+    Of a GGUF file experts keep their codes where a format holds them; Transformers reads the rest, into memory.
+
     Reads one expert at a time, so it needs little memory. An interrupted conversion never looks finished.
     """
     from coterie.hf.gguf import convert
@@ -86,7 +89,8 @@ def cpu(
     if report.kept:
         exact = all(error.worst == 0 for error in report.errors.values())
         kept = "Codes and scales of the experts are the checkpoint's own."
-        rounded = "Codes of the experts are the checkpoint's own, their scales rounded to bf16."
+        scales = str(resolve(report.quant_method).encoding.scales).removeprefix("torch.").replace("float", "f")
+        rounded = f"Codes of the experts are the checkpoint's own, their scales rounded to {scales}."
         console.print(kept if exact else rounded, highlight=False)
     elif report.own:
         matrices = sum(error.matrices for error in report.errors.values())

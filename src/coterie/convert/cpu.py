@@ -47,11 +47,11 @@ def convert_cpu(
     `coterie.hf.gguf.convert` makes one.
 
     `quant_method` None: int4 for a plain checkpoint; for a quantised one its own format, which keeps codes and scales
-    (rounded to bf16 where they are finer). For any other a quantised checkpoint is dequantised, a matrix at a time.
-    Beyond the page cache, one expert is in memory at a time, and a packed one that is being written. `layers` packs
-    those layers alone, as loose files to be merged, without the rest of the checkpoint. Everything that can be checked
-    is checked before `output` is touched; a conversion that fails removes what it wrote, one that is killed leaves a
-    folder that nothing loads.
+    (rounded to the format's own where they are finer). For any other a quantised checkpoint is dequantised, a matrix at
+    a time. Beyond the page cache, one expert is in memory at a time, and a packed one that is being written. `layers`
+    packs those layers alone, as loose files to be merged, without the rest of the checkpoint. Everything that can be
+    checked is checked before `output` is touched; a conversion that fails removes what it wrote, one that is killed
+    leaves a folder that nothing loads.
 
     Raises ArgumentError (options, output folder) and CheckpointError (broken source, output that cannot be written).
     """
