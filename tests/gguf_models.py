@@ -83,17 +83,20 @@ def write_experts(path: Path, kinds: str | dict[str, str], layers: int = 1, arch
     return write_gguf(path, tensors, {"block_count": layers, "expert_count": E}, arch), values
 
 
-# Parameters of Qwen3-MoE in Transformers -> in GGUF.
-QWEN3 = {
+# Parameters of Qwen2-MoE and Qwen3-MoE in Transformers -> in GGUF.
+NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp", "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp", "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }  # fmt: skip
+ARCHITECTURES = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
 TOKENS = ["<pad>", "<s>", "</s>", *(chr(code) for code in range(33, 125)), "ab"]
 
 
-def write_qwen3(
+def write_qwen(
     path: Path,
     model,
     experts: str = "Q8_0",
@@ -102,8 +105,8 @@ def write_qwen3(
     change: tuple[str, str | None] | None = None,
     metadata: dict | None = None,
 ) -> Path:
-    """A Qwen3-MoE of Transformers as GGUF, matrices in these types, in one file or several. The model gets the weights
-    that the file stands for. change: a tensor that is added in a type, or left out."""
+    """A Qwen2-MoE or Qwen3-MoE of Transformers as GGUF, matrices in these types, in one file or several. The model gets
+    the weights that the file stands for. change: a tensor that is added in a type, or left out."""
     config, tensors = model.config, {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -115,10 +118,11 @@ def write_qwen3(
             elif leaf == "mlp.experts.down_proj":
                 named = {"down": parameter}
             else:
-                kind = rest if parameter.ndim == 2 and leaf != "mlp.gate.weight" else "F32"
+                base, _, suffix = leaf.rpartition(".")
+                kind = rest if parameter.ndim == 2 and "gate.weight" not in leaf else "F32"
                 made = quantize(parameter.float().numpy(), Type[kind])
-                tensors[f"{stem}{QWEN3[leaf.removesuffix('.weight')]}.weight"] = made, kind
                 parameter.copy_(dense(made, kind))
+                tensors[f"{stem}{NAMES[base]}.{suffix}"] = made[0] if made.shape[0] == 1 else made, kind
                 continue
             for part, weights in named.items():
                 made = quantize(weights.float().numpy(), Type[experts])
@@ -132,7 +136,6 @@ def write_qwen3(
         "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim, "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps, "rope.freq_base": config.rope_parameters["rope_theta"],
         "expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok,
         "expert_feed_forward_length": config.moe_intermediate_size, "vocab_size": config.vocab_size,
@@ -140,23 +143,26 @@ def write_qwen3(
         "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.padding_token_id": 0,
         **(metadata or {}),
     }  # fmt: skip
+    if config.model_type == "qwen3_moe":
+        metadata |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
+    else:
+        metadata["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    arch = ARCHITECTURES[config.model_type]
     if files == 1:
-        return write_gguf(path, tensors, metadata)
+        return write_gguf(path, tensors, metadata, arch)
     names = [path.with_name(f"{path.stem}-{n + 1:05d}-of-{files:05d}.gguf") for n in range(files)]
     for n, file in enumerate(names):
         part = {name: tensors[name] for name in list(tensors)[n::files]}
-        write_gguf(file, part, (metadata if n == 0 else {}) | {"split.tensors.count": len(tensors)})
+        write_gguf(file, part, (metadata if n == 0 else {}) | {"split.tensors.count": len(tensors)}, arch)
     return names[0]
 
 
-# Parameters of Qwen3.5-MoE in Transformers -> in GGUF, where they are not as in Qwen3-MoE.
-QWEN35 = QWEN3 | {
+# Parameters of Qwen3.5-MoE that the others have not, or under another name.
+QWEN35 = NAMES | {
     "post_attention_layernorm": "post_attention_norm", "linear_attn.in_proj_qkv": "attn_qkv",
     "linear_attn.in_proj_z": "attn_gate", "linear_attn.in_proj_a": "ssm_alpha", "linear_attn.in_proj_b": "ssm_beta",
     "linear_attn.conv1d": "ssm_conv1d", "linear_attn.norm": "ssm_norm", "linear_attn.out_proj": "ssm_out",
-    "linear_attn.A_log": "ssm_a", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-    "mlp.shared_expert.gate_proj": "ffn_gate_shexp", "mlp.shared_expert.up_proj": "ffn_up_shexp",
-    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "linear_attn.A_log": "ssm_a",
 }  # fmt: skip
 
 

@@ -45,6 +45,18 @@ def test_every_type(tmp_path, kind):
         assert max(errors(opened, values)) < WORST[opened.format]
 
 
+def test_the_byte_that_q8_0_does_not_hold(tmp_path):
+    """-128, which no quantiser writes, becomes -127."""
+    tensors, (values,) = experts(dict.fromkeys(PARTS, "Q8_0"))
+    name = "blk.0.ffn_up_exps.weight"
+    made = tensors[name][0].copy()
+    made[0, 0, 2] = 0x80
+    tensors[name] = made, "Q8_0"
+    scale = made[0, 0, :2].view(np.float16).astype(np.float32)[0]
+    values["up"][0, 0, 0] = -127 * torch.tensor(scale)
+    assert errors(Experts.open(write_gguf(tmp_path / "model.gguf", tensors)), values) == [0, 0, 0]
+
+
 def test_what_is_packed_anew_is_said(tmp_path, recwarn):
     file, _ = write_experts(tmp_path / "kept.gguf", "MXFP4")
     Experts.open(file)

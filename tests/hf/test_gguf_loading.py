@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gguf_models import PARTS, TOKENS, experts, write_gguf, write_qwen3, write_qwen35
+from gguf_models import PARTS, TOKENS, experts, write_gguf, write_qwen, write_qwen35
 from peft import LoraConfig, get_peft_model
 from tiny_models import make, prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,7 +34,7 @@ def difference(model, stock):
 @pytest.mark.filterwarnings("ignore:some experts have codes")
 def test_logits(tmp_path, float32_products, kind, files):
     stock = qwen3()
-    file = write_qwen3(tmp_path / "model.gguf", stock, experts=kind, files=files)
+    file = write_qwen(tmp_path / "model.gguf", stock, experts=kind, files=files)
     asked = {"experts": "bf16"} if kind == "BF16" else {"activations": "bf16"}
     model = coterie.from_pretrained(file, dtype=torch.float32, **asked)
     assert difference(model, stock) < (1e-2 if kind == "Q4_1" else 4e-3)  # which is packed anew, 0.005 off
@@ -44,14 +44,20 @@ def test_logits(tmp_path, float32_products, kind, files):
 def test_tied_embeddings(tmp_path, float32_products):
     stock = qwen3(tie_word_embeddings=True)
     model = coterie.from_pretrained(
-        write_qwen3(tmp_path / "model.gguf", stock, experts="BF16"), dtype=torch.float32, experts="bf16"
+        write_qwen(tmp_path / "model.gguf", stock, experts="BF16"), dtype=torch.float32, experts="bf16"
     )
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert difference(model, stock) < 4e-3
 
 
+def test_shared_experts_and_biases(tmp_path, float32_products):
+    stock = make("qwen2_moe", torch.float32, rope_parameters=ROPE, rms_norm_eps=1e-5, qkv_bias=True)
+    model = coterie.from_pretrained(write_qwen(tmp_path / "model.gguf", stock), dtype=torch.float32, activations="bf16")
+    assert isinstance(model, type(stock)) and difference(model, stock) < 4e-3
+
+
 def test_dtypes(tmp_path):
-    file = write_qwen3(tmp_path / "model.gguf", qwen3(), experts="MXFP4")
+    file = write_qwen(tmp_path / "model.gguf", qwen3(), experts="MXFP4")
     model = coterie.from_pretrained(file)
     assert model.dtype == torch.bfloat16 and model.config.quantization_config.experts == "mxfp4"
     assert coterie.from_pretrained(file, dtype="float32").dtype == torch.float32
@@ -61,7 +67,7 @@ def test_dtypes(tmp_path):
 
 
 def test_the_file_of_a_folder(tmp_path):
-    file = write_qwen3(tmp_path / "model.gguf", qwen3(), experts="MXFP4", files=2)
+    file = write_qwen(tmp_path / "model.gguf", qwen3(), experts="MXFP4", files=2)
     model = coterie.from_pretrained(tmp_path, gguf_file=file.name)
     assert model.config.quantization_config.experts == "mxfp4"
     with pytest.raises(CheckpointError, match=r"has no 'other.gguf'"):
@@ -71,7 +77,7 @@ def test_the_file_of_a_folder(tmp_path):
 
 
 def test_an_adapter_trains_and_generates(tmp_path):
-    model = coterie.from_pretrained(write_qwen3(tmp_path / "model.gguf", qwen3(), experts="Q4_0"), dtype=torch.float32)
+    model = coterie.from_pretrained(write_qwen(tmp_path / "model.gguf", qwen3(), experts="Q4_0"), dtype=torch.float32)
     assert model.config.quantization_config.experts == "q4_0"
     assert model.generate(prompt(1, 4), max_new_tokens=3, do_sample=False).shape == (1, 7)
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -83,7 +89,7 @@ def test_an_adapter_trains_and_generates(tmp_path):
 
 def test_saved_and_converted_it_computes_the_same(tmp_path):
     stock = qwen3()
-    file = write_qwen3(tmp_path / "model.gguf", stock, experts="MXFP4", files=2)
+    file = write_qwen(tmp_path / "model.gguf", stock, experts="MXFP4", files=2)
     model = coterie.from_pretrained(file)
     model.save_pretrained(tmp_path / "saved")
     ran = CliRunner().invoke(app, ["convert", "cpu", "-i", str(file), "-o", str(tmp_path / "converted")])
@@ -97,7 +103,7 @@ def test_saved_and_converted_it_computes_the_same(tmp_path):
 
 
 def test_converting_says_what_is_packed_anew(tmp_path):
-    file = write_qwen3(tmp_path / "model.gguf", qwen3(), experts="Q4_1")
+    file = write_qwen(tmp_path / "model.gguf", qwen3(), experts="Q4_1")
     ran = CliRunner().invoke(app, ["convert", "cpu", "-i", str(file), "-o", str(tmp_path / "out")])
     said = " ".join(ran.output.split())
     assert "experts in q8_0" in said
@@ -105,7 +111,7 @@ def test_converting_says_what_is_packed_anew(tmp_path):
 
 
 def test_converting_without_the_rest(tmp_path):
-    file = write_qwen3(tmp_path / "model.gguf", qwen3(), experts="MXFP4")
+    file = write_qwen(tmp_path / "model.gguf", qwen3(), experts="MXFP4")
     with pytest.raises(CheckpointError, match="coterie convert cpu"):
         convert_cpu(file, tmp_path / "out")
     convert_cpu(file, tmp_path / "out", layers=[1])
@@ -141,15 +147,17 @@ def test_weights_that_are_missing_or_unknown(tmp_path):
         "blk.1.attn_k.scale": ("F32", "'blk.1.attn_k.scale': Transformers does not multiply by it"),
     }
     for name, (kind, message) in changes.items():
-        file = write_qwen3(tmp_path / "model.gguf", stock, change=(name, kind))
+        file = write_qwen(tmp_path / "model.gguf", stock, change=(name, kind))
         with pytest.raises(CheckpointError, match=message):
             coterie.from_pretrained(file)
 
 
 def test_scaled_positions_are_refused(tmp_path):
-    file = write_qwen3(tmp_path / "model.gguf", qwen3(), metadata={"rope.scaling.type": "yarn"})
+    file = write_qwen(tmp_path / "model.gguf", qwen3(), metadata={"rope.scaling.type": "yarn"})
     with pytest.raises(UnsupportedModelError, match="positions are scaled"):
         coterie.from_pretrained(file)
+    given = ROPE | {"rope_type": "linear", "factor": 2.0}
+    assert coterie.from_pretrained(file, rope_parameters=given).config.rope_parameters["factor"] == 2.0
 
 
 def test_a_model_without_experts(tmp_path):
@@ -162,7 +170,7 @@ def test_a_model_without_experts(tmp_path):
 def test_transformers_makes_the_same_config(tmp_path):
     """What is set beside Transformers' own reading agrees with the model that was written."""
     stock = qwen3()
-    model = coterie.from_pretrained(write_qwen3(tmp_path / "model.gguf", stock, experts="MXFP4"))
+    model = coterie.from_pretrained(write_qwen(tmp_path / "model.gguf", stock, experts="MXFP4"))
     kept = ("hidden_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok", "head_dim", "norm_topk_prob")
     assert {name: getattr(model.config, name) for name in kept} == {name: getattr(stock.config, name) for name in kept}
     assert isinstance(model, type(stock))

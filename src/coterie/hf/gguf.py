@@ -52,12 +52,17 @@ def find_gguf(path_or_id: str | os.PathLike, name: str, hub: dict[str, Any]) -> 
 def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict[str, Any]]:
     """The config that Transformers makes of a file's metadata, changed by those of `settings` that are its own, and the
     other ones. Raises UnsupportedModelError, naming the architecture, where it cannot."""
-    first = file.first
+    first, scaling = file.first, file.own_value("rope.scaling.type", "none")
+    if scaling != "none" and "rope_parameters" not in settings:
+        raise UnsupportedModelError(
+            f"{file.path}: positions are scaled ({shown(scaling)}), which this version does not read of GGUF files: "
+            "give rope_parameters=... as the original's config.json has them, or use the original checkpoint"
+        )
     try:
         config, unused = AutoConfig.from_pretrained(
             first.parent, gguf_file=first.name, return_unused_kwargs=True, **settings
         )
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise UnsupportedModelError(
             f"{file.path}: Transformers {transformers.__version__} does not open GGUF architecture "
             f"{shown(file.architecture)}: {shown(str(error))}; use the original checkpoint, or Experts.open for a layer"
@@ -69,12 +74,6 @@ def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict
         value = file.own_value(key)
         if value is not None and hasattr(config, name) and name not in settings:
             setattr(config, name, value)
-    scaling, rope = file.own_value("rope.scaling.type", "none"), getattr(config, "rope_parameters", None) or {}
-    if scaling != "none" and rope.get("rope_type", "default") == "default":
-        raise UnsupportedModelError(
-            f"{file.path}: positions are scaled ({shown(scaling)}), which Transformers does not read of GGUF "
-            f"architecture {shown(file.architecture)}: give rope_parameters=..., or use the original checkpoint"
-        )
     return config, unused
 
 
