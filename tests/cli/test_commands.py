@@ -12,7 +12,7 @@ from coterie.cli.convert import parse_layers
 from coterie.cli.doctor import advise
 from coterie.errors import ArgumentError
 
-COMMANDS = ("quickstart", "doctor", "plan", "convert", "bench")
+COMMANDS = ("quickstart", "doctor", "plan", "convert", "bench", "chat")
 
 
 def test_help_names_every_command(coterie):
@@ -24,6 +24,7 @@ def test_help_names_every_command(coterie):
 EXPLAINED = (
     ["quickstart"],
     ["plan"],
+    ["chat"],
     ["convert", "cpu"],
     ["bench", "layer"],
     ["bench", "model"],

@@ -1,0 +1,146 @@
+"""coterie chat: talk to a model on the terminal."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coterie.cli.adapter import need_peft
+from coterie.cli.console import console, errors, significant, size
+from coterie.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from coterie.serve.conversation import Answer, Conversation
+
+CONTROL = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t")
+ENDED = {"stop": "", "length": ", stopped at the most tokens", "interrupted": ", interrupted"}
+COMMANDS = "/new forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="A model's folder or a hub id: plain, quantised or packed.")],
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", "-a", help="Folder of a PEFT LoRA adapter to talk through.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="The system prompt.")] = None,
+    experts: Annotated[
+        str | None, typer.Option(help="Format to pack experts into. [default: int4, or the checkpoint's own]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where all but the experts goes: cpu, cuda.")] = "cpu",
+    mmap: Annotated[bool, typer.Option("--mmap", help="Use a packed checkpoint's experts where they lie.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 2048,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 always takes the likeliest token. [default: the model's]")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from this share of the probability.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from tokens this likely beside the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(min=0.01, help="Above 1: repeat less.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeat itself.")] = None,
+) -> None:
+    """Talk to a model: its answers are streamed, with their speed and the memory in use after each.
+
+    Without a chat template a model continues text, line by line. Sampling options that are left out are the model's.
+    """
+    if adapter is not None:
+        need_peft()
+    with errors.status("importing torch and transformers"):
+        import torch
+        from transformers import logging
+
+        from coterie.serve.conversation import Conversation
+        from coterie.serve.opening import open_model
+        from coterie.serve.sampling import settings
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    adapters = {"default": adapter} if adapter is not None else {}
+    with errors.status(f"loading {model}"):
+        opened, tokenizer = open_model(model, adapters, experts=experts, device=device, mmap=mmap)
+    chosen = settings(
+        opened.generation_config,
+        max_new_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    if seed is not None:
+        torch.manual_seed(seed)
+    talk(Conversation(opened, tokenizer, chosen, system))
+
+
+def talk(conversation: Conversation) -> None:
+    """Reads lines and prints answers until the input ends."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  (lets input() edit lines and remember them)
+    if not conversation.has_template:
+        note("This model has no chat template: it continues each line you type as text, and remembers none.")
+    note(COMMANDS)
+    while True:
+        try:
+            said = input("> ")
+        except EOFError:
+            console.print()
+            return
+        except KeyboardInterrupt:
+            console.print()
+            note(COMMANDS)
+            continue
+        command = said.strip()
+        if command == "/exit":
+            return
+        if command == "/new":
+            conversation.restart()
+            note("The conversation is forgotten.")
+        elif command.startswith("/") and " " not in command and command.count("/") == 1:
+            note(COMMANDS)
+        elif command:
+            try:
+                answer = conversation.ask(said, show)
+            except ArgumentError as error:
+                errors.print(f"{error} (/new)", markup=False, highlight=False, soft_wrap=True)
+                continue
+            console.print()
+            note(f"[{report(answer)}]")
+
+
+def show(piece: str, thought: bool) -> None:
+    """Prints a piece of an answer, dimmed where it is thought; control characters are left out."""
+    console.out(piece.translate(CONTROL), end="", style="dim" if thought else None, highlight=False)
+    console.file.flush()
+
+
+def report(answer: Answer) -> str:
+    """What an answer took: "31 tokens, 12.3 tokens/s; prompt of 25 tokens in 0.42 s; 1.2 GB of RAM"."""
+    from coterie.bench.memory import resident
+
+    speed = f", {significant((answer.tokens - 1) / answer.seconds)} tokens/s" if answer.tokens > 1 else ""
+    known = answer.prompt_tokens - answer.computed_tokens
+    prompt = f"prompt of {answer.prompt_tokens} tokens" + (f", {known} of them known," if known else "")
+    parts = (
+        f"{answer.tokens} tokens{speed}{ENDED[answer.ended]}",
+        f"{prompt} in {significant(answer.prompt_seconds)} s",
+        f"{size(resident())} of RAM{gpu_memory()}",
+    )
+    return "; ".join(parts)
+
+
+def gpu_memory() -> str:
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return ""
+    return f", {size(torch.cuda.memory_allocated())} on the GPU"
+
+
+def note(line: str) -> None:
+    console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,20 @@
+"""A model's cache of tokens it has seen, passed on from one `generate` to the next."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+# What `generate` and its output call it: "cache" since Transformers 5.24.
+FIELDS = {field.name for field in dataclasses.fields(GenerateDecoderOnlyOutput)}
+NAME = "cache" if "cache" in FIELDS else "past_key_values"
+
+
+def cut(cache: Any, tokens: int) -> bool:
+    """Takes the last tokens out of a cache; False where it cannot, because its layers do not keep each token apart."""
+    if not getattr(cache, "is_croppable", False):
+        return False
+    cache.crop(-tokens)
+    return True

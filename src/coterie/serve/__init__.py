@@ -1,0 +1,1 @@
+"""Talking to a model: on a terminal, and over HTTP."""

@@ -1,0 +1,47 @@
+"""A model, its tokenizer and its adapters, opened to generate text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from coterie.errors import ArgumentError, CheckpointError
+from coterie.hf.loading import from_pretrained
+
+
+def open_model(path_or_id: str, adapters: Mapping[str, Path], **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    """(the model, its tokenizer); with adapters, by name, the model is a PeftModel whose first one is active.
+
+    options: those of `coterie.from_pretrained`, whose errors are raised. Raises CheckpointError where there is no
+    tokenizer and ArgumentError for an adapter that cannot be loaded. Adapters need PEFT.
+    """
+    for name, folder in adapters.items():
+        if not (folder / "adapter_config.json").is_file():
+            raise ArgumentError(f"adapter {name}: expected the folder of a PEFT adapter, found none at {folder}")
+    model = from_pretrained(path_or_id, **options)
+    tokenizer = open_tokenizer(path_or_id)
+    for number, (name, folder) in enumerate(adapters.items()):
+        from peft import PeftModel
+
+        if number == 0:
+            model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+        else:
+            model.load_adapter(folder, adapter_name=name)
+    return model.eval(), tokenizer
+
+
+def open_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint. Raises CheckpointError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path_or_id)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path_or_id}: expected a tokenizer beside the model, found none ({reason})") from error
+
+
+def context_length(model: Any) -> int | None:
+    """Tokens that a model was made for, prompt and answer together; None where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
