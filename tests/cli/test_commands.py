@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 
 import pytest
 
@@ -12,7 +14,7 @@ from coterie.cli.convert import parse_layers
 from coterie.cli.doctor import advise
 from coterie.errors import ArgumentError
 
-COMMANDS = ("quickstart", "doctor", "plan", "convert", "bench", "chat")
+COMMANDS = ("quickstart", "doctor", "plan", "convert", "bench", "chat", "serve")
 
 
 def test_help_names_every_command(coterie):
@@ -25,6 +27,7 @@ EXPLAINED = (
     ["quickstart"],
     ["plan"],
     ["chat"],
+    ["serve"],
     ["convert", "cpu"],
     ["bench", "layer"],
     ["bench", "model"],
@@ -82,6 +85,23 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(coterie, arguments, mes
     assert ran.out == ""
     assert ran.err.startswith("coterie: ") and ran.err.count("\n") == 1
     assert message in ran.err
+
+
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "openai"])
+def test_serve_names_the_package_that_is_missing(coterie, monkeypatch, package):
+    for name in ("fastapi", "uvicorn", "openai"):
+        monkeypatch.setitem(sys.modules, name, None if name == package else types.ModuleType(name))
+    ran = coterie("serve", tiny.PATH)
+    assert ran.code == 2
+    assert ran.err == f"coterie: serving needs {package}: pip install 'coterie[serve]'\n"
+
+
+@pytest.mark.parametrize("adapter", ["folder", "=folder", "name=", f"{tiny.PATH}=folder"])
+def test_serve_takes_adapters_by_name(coterie, monkeypatch, adapter):
+    for name in ("fastapi", "uvicorn", "openai"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    ran = coterie("serve", tiny.PATH, "--adapter", adapter)
+    assert ran.code == 2 and "--adapter: " in ran.err
 
 
 def test_plan_prints_a_row_for_each_format(coterie):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from coterie.cli import adapter, bench, chat, convert, doctor, plan, quickstart, sft
+from coterie.cli import adapter, bench, chat, convert, doctor, plan, quickstart, serve, sft
 from coterie.cli.console import errors
 from coterie.errors import CoterieError
 
@@ -24,6 +24,7 @@ app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
 app.command("sft")(sft.sft)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.add_typer(convert.app, name="convert")
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(bench.app, name="bench")
