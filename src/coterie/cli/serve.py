@@ -26,6 +26,10 @@ def serve(
     ] = None,
     device: Annotated[str, typer.Option(help="Where all but the experts goes: cpu, cuda.")] = "cpu",
     mmap: Annotated[bool, typer.Option("--mmap", help="Use a packed checkpoint's experts where they lie.")] = False,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Answer requests together, with a cache for so many tokens of prompts and answers."),
+    ] = None,
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 is all of this machine's.")] = LOCAL[0],
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen at.")] = 8000,
     api_key: Annotated[
@@ -34,7 +38,8 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: /v1/chat/completions, completions, responses and models, and /health.
 
-    The server is Transformers' own. It answers one request after the other. Ctrl-C lets running answers end.
+    The server is Transformers' own. It answers one request after the other, or together (--batch-tokens), without
+    adapters, stop and seed. Ctrl-C lets running answers end.
     """
     try:
         import fastapi  # noqa: F401
@@ -44,6 +49,8 @@ def serve(
         raise ArgumentError(f"serving needs {error.name}: pip install 'coterie[serve]'") from None
     name = name or model
     adapters = parse_adapters(adapter or [], name)
+    if adapters and batch_tokens:
+        raise ArgumentError("requests to several adapters are not answered together: leave out --batch-tokens")
     if adapters:
         need_peft()
     with errors.status("importing torch and transformers"):
@@ -62,7 +69,7 @@ def serve(
     with bind(host, port) as bound:
         with errors.status(f"loading {model}"):
             opened, tokenizer = open_model(model, adapters, experts=experts, device=device, mmap=mmap)
-        server = Server(name, opened, tokenizer, list(adapters), context_length(opened))
+        server = Server(name, opened, tokenizer, list(adapters), context_length(opened), batch_tokens)
         line = f"{', '.join([name, *adapters])} at http://{host}:{port}/v1"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
         if host not in LOCAL and not api_key:

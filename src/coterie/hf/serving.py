@@ -21,6 +21,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from coterie.hf import serving_requests as requests
+from coterie.hf.batching import Batches
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
 SEED = "coterie_seed"  # what a request's seed is called on its generation config
@@ -78,12 +79,10 @@ class Models:
         pass
 
 
-class Generation(GenerateManager):
-    """One answer after the other, each within the context (tokens; None: not limited)."""
+class Fitting:
+    """Mixed into what generates: a prompt must fit into the context, and its answer ends with it."""
 
-    def __init__(self, context: int | None) -> None:
-        super().__init__()
-        self.context = context
+    context: int | None = None  # tokens; None: not limited
 
     def generate_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
         self._fit(inputs, gen_config)
@@ -96,21 +95,55 @@ class Generation(GenerateManager):
     def _fit(self, inputs: Any, settings: GenerationConfig) -> None:
         if self.context is None:
             return
-        tokens = inputs["input_ids"].shape[-1]
+        ids = inputs["input_ids"]
+        tokens = len(ids) if isinstance(ids, list) else ids.shape[-1]
         if tokens >= self.context:
             raise HTTPException(400, f"the prompt has {tokens} tokens, the model's context is {self.context}")
         settings.max_new_tokens = min(settings.max_new_tokens, self.context - tokens)
 
 
+class Single(Fitting, GenerateManager):
+    """One answer after the other."""
+
+
+class Batch(Fitting, Batches):
+    """All answers together."""
+
+
 class OneAtATime(GenerationState):
     """Gives every model the same thread, so that adapters of one model take turns."""
 
+    batched = False
+
     def __init__(self, context: int | None) -> None:
         super().__init__()
-        self.generation = Generation(context)
+        self.generation = Single()
+        self.generation.context = context
 
-    def get_manager(self, model_id: str, use_cb: bool = False) -> Generation:
+    def get_manager(self, model_id: str, use_cb: bool = False) -> Single:
         return self.generation
+
+    def shutdown(self) -> None:
+        """Waits until nothing is generated."""
+        self.generation.submit(lambda: None).result()
+
+
+class AllTogether(GenerationState):
+    """Answers all requests in one batch, which has room for so many tokens."""
+
+    batched = True
+
+    def __init__(self, model: Any, context: int | None, tokens: int) -> None:
+        super().__init__(continuous_batching=True)
+        self._cb_manager = Batch(model, tokens)
+        room = self._cb_manager.room
+        self._cb_manager.context = room if context is None else min(context, room)
+
+    def use_continuous_batching(self, *_: Any) -> bool:
+        return True
+
+    def get_manager(self, model_id: str, use_cb: bool = True) -> Batch:
+        return self._cb_manager
 
 
 class Checked:
@@ -120,6 +153,8 @@ class Checked:
         models = self.model_manager
         try:
             requests.check(body, list(models.named), models.tokenizer.chat_template is not None, self._endpoint)
+            if self.generation_state.batched:
+                requests.check_batched(body)
         except requests.Refused as refused:
             raise HTTPException(refused.status, str(refused)) from None
         super()._validate_request(body)
@@ -154,7 +189,8 @@ class Server:
     """The application, and the thread that generates for it.
 
     model: a causal LM, or a PeftModel whose `adapters` are served under their own names.
-    context: tokens of prompt and answer together.
+    context: tokens of prompt and answer together. batch_tokens: room for the tokens of all requests, which are then
+    answered together; None: one after the other. Raises UnsupportedModelError for a model that cannot be batched.
     """
 
     def __init__(
@@ -164,11 +200,13 @@ class Server:
         tokenizer: PreTrainedTokenizerBase,
         adapters: list[str],
         context: int | None,
+        batch_tokens: int | None = None,
     ) -> None:
         self._stopping = threading.Event()
         named = {name: NamedModel(model, None, self._stopping)}
         named |= {adapter: NamedModel(model, adapter, self._stopping) for adapter in adapters}
-        models, self._state = Models(named, tokenizer), OneAtATime(context)
+        models = Models(named, tokenizer)
+        self._state = AllTogether(model, context, batch_tokens) if batch_tokens else OneAtATime(context)
         self.app: FastAPI = build_server(
             models,
             Chat(models, self._state),
@@ -183,4 +221,4 @@ class Server:
     def stop(self) -> None:
         """Ends what is still being written, after its next token, and waits for that."""
         self._stopping.set()
-        self._state.generation.submit(lambda: None).result()
+        self._state.shutdown()

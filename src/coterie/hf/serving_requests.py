@@ -24,6 +24,8 @@ UNHONOURED = {
     "top_logprobs": 0,
     "web_search_options": None,
 }
+# What is not honoured where requests are answered together.
+UNBATCHED = ("frequency_penalty", "logit_bias", "seed", "stop")
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -52,6 +54,13 @@ def check(body: dict, models: list[str], has_template: bool, endpoint: str) -> N
     elif endpoint == "responses" and not isinstance(body.get("input"), str):
         check_messages(body, "input")
     check_settings(body)
+
+
+def check_batched(body: dict) -> None:
+    """Raises Refused for a request that cannot be answered together with others."""
+    for field in UNBATCHED:
+        if body.get(field) is not None:
+            raise Refused(f"{field} is not supported by a server that answers requests together: leave it out")
 
 
 def check_messages(body: dict, field: str) -> None:
