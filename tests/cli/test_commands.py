@@ -104,6 +104,13 @@ def test_serve_takes_adapters_by_name(coterie, monkeypatch, adapter):
     assert ran.code == 2 and "--adapter: " in ran.err
 
 
+def test_serve_does_not_batch_adapters(coterie, monkeypatch):
+    for name in ("fastapi", "uvicorn", "openai"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    ran = coterie("serve", tiny.PATH, "--adapter", "a=folder", "--batch-tokens", "1000")
+    assert ran.code == 2 and "leave out --batch-tokens" in ran.err
+
+
 def test_plan_prints_a_row_for_each_format(coterie):
     ran = coterie("plan", tiny.PATH, "--bandwidth", "50GB")
     assert ran.code == 0

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from terminal import Terminal, plain
 from transformers import AutoTokenizer
 
@@ -116,6 +117,18 @@ def test_packed_checkpoints_and_adapters(adapter, tmp_path):
         adapted = terminal.ask(QUESTION)[0]
     assert adapted == expected(tmp_path / "packed", adapter)
     assert adapted != expected(tmp_path / "packed")
+
+
+def test_quantised_checkpoints(variant):
+    path = variant(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if ".experts." in name]:
+        weight = tensors[name]
+        tensors[name] = weight.to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.ones(weight.shape[0] // 128, weight.shape[1] // 128)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with Terminal("chat", path, *GREEDY) as terminal:
+        assert terminal.ask(QUESTION)[0] == expected(path)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cli.serving.utils import CBGenerateManager
+from transformers.utils import logging
 
 from coterie.errors import UnsupportedModelError
 
@@ -30,6 +31,8 @@ class Batches(CBGenerateManager):
         config = ContinuousBatchingConfig(
             page_size=PAGE, num_blocks=self.room // PAGE, max_batch_tokens=STEP, per_request_processors=True
         )
+        before = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)  # what fails here is raised below
         try:
             self.init_cb(model, GenerationConfig(eos_token_id=-1, **SETTABLE), config)
             self._try()
@@ -39,6 +42,8 @@ class Batches(CBGenerateManager):
                 f"{type(model).__name__}: Transformers cannot batch its requests ({str(error)[:200]}): answer them one "
                 "after the other, without --batch-tokens"
             ) from error
+        finally:
+            logging.set_verbosity(before)
 
     def init_cb(self, model: Any, gen_config: GenerationConfig, config: ContinuousBatchingConfig | None = None) -> None:
         """Starts the thread; the handlers, which ask for it with each request, find it started."""

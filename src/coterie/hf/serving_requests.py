@@ -78,7 +78,8 @@ def check_messages(body: dict, field: str) -> None:
         if content is None or isinstance(content, str):
             continue
         for part in content if isinstance(content, list) else [content]:
-            if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS or not isinstance(part["text"], str):
+            is_text = isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)
+            if not is_text:
                 raise Refused(f"{field}: expected content of text, found {str(part)[:100]!r}")
 
 
