@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _native, handles, memory, ops, tickets
 from .activations import Activation
+from .arithmetic import check_activations
 from .border import BYTES, DTYPES, F32, FLOATS, address, is_plain
 from .checkpoints import Codes, LayerReader, PackedFile, open_layer, open_reader, packed, write_layer
 from .cpu import current_isa
@@ -22,7 +23,7 @@ from .gpu import hybrid, offload
 from .gpu.device import usable
 from .gpu.resident import Resident
 from .gpu.stream import unpacked
-from .layer import PROJECTIONS, Layer, check_activations
+from .layer import PROJECTIONS, Layer
 from .lora import ExpertLora
 
 REPACKED = (

@@ -6,22 +6,15 @@ from torch import Tensor
 
 from . import _native, handles
 from .activations import Activation
+from .arithmetic import Arithmetic
 from .border import BYTES, F32, address
-from .errors import ArgumentError
-from .formats import ENCODINGS, PANEL_ROWS, Format, round_up
+from .formats import PANEL_ROWS, Format, round_up
 
 PROJECTIONS = ("gate", "up", "down")  # in the order of the engine's numbers
-ACTIVATIONS = ("auto", "bf16", "int8")
 
 
-class Layer(_native.Layer):
-    """Packed experts as the kernels see them; keeps alive what they read.
-
-    Attributes:
-        activations: what experts compute with: "int8", "bf16", or "auto": int8, where the format allows it, until they
-            are adapted.
-        adapted: whether the experts have an adapter or have been trained through.
-    """
+class Layer(Arithmetic, _native.Layer):
+    """Packed experts as the kernels see them; keeps alive what they read."""
 
     def __init__(
         self,
@@ -38,7 +31,6 @@ class Layer(_native.Layer):
         self._layouts = up, down, has_gate
         self.spec, self.num_experts = spec, num_experts
         self.hidden_size, self.intermediate_size, self.has_gate = hidden_size, intermediate_size, has_gate
-        self.activations, self.adapted = "auto", False
         handles.register(number, self)
 
     @property
@@ -66,32 +58,3 @@ class Layer(_native.Layer):
         rows = round_up(self.hidden_size if projection == "down" else self.intermediate_size, PANEL_ROWS)
         at = 0 if bias is None else address(f"{projection} bias", bias, F32, (self.num_experts, rows))
         self.set_bias(PROJECTIONS.index(projection), at, bias)
-
-    def uses_int8(self) -> bool:
-        """Whether a forward without adapter and gradients rounds activations to int8."""
-        if not self.spec.encoding.int8_activations or self.activations == "bf16":
-            return False
-        return self.activations == "int8" or not self.adapted
-
-    def adapt(self) -> None:
-        """From now on "auto" means bf16: a model in training must compute the same with its adapter and without.
-
-        Raises ArgumentError where the activations are to be int8.
-        """
-        if self.activations == "int8":
-            raise ArgumentError(
-                'int8 activations are for inference: experts that are adapted or trained need activations="auto" or '
-                '"bf16"'
-            )
-        self.adapted = True
-
-
-def check_activations(activations: str, spec: Format) -> None:
-    """Raises ArgumentError for activations that do not exist, or int8 with bf16 weights."""
-    if activations not in ACTIVATIONS:
-        raise ArgumentError(f"activations: expected one of {', '.join(ACTIVATIONS)}, found {activations!r}")
-    if activations == "int8" and not spec.encoding.int8_activations:
-        able = ", ".join(name for name, encoding in ENCODINGS.items() if encoding.int8_activations)
-        raise ArgumentError(
-            f'activations="int8" needs weights of {able}; those of {spec.name} are computed with bf16'
-        )

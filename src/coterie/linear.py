@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from . import _native, handles, memory
+from .arithmetic import Arithmetic, check_activations
 from .border import BYTES, COMPUTED, DTYPES, F32, FLOATS, address, check_device, runs_now
 from .errors import ArgumentError
 from .formats import PANEL_ROWS, Format, resolve, round_up
-from .layer import check_activations
 
 
-class Weight(_native.Linear):
+class Weight(Arithmetic, _native.Linear):
     """A packed weight as the kernels see it: what the operators find by its handle; keeps alive what they read."""
 
     def __init__(self, spec: Format, packed: Tensor, out_features: int, in_features: int, bias: Tensor | None) -> None:
@@ -28,23 +28,7 @@ class Weight(_native.Linear):
         super().__init__(number, layout, matrix, at, (packed, padded))
         self.spec, self.layout, self.out_features, self.in_features = spec, layout, out_features, in_features
         self.packed, self.bias = packed, None if padded is None else padded[:out_features]
-        self.activations, self.adapted = "auto", False
         handles.register(number, self)
-
-    def uses_int8(self) -> bool:
-        """Whether a forward rounds activations to int8."""
-        if not self.spec.encoding.int8_activations or self.activations == "bf16":
-            return False
-        return self.activations == "int8" or not self.adapted
-
-    def adapt(self) -> None:
-        """From now on "auto" means bf16: a model in training computes the same with its adapter and without.
-
-        Raises ArgumentError where the activations are to be int8.
-        """
-        if self.activations == "int8":
-            raise ArgumentError('int8 activations are for inference: layers in training need "auto" or "bf16"')
-        self.adapted = True
 
 
 class Linear:
@@ -116,7 +100,7 @@ class Linear:
         self._weight.activations = activations
 
     def adapt(self) -> None:
-        """See `Weight.adapt`."""
+        """See `Arithmetic.adapt`."""
         self._weight.adapt()
 
     def dequantize(self) -> Tensor:

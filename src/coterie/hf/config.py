@@ -9,11 +9,11 @@ from typing import Any
 from transformers.quantizers import auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from coterie.arithmetic import check_activations
 from coterie.checkpoints.gguf import GgufReader
 from coterie.checkpoints.packed import VERSION
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import Format, resolve
-from coterie.layer import check_activations
 
 METHOD = "coterie"
 STORED = ("experts", "group_size", "zero_point")  # what packed experts are
