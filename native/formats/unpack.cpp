@@ -66,46 +66,48 @@ void unpack(const Layout& layout, const uint8_t* matrix, int64_t begin, int64_t 
 
 template <class E>
 bool pack(const Layout& layout, const Codes& source, int64_t begin, int64_t end, uint8_t* matrix) {
+  constexpr int kCodeBytes = E::Codes::kBits == 16 ? 2 : 1;
   const int64_t steps = (layout.cols + layout.step - 1) / layout.step;
-  for (int64_t r = begin; r < end; r++) {
+  bool valid = true;
+  for (int64_t r = begin; r < end && valid; r++) {
     const Row<E> row(layout, r);
+    uint16_t padding = E::kStepZero ? 0 : E::Codes::kPadding;  // columns beyond the matrix stand for zero
     if constexpr (E::kRowScale) memcpy(matrix + row.row_scale(), source.row_scale + r, 4);
-    for (int64_t k = 0; k < layout.padded_cols(); k++) {
-      // Columns beyond the matrix stand for zero.
-      uint16_t code = E::Codes::kPadding;
-      if constexpr (E::kZero) code = k < layout.cols || !E::kStepZero ? source.zero[r * (E::kStepZero ? steps : 1) + (E::kStepZero ? k / layout.step : 0)] : 0;
-      if (k < layout.cols) {
-        if constexpr (E::Codes::kBits == 16)
-          memcpy(&code, source.codes + (r * layout.cols + k) * 2, 2);
-        else
-          code = source.codes[r * layout.cols + k];
-        if constexpr (E::Codes::kBits != 16)
-          if (!E::Codes::valid(code)) return false;
-        if (k % layout.step == 0) {
-          const int64_t s = k / layout.step;
-          if constexpr (E::kStepScale) {
-            constexpr int kBytes = E::Scale::kBlockBytes ? 4 : E::Scale::kRowBytes;
-            const uint8_t* scale = source.scale + ((E::Scale::kBlockBytes ? r / kScaleTileRows : r) * steps + s) * kBytes;
-            if (!E::Scale::valid(scale)) return false;
-            if constexpr (E::Scale::kBlockBytes > 0)
-              E::Scale::store(E::Scale::value(scale), matrix + row.step_scale(k));
-            else
-              memcpy(matrix + row.step_scale(k), scale, kBytes);
-          }
-          if constexpr (E::kStepZero) matrix[row.zero(k)] = source.zero[r * steps + s];
-          if constexpr (E::kRowZero) matrix[row.zero(k)] = source.zero[r];
+    if constexpr (E::kRowZero) matrix[row.zero(0)] = static_cast<uint8_t>(padding = source.zero[r]);
+    const uint8_t* const codes = source.codes + r * layout.cols * kCodeBytes;
+    for (int64_t s = 0; s < layout.steps(); s++) {
+      const int64_t first = s * layout.step;
+      if (first < layout.cols) {
+        if constexpr (E::kStepScale) {
+          constexpr int kBytes = E::Scale::kBlockBytes ? 4 : E::Scale::kRowBytes;
+          const uint8_t* scale = source.scale + ((E::Scale::kBlockBytes ? r / kScaleTileRows : r) * steps + s) * kBytes;
+          valid &= E::Scale::valid(scale);
+          if constexpr (E::Scale::kBlockBytes > 0)
+            E::Scale::store(E::Scale::value(scale), matrix + row.step_scale(first));
+          else
+            memcpy(matrix + row.step_scale(first), scale, kBytes);
         }
+        if constexpr (E::kStepZero) matrix[row.zero(first)] = source.zero[r * steps + s];
       }
-      uint8_t* at = matrix + row.code(k);
-      if constexpr (E::Codes::kBits == 16)
-        memcpy(at, &code, 2);
-      else if constexpr (E::Codes::kBits == 8)
-        *at = static_cast<uint8_t>(code);
-      else
-        *at = static_cast<uint8_t>(k % 8 < 4 ? (*at & 0xf0) | code : (*at & 0x0f) | code << 4);
+      uint8_t* to = matrix + row.code(first);
+      for (int64_t k = first; k < first + layout.step; k += E::kLineColumns, to += row.panels * kLine) {
+        uint16_t line[E::kLineColumns];
+        for (int i = 0; i < E::kLineColumns; i++) {
+          line[i] = padding;
+          if (k + i >= layout.cols) continue;
+          if constexpr (E::Codes::kBits == 16)
+            memcpy(&line[i], codes + (k + i) * 2, 2);
+          else
+            valid &= E::Codes::valid(line[i] = codes[k + i]);
+        }
+        if constexpr (E::Codes::kBits == 16)
+          memcpy(to, line, sizeof line);
+        else
+          for (int i = 0; i < 4; i++) to[kQuadOrder[i]] = static_cast<uint8_t>(E::Codes::kBits == 8 ? line[i] : line[i] | line[(i + 4) % E::kLineColumns] << 4);
+      }
     }
   }
-  return true;
+  return valid;
 }
 
 }  // namespace

@@ -53,7 +53,7 @@ class Codes:
     def fitted(self) -> Codes:
         """The same as the encoding holds it: scales in its own dtype, and 8-bit codes from -127 on, not -128."""
         codes, scale, dtype = self.codes, self.scale, self.spec.encoding.scales
-        if self.spec.name in ("int8", "q8_0"):
+        if self.spec.name in ("int8", "q8_0") and not codes.all():
             codes = codes.clamp(min=1)
         if scale is not None and dtype is not None:
             scale = scale.to(dtype)
