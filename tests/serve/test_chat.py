@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 
 import pytest
@@ -117,6 +118,15 @@ def test_packed_checkpoints_and_adapters(adapter, tmp_path):
         adapted = terminal.ask(QUESTION)[0]
     assert adapted == expected(tmp_path / "packed", adapter)
     assert adapted != expected(tmp_path / "packed")
+
+
+def test_an_adapter_brings_its_template(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.PATH)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    with Terminal("chat", tiny.PATH, *GREEDY, "--adapter", tmp_path) as terminal:
+        assert f"prompt of {len(tokenizer(QUESTION)['input_ids'])} tokens" in terminal.ask(QUESTION)[1]
 
 
 def test_quantised_checkpoints(variant):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,11 +29,18 @@ from servers import KEY, Serving, free_port  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "What does the with statement do?"}]
 GREEDY = {"temperature": 0, "max_tokens": 20}
+OTHER = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
-def server(adapter):
-    serving = Serving(tiny.PATH, "--name", "tiny", "--experts", "bf16", "--adapter", f"tuned={adapter}")
+def server(adapter, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")  # the same with a template of its own
+    shutil.copytree(adapter, other, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.PATH)
+    tokenizer.chat_template = OTHER
+    tokenizer.save_pretrained(other)
+    options = "--adapter", f"tuned={adapter}", "--adapter", f"other={other}"
+    serving = Serving(tiny.PATH, "--name", "tiny", "--experts", "bf16", *options)
     yield serving
     serving.kill()
 
@@ -43,7 +51,12 @@ def client(server):
 
 
 @pytest.fixture(scope="module")
-def truth(adapter):
+def tokenizer():
+    return AutoTokenizer.from_pretrained(tiny.PATH)
+
+
+@pytest.fixture(scope="module")
+def truth(adapter, tokenizer):
     """truth(prompt, adapted) -> (tokens read, text written) by plain `generate`, one thread as the server.
 
     Of answers in a chat Transformers' server takes away the white space at the ends.
@@ -51,7 +64,6 @@ def truth(adapter):
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(coterie.from_pretrained(tiny.PATH, experts="bf16"), adapter).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tiny.PATH)
 
     def answer(prompt, adapted=False):
         if isinstance(prompt, str):
@@ -114,6 +126,11 @@ def test_an_adapter_changes_the_answer_and_only_under_its_name(client, truth):
         assert answer.choices[0].message.content == truth(QUESTION, adapted=name == "tuned")[1]
 
 
+def test_an_adapter_has_its_own_template(client, tokenizer):
+    answer = client.chat.completions.create(model="other", messages=QUESTION, **GREEDY)
+    assert answer.usage.prompt_tokens == len(tokenizer(QUESTION[0]["content"])["input_ids"])
+
+
 def test_completions_continue_text_and_stop(client, truth):
     length, text = truth("The with statement")
     answer = client.completions.create(model="tiny", prompt="The with statement", **GREEDY)
@@ -149,7 +166,7 @@ def test_sampling_follows_the_request(client, truth):
 
 
 def test_models_and_health(server, client):
-    assert [model.id for model in client.models.list()] == ["tiny", "tuned"]
+    assert [model.id for model in client.models.list()] == ["tiny", "tuned", "other"]
     assert raw(server, "GET", "/health", key=None) == (200, {"status": "ok"})
 
 
@@ -238,7 +255,7 @@ def test_a_disconnect_in_mid_stream(client, truth):
     assert answer.choices[0].message.content == truth(QUESTION)[1]
 
 
-def test_a_disconnect_ends_the_generation(monkeypatch):
+def test_a_disconnect_ends_the_generation(monkeypatch, tokenizer):
     import uvicorn
 
     from coterie.hf.serving import NamedModel, Server
@@ -256,9 +273,8 @@ def test_a_disconnect_ends_the_generation(monkeypatch):
 
     monkeypatch.setattr(NamedModel, "generate", recorded)
     model = coterie.from_pretrained(tiny.PATH, experts="bf16").eval()
-    tokenizer = AutoTokenizer.from_pretrained(tiny.PATH)
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(Server("tiny", model, tokenizer, [], 1024).app, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(Server("tiny", model, {None: tokenizer}, 1024).app, log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bind("127.0.0.1", port)]})
     thread.start()
     while not server.started:

@@ -61,9 +61,10 @@ def chat(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    adapters = {"default": adapter} if adapter is not None else {}
+    name = None if adapter is None else "default"
+    adapters = {} if adapter is None else {"default": adapter}
     with errors.status(f"loading {model}"):
-        opened, tokenizer = open_model(model, adapters, experts=experts, device=device, mmap=mmap)
+        opened, tokenizers = open_model(model, adapters, experts=experts, device=device, mmap=mmap)
     chosen = settings(
         opened.generation_config,
         max_new_tokens=max_tokens,
@@ -75,7 +76,7 @@ def chat(
     )
     if seed is not None:
         torch.manual_seed(seed)
-    talk(Conversation(opened, tokenizer, chosen, system))
+    talk(Conversation(opened, tokenizers[name], chosen, system))
 
 
 def talk(conversation: Conversation) -> None:

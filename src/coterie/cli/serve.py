@@ -68,8 +68,8 @@ def serve(
     logging.disable_progress_bar()
     with bind(host, port) as bound:
         with errors.status(f"loading {model}"):
-            opened, tokenizer = open_model(model, adapters, experts=experts, device=device, mmap=mmap)
-        server = Server(name, opened, tokenizer, list(adapters), context_length(opened), batch_tokens)
+            opened, tokenizers = open_model(model, adapters, experts=experts, device=device, mmap=mmap)
+        server = Server(name, opened, tokenizers, context_length(opened), batch_tokens)
         line = f"{', '.join([name, *adapters])} at http://{host}:{port}/v1"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
         if host not in LOCAL and not api_key:

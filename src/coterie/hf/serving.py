@@ -62,15 +62,19 @@ class Models:
     force_model = None
     get_model_modality = staticmethod(ModelManager.get_model_modality)
 
-    def __init__(self, named: dict[str, NamedModel], tokenizer: PreTrainedTokenizerBase) -> None:
-        self.named, self.tokenizer = named, tokenizer
+    def __init__(self, named: dict[str, tuple[NamedModel, PreTrainedTokenizerBase]]) -> None:
+        self.named = named
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
         return model_id
 
     def load_model_and_processor(self, name: str, **_: Any) -> tuple[NamedModel, PreTrainedTokenizerBase]:
-        return self.named[name], self.tokenizer
+        return self.named[name]
+
+    def with_template(self) -> list[str]:
+        """The names of those that can chat."""
+        return [name for name, (_, tokenizer) in self.named.items() if tokenizer.chat_template is not None]
 
     def list_models(self) -> list[dict[str, Any]]:
         return [{"id": name, "object": "model", "created": 0, "owned_by": "coterie"} for name in self.named]
@@ -152,7 +156,7 @@ class Checked:
     def _validate_request(self, body: dict) -> None:
         models = self.model_manager
         try:
-            requests.check(body, list(models.named), models.tokenizer.chat_template is not None, self._endpoint)
+            requests.check(body, list(models.named), models.with_template(), self._endpoint)
             if self.generation_state.batched:
                 requests.check_batched(body)
         except requests.Refused as refused:
@@ -188,7 +192,8 @@ class Responses(Checked, ResponseHandler):
 class Server:
     """The application, and the thread that generates for it.
 
-    model: a causal LM, or a PeftModel whose `adapters` are served under their own names.
+    model: a causal LM, or a PeftModel whose adapters are served under their own names.
+    tokenizers: of each adapter by name, and of the model alone by None.
     context: tokens of prompt and answer together. batch_tokens: room for the tokens of all requests, which are then
     answered together; None: one after the other. Raises UnsupportedModelError for a model that cannot be batched.
     """
@@ -197,15 +202,17 @@ class Server:
         self,
         name: str,
         model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        adapters: list[str],
+        tokenizers: dict[str | None, PreTrainedTokenizerBase],
         context: int | None,
         batch_tokens: int | None = None,
     ) -> None:
         self._stopping = threading.Event()
-        named = {name: NamedModel(model, None, self._stopping)}
-        named |= {adapter: NamedModel(model, adapter, self._stopping) for adapter in adapters}
-        models = Models(named, tokenizer)
+        models = Models(
+            {
+                adapter or name: (NamedModel(model, adapter, self._stopping), tokenizer)
+                for adapter, tokenizer in tokenizers.items()
+            }
+        )
         self._state = AllTogether(model, context, batch_tokens) if batch_tokens else OneAtATime(context)
         self.app: FastAPI = build_server(
             models,

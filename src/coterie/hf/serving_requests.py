@@ -37,8 +37,11 @@ class Refused(Exception):
         self.status = status
 
 
-def check(body: dict, models: list[str], has_template: bool, endpoint: str) -> None:
-    """Raises Refused for a request that cannot be answered as asked. endpoint: "chat", "completions", "responses"."""
+def check(body: dict, models: list[str], with_template: list[str], endpoint: str) -> None:
+    """Raises Refused for a request that cannot be answered as asked.
+
+    with_template: those of the models that have a chat template. endpoint: "chat", "completions", "responses".
+    """
     model = body.get("model")
     if model not in models:
         raise Refused(f"expected model to be one of {models}, found {model!r}", 404)
@@ -47,7 +50,7 @@ def check(body: dict, models: list[str], has_template: bool, endpoint: str) -> N
             raise Refused(f"{field}={body[field]!r} is not supported: leave it out")
     if endpoint == "completions":
         expect(isinstance(body.get("prompt"), str) and body["prompt"], "prompt", "a text that is not empty", body)
-    elif not has_template:
+    elif model not in with_template:
         raise Refused(f"{model} has no chat template: ask /v1/completions to continue a text")
     if endpoint == "chat":
         check_messages(body, "messages")

@@ -12,9 +12,13 @@ from coterie.errors import ArgumentError, CheckpointError
 from coterie.hf.loading import from_pretrained
 
 
-def open_model(path_or_id: str, adapters: Mapping[str, Path], **options: Any) -> tuple[Any, PreTrainedTokenizerBase]:
-    """(the model, its tokenizer); with adapters, by name, the model is a PeftModel whose first one is active.
+def open_model(
+    path_or_id: str, adapters: Mapping[str, Path], **options: Any
+) -> tuple[Any, dict[str | None, PreTrainedTokenizerBase]]:
+    """(the model, the tokenizer of each adapter by name, and of the model alone by None).
 
+    With adapters the model is a PeftModel whose first one is active. An adapter that has a tokenizer beside it, with
+    another chat template maybe, is to be used with that.
     options: those of `coterie.from_pretrained`, whose errors are raised. Raises CheckpointError where there is no
     tokenizer and ArgumentError for an adapter that cannot be loaded. Adapters need PEFT.
     """
@@ -22,7 +26,8 @@ def open_model(path_or_id: str, adapters: Mapping[str, Path], **options: Any) ->
         if not (folder / "adapter_config.json").is_file():
             raise ArgumentError(f"adapter {name}: expected the folder of a PEFT adapter, found none at {folder}")
     model = from_pretrained(path_or_id, **options)
-    tokenizer = open_tokenizer(path_or_id)
+    base = open_tokenizer(path_or_id)
+    tokenizers: dict[str | None, PreTrainedTokenizerBase] = {None: base}
     for number, (name, folder) in enumerate(adapters.items()):
         from peft import PeftModel
 
@@ -30,10 +35,11 @@ def open_model(path_or_id: str, adapters: Mapping[str, Path], **options: Any) ->
             model = PeftModel.from_pretrained(model, folder, adapter_name=name)
         else:
             model.load_adapter(folder, adapter_name=name)
-    return model.eval(), tokenizer
+        tokenizers[name] = open_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else base
+    return model.eval(), tokenizers
 
 
-def open_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
+def open_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint. Raises CheckpointError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(path_or_id)
