@@ -10,9 +10,6 @@ from tiny_models import FAMILIES, make
 
 import coterie
 from coterie.errors import UnsupportedModelError
-
-pytest.importorskip("openai", reason="needs pip install 'coterie[serve]'")
-
 from coterie.hf.batching import Batches
 
 # Transformers has no pages for the states of linear attention, nor for compressed keys and values.
