@@ -10,7 +10,7 @@ import pytest
 
 from coterie import cpu, machine, memory, tiny
 from coterie.cli.console import count, significant, size
-from coterie.cli.convert import parse_layers
+from coterie.cli.convert_cpu import parse_layers
 from coterie.cli.doctor import advise
 from coterie.errors import ArgumentError
 

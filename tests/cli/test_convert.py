@@ -1,5 +1,7 @@
 """What `coterie convert` says of quantised checkpoints, and when it is stopped with Ctrl-C."""
 
+import errno
+import io
 import os
 import signal
 import subprocess
@@ -9,38 +11,79 @@ from functools import partial
 import pytest
 from made_checkpoints import write_checkpoint
 from quantised_checkpoints import GPTQ, gptq, quantised, quantised_as
+from rich.console import Console
 
 from coterie import tiny
+from coterie.checkpoints.folder import PACKED_INDEX
+from coterie.checkpoints.packed import UNFINISHED
+from coterie.cli import progress as shown_progress
 
-# Stops itself as Ctrl-C would, in the middle of the second layer.
+# Stops itself as Ctrl-C would, in the middle of a layer.
 SCRIPT = """
 import os, signal, sys
 from coterie import cli
-from coterie.cli.convert import ConversionProgress
+from coterie.cli.progress import ConversionProgress
 shown = ConversionProgress.__call__
 def interrupted(self, layer, layers, expert, *rest):
     shown(self, layer, layers, expert, *rest)
-    if (layer, expert) == (2, 3):
+    if (layer, expert) == (int(stop), 3):
         os.kill(os.getpid(), signal.SIGINT)
 ConversionProgress.__call__ = interrupted
-sys.argv = ["coterie", "convert", "cpu", "-i", sys.argv[1], "-o", sys.argv[2]]
+source, output, stop = sys.argv[1:]
+sys.argv = ["coterie", "convert", "cpu", "-i", source, "-o", output]
 cli.main()
 """
 
 
-@pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
-def test_ctrl_c_says_what_is_kept(tmp_path, existing):
+@pytest.mark.parametrize("layer", [1, 2])
+def test_ctrl_c_says_what_is_kept(tmp_path, coterie, layer):
     out = tmp_path / "out"
-    if existing:
-        out.mkdir()
-    command = [sys.executable, "-c", SCRIPT, str(tiny.PATH), str(out)]
+    command = [sys.executable, "-c", SCRIPT, str(tiny.PATH), str(out), str(layer)]
     default = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
     ran = subprocess.run(command, capture_output=True, text=True, preexec_fn=default)
     assert ran.returncode == 130
-    progress, stopped = ran.stderr.splitlines()
-    assert progress.startswith("layer 1/4: ") and progress.endswith("s left")
-    assert stopped == f"coterie: stopped; nothing is kept: what was written to {out} has been removed"
-    assert out.exists() == existing and not (existing and os.listdir(out))
+    *progress, stopped = ran.stderr.splitlines()
+    assert len(progress) == layer - 1
+    assert all(line.startswith("layer 1/4: 1.57 MB of 6.29 MB, ") and line.endswith("s left") for line in progress)
+    if layer == 1:
+        assert stopped == f"coterie: stopped; nothing is kept: what was written to {out} has been removed"
+        assert not out.exists()
+        return
+    said = f"1 finished layer is kept in {out}: go on by the same command with --resume"
+    assert stopped == f"coterie: stopped; {said}"
+    resumed = coterie("convert", "cpu", "-i", tiny.PATH, "-o", out, "--resume")
+    assert resumed.code == 0 and "4 layers, 1 of them before" in resumed.out
+    assert [line.partition(":")[0] for line in resumed.err.splitlines()] == ["layer 2/4", "layer 3/4", "layer 4/4"]
+    assert PACKED_INDEX in os.listdir(out) and UNFINISHED not in os.listdir(out)
+
+
+def test_a_disk_that_fills_up_keeps_finished_layers(tmp_path, coterie, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("coterie.checkpoints.tensorwriter.shutil.copyfileobj", full)
+    out = tmp_path / "out"
+    ran = coterie("convert", "cpu", "-i", tiny.PATH, "-o", out)
+    assert ran.code == 2 and "No space left on device" in ran.err and "4 finished layers are kept" in ran.err
+    assert ran.err.splitlines()[-1].startswith("coterie: cannot write ")
+    monkeypatch.undo()
+    assert coterie("convert", "cpu", "-i", tiny.PATH, "-o", out, "--resume").code == 0
+
+
+def test_bars_on_a_terminal(monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(shown_progress, "errors", screen)
+    with shown_progress.ConversionProgress() as progress:
+        progress(2, 3, 4, 5, 10**9, 4 * 10**9)
+    text = screen.file.getvalue()
+    assert "layer 2/3" in text and "expert 4/5" in text and "1 GB of 4 GB" in text and "s left" in text
+
+
+def test_threadpool_count_changes_nothing(tmp_path, coterie):
+    command = ("convert", "cpu", "-i", tiny.PATH, "-o", tmp_path / "out", "--layers", "0", "--threadpool-count", "2")
+    ran = coterie(*command, "--cpuinfer-threads", "1")
+    assert ran.code == 0 and "one layout serves any number of NUMA nodes" in ran.err
+    assert coterie(*command[:-1], "0").code == 2
 
 
 def test_says_what_becomes_of_codes(tmp_path, coterie):

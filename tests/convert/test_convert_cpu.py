@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -104,8 +103,11 @@ def test_report(tmp_path):
     seen = []
     report = convert_cpu(folder, tmp_path / "out", "int8", progress=lambda *step: seen.append(step))
     assert seen == [
-        (layer, 2, expert, E, ((layer - 1) * E + expert) * EXPERT_BYTES) for layer in (1, 2) for expert in (1, 2, 3)
+        (layer, 2, expert, E, ((layer - 1) * E + expert) * EXPERT_BYTES, 2 * E * EXPERT_BYTES)
+        for layer in (1, 2)
+        for expert in (1, 2, 3)
     ]
+    assert (report.read_bytes, report.resumed) == (2 * E * EXPERT_BYTES, ())
     assert (report.quant_method, report.group_size, report.zero_point, report.layers) == ("int8", 0, False, (0, 1))
     assert report.source_bytes == 2 * E * EXPERT_BYTES
     assert report.packed_bytes == sum(Experts.open(tmp_path / "out", layer).nbytes for layer in (0, 1))
@@ -263,7 +265,9 @@ def test_outputs(tmp_path):
     (used / "notes.txt").touch()
     refuse(folder, used, r"is not empty \(it holds notes.txt\)", ArgumentError)
     (used / "notes.txt").rename(used / UNFINISHED)
-    refuse(folder, used, "holds an unfinished conversion: delete it", ArgumentError)
+    refuse(folder, used, "holds an unfinished conversion: go on with --resume, delete it", ArgumentError)
+    (used / UNFINISHED).write_text("{}")
+    refuse(folder, used, "does not say what is unfinished: delete .*used and begin again", ArgumentError, resume=True)
 
 
 def test_read_only_output(tmp_path, monkeypatch):
@@ -284,14 +288,13 @@ def test_read_only_output(tmp_path, monkeypatch):
 def test_too_small_a_disk(tmp_path, monkeypatch):
     folder, _ = two_layers(tmp_path / "in")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    refuse(folder, tmp_path / "out", r"not enough space for .*out: the conversion takes 0\.\d MB, 0.0 MB are free")
+    refuse(folder, tmp_path / "out", r"not enough space for .*out: it takes 0\.\d MB beside what .* 0.0 MB are free")
 
 
-@pytest.mark.parametrize("limit", [2_000, 20_000, 45_000], ids=["at an experts file", "later", "at the rest"])
+@pytest.mark.parametrize("limit", [2_000, 20_000], ids=["at an experts file", "later"])
 def test_a_disk_that_fills_up(tmp_path, limit):
     """A limit on the size of one file stands in for a full disk: the system refuses the write all the same."""
     folder, _ = two_layers(tmp_path / "in")
-    (folder / "big.json").write_text(" " * 50_000)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -314,36 +317,14 @@ def test_interrupted(tmp_path, existing):
     if existing:
         out.mkdir()
 
-    def interrupt(layer, layers, expert, experts, bytes_done):
+    def interrupt(layer, layers, expert, *_):
         assert (out / UNFINISHED).exists()
-        if (layer, expert) == (2, 2):
+        if (layer, expert) == (1, 2):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         convert_cpu(folder, out, progress=interrupt)
     assert out.exists() == existing and not (existing and os.listdir(out))
-
-
-def test_killed(tmp_path):
-    folder, _ = two_layers(tmp_path / "in")
-    script = f"""
-import os, signal
-from coterie.convert import convert_cpu
-def kill(layer, layers, expert, *_):
-    if (layer, expert) == (2, 2):
-        os.kill(os.getpid(), signal.SIGKILL)
-convert_cpu({str(folder)!r}, {str(tmp_path / "out")!r}, progress=kill)
-"""
-    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
-    out = tmp_path / "out"
-    left = set(os.listdir(out))
-    assert {UNFINISHED, "experts-00000.safetensors"} <= left
-    assert not left & {"config.json", PACKED_INDEX, "experts-00001.safetensors"}
-    with pytest.raises(CheckpointError, match="unfinished conversion"):
-        Experts.open(out)
-    with pytest.raises(CoterieError):
-        coterie.from_pretrained(out)
-    refuse(folder, out, "holds an unfinished conversion", ArgumentError)
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):

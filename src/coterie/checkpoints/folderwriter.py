@@ -13,14 +13,21 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from coterie.checkpoints.folder import INDEX, SINGLE
 from coterie.checkpoints.packed import FILE_NAME, UNFINISHED
-from coterie.checkpoints.tensorwriter import remove_empty, sync_folder, sync_tree, write_error, write_text
+from coterie.checkpoints.tensorwriter import (
+    check_room,
+    remove_empty,
+    sync_folder,
+    sync_tree,
+    write_error,
+    write_text,
+)
 from coterie.errors import ArgumentError, CheckpointError
 
 SAVING = "coterie-saving-"
@@ -58,7 +65,7 @@ def replaced_folder(folder: Path, needed: int) -> Iterator[Path]:
     with _scratch(folder, SAVING, "", folder) as new:
         try:
             with _filled(new, folder):
-                _check_room(folder, needed)
+                check_room(folder, needed)
                 yield new
                 write_text(new / UNFINISHED, json.dumps({"new files": new.name}) + "\n")
                 names = sorted(str(path.relative_to(new)) for path in new.rglob("*") if path.is_file())
@@ -75,15 +82,6 @@ def replaced_folder(folder: Path, needed: int) -> Iterator[Path]:
                 f"{new} to {folder}, then delete {folder / UNFINISHED}"
             ) from error
         _remove_abandoned(folder, SAVING, "")
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise CheckpointError(
-            f"not enough space for {folder}: the checkpoint takes {needed / 1e6:,.1f} MB beside what is there, "
-            f"{free / 1e6:,.1f} MB are free"
-        )
 
 
 def _switch(folder: Path, new: Path, names: list[str]) -> None:
@@ -112,15 +110,15 @@ def _scratch(parent: Path, prefix: str, suffix: str, output: Path) -> Iterator[P
         parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(parent, prefix, suffix, half_written=True)
         unlocked.mkdir()
-        lock = _lock(unlocked)
+        locked = _lock(unlocked)
         os.rename(unlocked, new)
     except OSError as error:
         raise write_error(output, error) from error
     try:
         yield new
     finally:
-        if lock is not None:
-            os.close(lock)
+        if locked is not None:
+            os.close(locked)
 
 
 @contextmanager
@@ -150,21 +148,28 @@ def _remove_abandoned(parent: Path, prefix: str, suffix: str, half_written: bool
     for folder in found:
         if half_written and any((place / UNFINISHED).exists() for place in (folder, parent)):
             continue
-        lock = _lock(folder)
-        if lock is not None:
+        locked = _lock(folder)
+        if locked is not None:
             shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+            os.close(locked)
 
 
 def _lock(folder: Path) -> int | None:
-    """Locks a folder until the descriptor is closed; None where another run has it, or there are no locks."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return None
+    """Locks a folder; None where another run has it, or there are no locks."""
+    with suppress(OSError):
+        return lock(folder)
+    return None
+
+
+def lock(folder: Path) -> int:
+    """Locks a folder until the descriptor is closed.
+
+    Raises BlockingIOError where another run has it, another OSError where the file system has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        return None
+        raise
     return descriptor

@@ -34,6 +34,7 @@ PLAIN_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat1
 class GgufReader(Reader):
     """The experts of a GGUF model. All layers have one format, the smallest that no matrix is larger than.
 
+    types: the names of the types that they are stored in.
     Raises CheckpointError for a broken file, MissingTensorError for one without experts.
     """
 
@@ -56,6 +57,7 @@ class GgufReader(Reader):
                 raise CheckpointError(
                     f"{file.path}, tensor {shown(name)}: type {kind}, this version reads {', '.join(TYPES)}"
                 )
+        self.types = tuple(found)
         self.spec = widest([TYPES[kind] for kind in found])
         self._odd = ", ".join(kind for kind in found if TYPES[kind].codes is None or TYPES[kind].spec != self.spec)
 

@@ -49,7 +49,7 @@ def open_layer(path: str | os.PathLike, layer: int = 0) -> PackedFile:
         found = f"packed layers found: {', '.join(map(str, have))}" if have else "no packed layers found"
         raise CheckpointError(f"{source} does not exist: no layer {layer} in {path}; {found}")
     if (source.parent / UNFINISHED).exists():
-        raise CheckpointError(f"{source.parent} is an unfinished conversion ({UNFINISHED} is there): convert it again")
+        raise CheckpointError(f"{source.parent} is an unfinished conversion ({UNFINISHED} is there): finish it")
     file = TensorFile(source)
     layout = read_layout(file)
     if layout.layer != layer:

@@ -161,7 +161,7 @@ def check_quantised(folder: Folder) -> tuple[Scheme, ...]:
     Raises CheckpointError, naming the method, for another method, for options that change what the codes mean, and for
     tensors of quantised weights that no config describes.
     """
-    found = _method(folder)
+    found = method_of(folder)
     if found is None:
         return ()
     method, options = found
@@ -188,8 +188,9 @@ def unread(method: str, options: Any) -> str | None:
     return f"{method} with {named}, which this version does not read"
 
 
-def _method(folder: Folder) -> tuple[str, Any] | None:
-    """(method, its options) by config.json or by ModelOpt's file; by the names of tensors, without options."""
+def method_of(folder: Folder) -> tuple[str, Any] | None:
+    """How a checkpoint is quantised, None where it is not: (method, its options) by config.json or by ModelOpt's file;
+    by the names of tensors, without options."""
     if (quantised := read_quantised(folder.config)) is not None:
         return shown(quantised.method).strip("'"), quantisation_of(folder.config)
     modelopt = folder.root / MODELOPT_FILE

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from coterie.checkpoints.tensorfile import DTYPES
 from coterie.errors import CheckpointError
 
 CHUNK = 64 << 20
+TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 
 
 def write_error(path: str | os.PathLike, error: OSError) -> CheckpointError:
@@ -156,6 +158,26 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 def temporary_beside(path: Path) -> Path:
     """A name for what is to become `path`, in the same folder; no other run has or will have it."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what killed runs were writing in a folder and in those below; no run may be writing there now."""
+    for path in list(folder.rglob(".*.tmp")):
+        if TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises CheckpointError where the disk of a folder has not `needed` bytes left."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise write_error(folder, error) from error
+    if free < needed:
+        raise CheckpointError(
+            f"not enough space for {folder}: it takes {needed / 1e6:,.1f} MB beside what is there, "
+            f"{free / 1e6:,.1f} MB are free"
+        )
 
 
 def _take_name(temporary: Path, path: Path) -> None:

@@ -1,153 +1,15 @@
-"""coterie convert: checkpoints into the packed format."""
+"""coterie convert: checkpoints into other formats, and what came of it."""
 
 from __future__ import annotations
 
-import time
-from pathlib import Path
-from typing import Annotated
-
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from coterie.cli.console import console, errors, significant, size, table
-from coterie.errors import ArgumentError
-from coterie.formats import resolve
+from coterie.cli import convert_cpu
 
-app = typer.Typer(help="Convert checkpoints.", no_args_is_help=True)
+app = typer.Typer(help="Convert checkpoints, put them together, compare them.", no_args_is_help=True)
+app.command("cpu")(convert_cpu.cpu)
 
 
 @app.callback()
 def _convert() -> None:
-    """Convert checkpoints."""
-
-
-@app.command()
-def cpu(
-    input_path: Annotated[
-        Path, typer.Option("--input-path", "-i", help="Folder of a Hugging Face MoE checkpoint, or a GGUF file.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="New or empty folder for the packed checkpoint.")],
-    quant_method: Annotated[
-        str | None,
-        typer.Option(
-            help="Format: int4, int8, bf16, fp8_block, fp8_channel, mxfp4, mxfp8, nvfp4, q4_0, q8_0 or iq4_nl. "
-            "[default: the checkpoint's own if it is quantised, else int4]"
-        ),
-    ] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(help="Columns that share a scale: 32, 64, 128, or 0 for a whole row. [default: int4 32, int8 0]"),
-    ] = None,
-    zero_point: Annotated[
-        bool, typer.Option("--zero-point", help="int4 with zero points: more accurate, slightly larger.")
-    ] = False,
-    threads: Annotated[
-        int | None, typer.Option("--threads", "--cpuinfer-threads", help="Threads. [default: all cores]")
-    ] = None,
-    layers: Annotated[str | None, typer.Option(help="Only these layers, like 0-3 or 5, as loose files.")] = None,
-) -> None:
-    """Pack the experts of a checkpoint for the CPU, and copy the rest of it.
-
-    The checkpoint is bf16, fp16, fp32, or quantised: FP8 (by blocks or rows), MXFP4, MXFP8, NVFP4, int4 or int8 as
-    DeepSeek, Qwen, gpt-oss, compressed-tensors, ModelOpt, GPTQ, AWQ and AutoRound store them. Quantised experts keep
-    their codes and scales unless another format is asked for; what else is quantised is dequantised.
-
-    Of a GGUF file experts keep their codes where a format holds them; Transformers reads the rest, into memory.
-
-    Reads one expert at a time, so it needs little memory. An interrupted conversion never looks finished.
-    """
-    from coterie.hf.gguf import convert
-
-    try:
-        with ConversionProgress() as progress:
-            report = convert(
-                input_path,
-                output,
-                quant_method=quant_method,
-                group_size=group_size,
-                zero_point=zero_point,
-                threads=threads,
-                layers=parse_layers(layers) if layers else None,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        text = f"coterie: stopped; nothing is kept: what was written to {output} has been removed"
-        errors.print(text, markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
-    ratio = report.source_bytes / report.packed_bytes
-    summary = table(f"{report.output}: experts in {report.quant_method}", "", "input", "output", "ratio")
-    summary.add_row("experts", size(report.source_bytes), size(report.packed_bytes), significant(ratio))
-    if report.rest_bytes:
-        ratio = report.rest_source_bytes / report.rest_bytes
-        summary.add_row("rest", size(report.rest_source_bytes), size(report.rest_bytes), significant(ratio))
-    console.print(summary)
-    accuracy = table("relative error of the weights", "", "mean", "worst", "in layer", "expert")
-    for name, e in report.errors.items():
-        place = str(e.worst_layer), str(e.worst_expert)
-        accuracy.add_row(name, significant(e.mean), significant(e.worst), *place)
-    console.print(accuracy)
-    if report.kept:
-        exact = all(error.worst == 0 for error in report.errors.values())
-        kept = "Codes and scales of the experts are the checkpoint's own."
-        scales = str(resolve(report.quant_method).encoding.scales).removeprefix("torch.").replace("float", "f")
-        rounded = f"Codes of the experts are the checkpoint's own, their scales rounded to {scales}."
-        console.print(kept if exact else rounded, highlight=False)
-    elif report.own:
-        matrices = sum(error.matrices for error in report.errors.values())
-        console.print(
-            f"[yellow]{report.repacked} of {matrices} matrices have codes that no format holds[/] ({report.odd}): "
-            "they are packed anew, and these errors come on top.",
-            highlight=False,
-        )
-    elif report.quantised:
-        names = " and ".join(dict.fromkeys(spec.name for spec in report.quantised))
-        console.print(
-            f"[yellow]The experts were quantised already ({names}), and these errors come on top:[/] without "
-            "--quant-method they keep their codes, and the unquantised original makes a better "
-            f"{report.quant_method}.",
-            highlight=False,
-        )
-    speed = report.source_bytes / report.seconds
-    console.print(f"{len(report.layers)} layers in {significant(report.seconds)} s, {size(speed)}/s")
-
-
-def parse_layers(text: str) -> list[int]:
-    """[2, 3, 4] of "2-4", [5] of "5". Raises ArgumentError."""
-    first, dash, last = text.partition("-")
-    if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-        raise ArgumentError(f"--layers is {text!r}: expected a number or a range, like 5 or 0-3")
-    return list(range(int(first), int(last or first) + 1))
-
-
-class ConversionProgress:
-    """Shows what convert_cpu reports: bars on a terminal, else a plain line a layer, both on stderr."""
-
-    def __init__(self) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bars = Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
-        self._task = self._bars.add_task("reading the checkpoint", total=None)
-        self._start = time.perf_counter()
-
-    def __enter__(self) -> ConversionProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def __call__(self, layer: int, layers: int, expert: int, experts: int, bytes_done: int) -> None:
-        done = (layer - 1) * experts + expert
-        total = bytes_done * layers * experts // done
-        text = f"layer {layer}/{layers}, expert {expert}/{experts}"
-        self._bars.update(self._task, description=text, total=total, completed=bytes_done)
-        if expert == experts and not errors.is_terminal:
-            speed = bytes_done / (time.perf_counter() - self._start)
-            done_of = f"{size(bytes_done)} of {size(total)}"
-            left = f"{(total - bytes_done) / speed:.0f} s left"
-            errors.print(f"layer {layer}/{layers}: {done_of}, {size(speed)}/s, {left}", highlight=False)
+    """Convert checkpoints, put them together, compare them."""

@@ -10,24 +10,27 @@ from pathlib import Path
 from typing import Protocol
 
 from coterie import cpu
-from coterie.checkpoints import LayerReader, LayerWriter, Reader, open_reader, packed
-from coterie.checkpoints.folder import Folder
-from coterie.checkpoints.packed import PackedLayer, layer_file
+from coterie.checkpoints import LayerReader, LayerWriter, Reader, TensorFile
+from coterie.checkpoints.packed import PackedLayer, layer_file, read_layout
 from coterie.checkpoints.reader import spans
 from coterie.convert.background import Background
+from coterie.convert.loose import loose_name
 from coterie.convert.output import OutputFolder
-from coterie.convert.report import ConversionReport, ProjectionError
+from coterie.convert.report import ConversionReport, LayerPacking, ProjectionError, together
 from coterie.convert.rest import Rest
+from coterie.convert.source import AUTO, check_input_type, open_source, rest_of
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.experts import Experts
 from coterie.formats import Format, resolve
 
 
 class Progress(Protocol):
-    """Called after each expert: `layer` of `layers` and `expert` of `experts`, both counted from 1, and the bytes of
-    expert weights read from the source since the start."""
+    """Called after each expert: `layer` of `layers` and `expert` of `experts`, all counted from 1, and the bytes of
+    expert weights read from the source since the start, of `bytes_total` that are to be read."""
 
-    def __call__(self, layer: int, layers: int, expert: int, experts: int, bytes_done: int) -> None: ...
+    def __call__(
+        self, layer: int, layers: int, expert: int, experts: int, bytes_done: int, bytes_total: int
+    ) -> None: ...
 
 
 def convert_cpu(
@@ -39,6 +42,11 @@ def convert_cpu(
     threads: int | None = None,
     layers: Sequence[int] | None = None,
     progress: Progress | None = None,
+    *,
+    input_type: str = AUTO,
+    loose: bool = False,
+    resume: bool = False,
+    resume_layer: int | None = None,
     rest: str | os.PathLike | None = None,
 ) -> ConversionReport:
     """Converts the checkpoint folder `source` into the new or empty folder `output`.
@@ -49,9 +57,13 @@ def convert_cpu(
     `quant_method` None: int4 for a plain checkpoint; for a quantised one its own format, which keeps codes and scales
     (rounded to the format's own where they are finer). For any other a quantised checkpoint is dequantised, a matrix at
     a time. Beyond the page cache, one expert is in memory at a time, and a packed one that is being written. `layers`
-    packs those layers alone, as loose files to be merged, without the rest of the checkpoint. Everything that can be
-    checked is checked before `output` is touched; a conversion that fails removes what it wrote, one that is killed
-    leaves a folder that nothing loads.
+    packs those layers alone, `loose` each in a folder of its own: files to be merged, without the rest of the
+    checkpoint. `input_type` is checked against what the experts are, see INPUT_TYPES.
+
+    Everything that can be checked is checked before `output` is touched. A conversion that fails or is killed leaves
+    its finished layers in a folder that nothing loads, or, where it fails before any is, nothing. `resume` goes on
+    there, at the first layer that is not finished, `resume_layer` at that layer: the files are those of a conversion
+    that was not interrupted.
 
     Raises ArgumentError (options, output folder) and CheckpointError (broken source, output that cannot be written).
     """
@@ -59,15 +71,9 @@ def convert_cpu(
     source, output = Path(source), Path(output)
     if quant_method is not None:
         resolve(quant_method, group_size, zero_point)
-    if packed(source):
-        raise ArgumentError(f"{source} is packed already: convert the original checkpoint")
-    reader = open_reader(source)
-    beside = reader.folder if rest is None else Folder(rest)
-    if layers is None and beside is None:
-        raise CheckpointError(f"{source} is no Hugging Face folder: convert it by `coterie convert cpu -i {source}`")
-    if beside is not None and not beside.config:
-        raise CheckpointError(f"{source} is not a model folder: it has no config.json")
+    reader = open_source(source)
     readers = {layer: reader.layer(layer) for layer in _selected(reader, layers)}
+    check_input_type(input_type, source, reader, readers.values())
     spec = format_for(readers, quant_method, group_size, zero_point)
     layouts = {layer: _layout(layer, r, spec, source) for layer, r in readers.items()}
     scratch = {
@@ -75,29 +81,37 @@ def convert_cpu(
         for r in readers.values()
     }
     experts = {name for r in readers.values() for name in r.tensors}
-    others = Rest(beside, experts, reader.schemes) if beside is not None and layers is None else None
+    others = None if loose or layers is not None else Rest(rest_of(source, reader, rest), experts, reader.schemes)
     packed_bytes = sum(layout.nbytes for layout in layouts.values())
+    names = {layer: loose_name(layer) if loose else layer_file("", layer).name for layer in layouts}
+    conversion = {"source": str(source.resolve()), "format": described(spec), "layers": spans(tuple(names))}
+    conversion["layout"] = "loose files" if loose else "one checkpoint"
 
-    errors: dict[str, ProjectionError] = {}
-    repacked = 0
-    with _threads(threads), OutputFolder(output, packed_bytes + (others.nbytes if others else 0)) as folder:
-        bytes_done = 0
+    with _threads(threads), OutputFolder(output, conversion, resume or resume_layer is not None) as folder:
+        _drop_unfinished(folder, layouts, names, resume_layer)
+        packings = {layer: LayerPacking.of(notes, layer) for layer, notes in folder.finished.items()}
+        resumed = tuple(packings)
+        folder.check_room(packed_bytes + (others.nbytes if others else 0))
+        bytes_done, bytes_total = 0, sum(r.nbytes for layer, r in readers.items() if layer not in resumed)
         for position, (layer, r) in enumerate(readers.items(), 1):
+            if layer in resumed:
+                continue
             two = scratch[r.hidden_size, r.intermediate_size, r.has_gate]
-            file = folder.file(layer_file("", layer).name)
-            with LayerWriter(file, layouts[layer]) as writer, Background() as writing:
+            packing = packings[layer] = LayerPacking()
+            with LayerWriter(folder.file(names[layer]), layouts[layer]) as writer, Background() as writing:
                 for expert in range(r.num_experts):
                     one = two[expert % 2]  # the other is being written
-                    repacked += _pack_expert(r, layer, expert, one, errors)
+                    _pack_expert(r, layer, expert, one, packing)
                     writing.run(writer.write_experts, one, expert)
                     r.release(expert)
                     bytes_done += r.nbytes // r.num_experts
                     if progress is not None:
-                        progress(position, len(readers), expert + 1, r.num_experts, bytes_done)
+                        progress(position, len(readers), expert + 1, r.num_experts, bytes_done, bytes_total)
                 for projection, bias in r.biases().items():
                     writer.write_bias(projection, bias)
+            folder.finish(layer, packing.notes())
         if others is not None:
-            others.copy(spec, layouts.values(), folder)
+            others.copy(spec, layouts.values(), folder.file)
     return ConversionReport(
         source=source,
         output=output,
@@ -110,11 +124,41 @@ def convert_cpu(
         rest_source_bytes=others.source_bytes if others else 0,
         rest_bytes=others.tensor_bytes if others else 0,
         seconds=time.perf_counter() - started,
-        errors=errors,
+        errors=together(packings[layer] for layer in readers),
         sources=tuple(dict.fromkeys(spec for r in readers.values() for spec in r.specs)),
-        repacked=repacked,
+        repacked=sum(packing.repacked for packing in packings.values()),
         odd=", ".join(dict.fromkeys(r.odd for r in readers.values())),
+        resumed=resumed,
+        read_bytes=bytes_done,
     )
+
+
+def _drop_unfinished(
+    folder: OutputFolder, layouts: Mapping[int, PackedLayer], names: Mapping[int, str], resume_layer: int | None
+) -> None:
+    """Drops the layers whose file is not there whole, and those from `resume_layer` on.
+
+    Raises ArgumentError where a layer before it is not finished.
+    """
+    whole = {n for n in layouts if n in folder.finished and _holds(folder.path / names[n], layouts[n])}
+    if resume_layer is not None:
+        missing = [layer for layer in layouts if layer < resume_layer and layer not in whole]
+        if missing:
+            raise ArgumentError(
+                f"--resume-layer is {resume_layer}: layer {missing[0]} is not finished in {folder.path}; "
+                "--resume finds the layer itself"
+            )
+        whole = {layer for layer in whole if layer < resume_layer}
+    if whole != set(folder.finished):
+        folder.drop(set(folder.finished) - whole)
+
+
+def _holds(path: Path, layout: PackedLayer) -> bool:
+    """Whether a file holds that packed layer, whole."""
+    try:
+        return path.exists() and read_layout(TensorFile(path)) == layout
+    except CheckpointError:
+        return False
 
 
 def _selected(reader: Reader, layers: Sequence[int] | None) -> Sequence[int]:
@@ -143,7 +187,7 @@ def format_for(
             for spec in reader.specs:
                 first.setdefault(spec, layer)
         if len(first) > 1:
-            named = ", ".join(f"layer {layer} {_described(spec)}" for spec, layer in first.items())
+            named = ", ".join(f"layer {layer} {described(spec)}" for spec, layer in first.items())
             raise ArgumentError(f"the experts are quantised in different ways ({named}): name one format for all")
         own = next(iter(first))
         if own is not None:
@@ -151,7 +195,7 @@ def format_for(
     return resolve(quant_method or "int4", group_size, zero_point)
 
 
-def _described(spec: Format | None) -> str:
+def described(spec: Format | None) -> str:
     if spec is None:
         return "plain"
     groups = f" in groups of {spec.group_size}" if spec.group_size else ""
@@ -184,19 +228,14 @@ def _one_expert(reader: LayerReader, spec: Format) -> Experts:
     )
 
 
-def _pack_expert(
-    reader: LayerReader, layer: int, expert: int, one: Experts, errors: dict[str, ProjectionError]
-) -> int:
-    """Returns how many of its matrices have codes that no format holds."""
-    repacked = 0
+def _pack_expert(reader: LayerReader, layer: int, expert: int, one: Experts, packing: LayerPacking) -> None:
     for projection, weight in reader.expert(expert).items():
         try:
             error = one.pack_stored(projection, 0, weight)
         except ArgumentError as problem:
             raise CheckpointError(f"layer {layer}, expert {expert}, {projection}: {problem}") from problem
-        errors.setdefault(projection, ProjectionError()).add(layer, expert, error)
-        repacked += not reader.held(weight)
-    return repacked
+        packing.errors.setdefault(projection, ProjectionError()).add(layer, expert, error)
+        packing.repacked += not reader.held(weight)
 
 
 @contextmanager

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from coterie.errors import CheckpointError
 from coterie.formats import Format
 
 
@@ -24,6 +27,42 @@ class ProjectionError:
         if error > self.worst or self.matrices == 1:
             self.worst, self.worst_layer, self.worst_expert = error, layer, expert
 
+    def include(self, other: ProjectionError) -> None:
+        """Adds the matrices of another, of a later layer."""
+        if other.worst > self.worst or not self.matrices:
+            self.worst, self.worst_layer, self.worst_expert = other.worst, other.worst_layer, other.worst_expert
+        self.matrices += other.matrices
+        self.mean += (other.mean - self.mean) * other.matrices / max(1, self.matrices)
+
+
+@dataclass(slots=True)
+class LayerPacking:
+    """What packing a layer cost: errors by projection, and how many of its matrices have codes that no format holds."""
+
+    errors: dict[str, ProjectionError] = field(default_factory=dict)
+    repacked: int = 0
+
+    def notes(self) -> dict[str, Any]:
+        """The same as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, notes: dict[str, Any], layer: int) -> LayerPacking:
+        """The inverse of `notes`. Raises CheckpointError."""
+        try:
+            return cls({name: ProjectionError(**error) for name, error in notes["errors"].items()}, notes["repacked"])
+        except (KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"what was noted of layer {layer} is damaged: convert it again") from None
+
+
+def together(packings: Iterable[LayerPacking]) -> dict[str, ProjectionError]:
+    """The errors of all layers."""
+    found: dict[str, ProjectionError] = {}
+    for packing in packings:
+        for projection, error in packing.errors.items():
+            found.setdefault(projection, ProjectionError()).include(error)
+    return found
+
 
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
@@ -31,6 +70,7 @@ class ConversionReport:
     errors by projection, 0 where codes and scales were kept. sources: the formats that the experts were in, None for
     plain ones. repacked: matrices whose codes no format holds, so that they were packed anew whatever was asked for;
     odd: in words, which.
+    resumed: the layers that an earlier run had finished. read_bytes, seconds: of experts in this run; its time in all.
     """
 
     source: Path
@@ -48,6 +88,8 @@ class ConversionReport:
     sources: tuple[Format | None, ...]
     repacked: int
     odd: str
+    resumed: tuple[int, ...]
+    read_bytes: int
 
     @property
     def quantised(self) -> tuple[Format, ...]:

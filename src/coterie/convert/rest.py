@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,11 +15,11 @@ from coterie.checkpoints.quantised import MODELOPT_FILE, without_quantisation
 from coterie.checkpoints.scheme import Scheme
 from coterie.checkpoints.tensorfile import DTYPES
 from coterie.checkpoints.tensorwriter import TensorWriter, copy_file, write_text
-from coterie.convert.output import OutputFolder
 from coterie.convert.tensors import Written, written_tensors
 from coterie.formats import Format
 
 SHARD_BYTES = 5 << 30
+NewFile = Callable[[str], Path]  # from the name of a file within the output to its path, its parents made
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 
 
@@ -38,22 +38,20 @@ class Rest:
         self.tensor_bytes = sum(tensor.nbytes for tensor in self._tensors)
         self.nbytes = self.tensor_bytes + sum((folder.root / name).stat().st_size for name in self._files)
 
-    def copy(self, spec: Format, layers: Iterable[PackedLayer], output: OutputFolder) -> None:
-        """Copies it, then writes config.json and, last, the index of everything: from then on `output` is a checkpoint.
+    def copy(self, spec: Format, layers: Iterable[PackedLayer], file: NewFile, max_tensors: int | None = None) -> None:
+        """Copies it, then writes config.json and, last, the index of everything, which makes a checkpoint of them.
 
-        `layers` are the layers packed there already, as `spec`.
+        `layers` are the layers packed there already, as `spec`. max_tensors: of a shard.
         """
-        weight_map = self._copy_tensors(output)
+        weight_map = write_shards(self._folder, self._tensors, file, max_tensors)
         total_size = self.tensor_bytes
         for layer in layers:
             weight_map |= {name: layer_file("", layer.layer).name for name, _, _ in layer.tensors()}
             total_size += layer.nbytes
-        self._copy_files(output)
+        copy_files(self._folder.root, self._files, file)
         config = without_quantisation(self._folder.config) | {"quantization_config": quantization_config(spec)}
-        write_text(output.file("config.json"), json.dumps(config, indent=2) + "\n")
-        metadata = {"total_size": total_size, "dtype": self._dtype()}
-        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(output.file(PACKED_INDEX), json.dumps(index, indent=2) + "\n")
+        write_json(file("config.json"), config)
+        write_index(file(PACKED_INDEX), weight_map, total_size=total_size, dtype=self._dtype())
 
     def _dtype(self) -> str:
         """The dtype of the first tensor of numbers, for a config.json that names none: Transformers asks the index."""
@@ -61,27 +59,46 @@ class Rest:
         found = next((dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point), torch.float32)
         return str(found).removeprefix("torch.")
 
-    def _copy_tensors(self, output: OutputFolder) -> dict[str, str]:
-        """Writes the tensors into new shards; returns the shard of each."""
-        shards = list(_shards(self._folder, self._tensors))
-        weight_map: dict[str, str] = {}
-        for number, tensors in enumerate(shards, 1):
-            shard = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            layout = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
-            with TensorWriter(output.file(shard), layout, {"format": "pt"}) as writer:
-                for tensor in tensors:
-                    for chunk in tensor.chunks(self._folder):
-                        writer.write(tensor.name, chunk)
-            weight_map |= {tensor.name: shard for tensor in tensors}
-        return weight_map
 
-    def _copy_files(self, output: OutputFolder) -> None:
-        for name in self._files:
-            copy_file(self._folder.root / name, output.file(name))
+def write_shards(
+    folder: Folder, tensors: list[Written], file: NewFile, max_tensors: int | None = None
+) -> dict[str, str]:
+    """Writes tensors of a checkpoint into new shards; returns the shard of each."""
+    shards = list(_shards(folder, tensors, max_tensors))
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_shard(folder, shard, file(name))
+        weight_map |= {tensor.name: name for tensor in shard}
+    return weight_map
 
 
-def _shards(folder: Folder, tensors: list[Written]) -> Iterator[list[Written]]:
-    """The tensors in the order of the source's files, cut into shards; wide dtypes first, so that all are aligned."""
+def write_shard(folder: Folder, tensors: list[Written], path: Path) -> None:
+    """Writes tensors of a checkpoint into one file; wide dtypes first, so that all are aligned."""
+    tensors = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype][0])
+    layout = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
+    with TensorWriter(path, layout, {"format": "pt"}) as writer:
+        for tensor in tensors:
+            for chunk in tensor.chunks(folder):
+                writer.write(tensor.name, chunk)
+
+
+def write_json(path: Path, found: dict) -> None:
+    write_text(path, json.dumps(found, indent=2) + "\n")
+
+
+def write_index(path: Path, weight_map: dict[str, str], **metadata: object) -> None:
+    """Writes a checkpoint's index: `weight_map` has the shard of each tensor."""
+    write_json(path, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def copy_files(root: Path, names: Iterable[str], file: NewFile) -> None:
+    for name in names:
+        copy_file(root / name, file(name))
+
+
+def _shards(folder: Folder, tensors: list[Written], max_tensors: int | None) -> Iterator[list[Written]]:
+    """The tensors in the order of the source's files, cut into shards."""
     shard: list[Written] = []
     size = 0
 
@@ -89,17 +106,13 @@ def _shards(folder: Folder, tensors: list[Written]) -> Iterator[list[Written]]:
         return folder.shard_of[tensor.source], folder.file_of(tensor.source).entry(tensor.source).start
 
     for tensor in sorted(tensors, key=place):
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            yield _aligned(shard)
+        if shard and (size + tensor.nbytes > SHARD_BYTES or len(shard) == max_tensors):
+            yield shard
             shard, size = [], 0
         shard.append(tensor)
         size += tensor.nbytes
     if shard:
-        yield _aligned(shard)
-
-
-def _aligned(tensors: list[Written]) -> list[Written]:
-    return sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype][0])
+        yield shard
 
 
 def other_files(root: Path) -> Iterator[str]:

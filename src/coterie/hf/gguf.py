@@ -115,7 +115,8 @@ def read_rest(file: GgufFile, model: PreTrainedModel) -> dict[str, Tensor]:
 def convert(source: str | os.PathLike, output: str | os.PathLike, **options: Any) -> ConversionReport:
     """`convert_cpu`, with its arguments, for any source: of a GGUF file Transformers makes config, tokenizer and all
     weights but the experts' first, in memory and in a temporary folder beside `output`."""
-    if not is_gguf(source) or options.get("layers") is not None:
+    experts_alone = options.get("loose") or options.get("layers") is not None
+    if experts_alone or not is_gguf(source):
         return convert_cpu(source, output, **options)
     file, output = GgufFile(source), Path(output)
     config, _ = read_config(file)
