@@ -85,6 +85,12 @@ class Format:
         return ENCODINGS[self.name]
 
     @property
+    def described(self) -> str:
+        """The format in words, for people to read."""
+        groups = f" in groups of {self.group_size}" if self.group_size else ""
+        return self.name + groups + (" with zero points" if self.zero_point else "")
+
+    @property
     def row_scales(self) -> bool:
         """Whether each row has a float32 scale."""
         return self.encoding.row_scales or (self.encoding.scales is not None and not self.group_size)

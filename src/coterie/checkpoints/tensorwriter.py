@@ -160,6 +160,16 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
+def path_within(folder: Path, name: str) -> Path:
+    """The path of a file about to be written to a folder; its parents are made. Raises CheckpointError."""
+    path = folder / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path.parent, error) from error
+    return path
+
+
 def remove_temporaries(folder: Path) -> None:
     """Removes what killed runs were writing in a folder and in those below; no run may be writing there now."""
     for path in list(folder.rglob(".*.tmp")):

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import typer
 from rich.console import Console
 from rich.table import Table
 
 console = Console()
 errors = Console(stderr=True)
+
+
+@contextmanager
+def telling_of_ctrl_c(kept: Callable[[], str]) -> Iterator[None]:
+    """Where Ctrl-C stops the block, says what it left behind, and ends the command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(f"coterie: stopped; {kept()}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 def table(title: str, *columns: str) -> Table:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from coterie.cli import convert_cpu
+from coterie.cli import convert_cpu, convert_dequantize, convert_merge
 
 app = typer.Typer(help="Convert checkpoints, put them together, compare them.", no_args_is_help=True)
 app.command("cpu")(convert_cpu.cpu)
-
-
-@app.callback()
-def _convert() -> None:
-    """Convert checkpoints, put them together, compare them."""
+app.command("dequantize")(convert_dequantize.dequantize)
+app.command("merge")(convert_merge.merge)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coterie.cli.console import console, errors, significant, size, table
+from coterie.cli.console import console, errors, significant, size, table, telling_of_ctrl_c
 from coterie.cli.progress import ConversionProgress
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import resolve
@@ -72,7 +72,8 @@ def cpu(
         text = "--threadpool-count changes nothing: one layout serves any number of NUMA nodes."
         errors.print(text, highlight=False, soft_wrap=True)
     try:
-        with ConversionProgress() as progress:
+        nothing = f"nothing is kept: what was written to {output} has been removed"
+        with telling_of_ctrl_c(lambda: _kept(output) or nothing), ConversionProgress() as progress:
             report = convert(
                 input_path,
                 output,
@@ -90,10 +91,6 @@ def cpu(
     except CheckpointError as error:
         kept = _kept(output)
         raise type(error)(f"{error}. {kept}" if kept else str(error)) from error
-    except KeyboardInterrupt:
-        text = _kept(output) or f"nothing is kept: what was written to {output} has been removed"
-        errors.print(f"coterie: stopped; {text}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
     _print(report)
 
 

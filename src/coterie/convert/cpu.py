@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from coterie import cpu
 from coterie.checkpoints import LayerReader, LayerWriter, Reader, TensorFile
@@ -16,21 +15,13 @@ from coterie.checkpoints.reader import spans
 from coterie.convert.background import Background
 from coterie.convert.loose import loose_name
 from coterie.convert.output import OutputFolder
+from coterie.convert.progress import Progress
 from coterie.convert.report import ConversionReport, LayerPacking, ProjectionError, together
 from coterie.convert.rest import Rest
 from coterie.convert.source import AUTO, check_input_type, open_source, rest_of
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.experts import Experts
 from coterie.formats import Format, resolve
-
-
-class Progress(Protocol):
-    """Called after each expert: `layer` of `layers` and `expert` of `experts`, all counted from 1, and the bytes of
-    expert weights read from the source since the start, of `bytes_total` that are to be read."""
-
-    def __call__(
-        self, layer: int, layers: int, expert: int, experts: int, bytes_done: int, bytes_total: int
-    ) -> None: ...
 
 
 def convert_cpu(
@@ -84,7 +75,7 @@ def convert_cpu(
     others = None if loose or layers is not None else Rest(rest_of(source, reader, rest), experts, reader.schemes)
     packed_bytes = sum(layout.nbytes for layout in layouts.values())
     names = {layer: loose_name(layer) if loose else layer_file("", layer).name for layer in layouts}
-    conversion = {"source": str(source.resolve()), "format": described(spec), "layers": spans(tuple(names))}
+    conversion = {"source": str(source.resolve()), "format": spec.described, "layers": spans(tuple(names))}
     conversion["layout"] = "loose files" if loose else "one checkpoint"
 
     with _threads(threads), OutputFolder(output, conversion, resume or resume_layer is not None) as folder:
@@ -187,19 +178,12 @@ def format_for(
             for spec in reader.specs:
                 first.setdefault(spec, layer)
         if len(first) > 1:
-            named = ", ".join(f"layer {layer} {described(spec)}" for spec, layer in first.items())
+            named = ", ".join(f"layer {layer} {spec.described if spec else 'plain'}" for spec, layer in first.items())
             raise ArgumentError(f"the experts are quantised in different ways ({named}): name one format for all")
         own = next(iter(first))
         if own is not None:
             return resolve(own.name, own.group_size if group_size is None else group_size, zero_point or own.zero_point)
     return resolve(quant_method or "int4", group_size, zero_point)
-
-
-def described(spec: Format | None) -> str:
-    if spec is None:
-        return "plain"
-    groups = f" in groups of {spec.group_size}" if spec.group_size else ""
-    return spec.name + groups + (" with zero points" if spec.zero_point else "")
 
 
 def _layout(layer: int, reader: LayerReader, spec: Format, source: Path) -> PackedLayer:

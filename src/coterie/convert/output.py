@@ -13,6 +13,7 @@ from coterie.checkpoints.packed import UNFINISHED
 from coterie.checkpoints.tensorwriter import (
     TEMPORARY,
     check_room,
+    path_within,
     remove_empty,
     remove_temporaries,
     sync_folder,
@@ -61,11 +62,7 @@ class OutputFolder:
 
     def file(self, name: str) -> Path:
         """The path of a file about to be written, by its name within the folder; its parents are made."""
-        path = self.path / name
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(path.parent, error) from error
+        path = path_within(self.path, name)
         self._written.append(path)
         return path
 

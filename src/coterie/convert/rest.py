@@ -73,14 +73,21 @@ def write_shards(
     return weight_map
 
 
-def write_shard(folder: Folder, tensors: list[Written], path: Path) -> None:
-    """Writes tensors of a checkpoint into one file; wide dtypes first, so that all are aligned."""
+def write_shard(
+    folder: Folder, tensors: list[Written], path: Path, written: Callable[[int, int], None] | None = None
+) -> None:
+    """Writes tensors of a checkpoint into one file; wide dtypes first, so that all are aligned.
+
+    `written` is told, after each, how many there are, and the bytes of the last.
+    """
     tensors = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype][0])
     layout = [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]
     with TensorWriter(path, layout, {"format": "pt"}) as writer:
-        for tensor in tensors:
+        for count, tensor in enumerate(tensors, 1):
             for chunk in tensor.chunks(folder):
                 writer.write(tensor.name, chunk)
+            if written is not None:
+                written(count, tensor.nbytes)
 
 
 def write_json(path: Path, found: dict) -> None:

@@ -14,7 +14,7 @@ from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.quantised import MARKS
 from coterie.checkpoints.scheme import Scheme
-from coterie.checkpoints.schemes import choose
+from coterie.checkpoints.schemes import QUANTISED_STACKS, choose
 from coterie.checkpoints.tensorfile import DTYPES, PLAIN_DTYPES, shown
 from coterie.errors import CheckpointError
 
@@ -29,7 +29,8 @@ CODES = ("F8_E4M3", "F8_E5M2", "U8", "I8", "I32", "F4")
 class Written:
     """A tensor to be written: its name, dtype as in a file, and shape.
 
-    source: the tensor of the checkpoint that it is copied from or, with `scheme`, that has its codes.
+    source: the tensor of the checkpoint that it is copied from or, with `scheme`, that has its codes. stacked: a stack
+    of quantised matrices [E, out, in], written [E, in, out], as models have it whose checkpoints have such stacks.
     """
 
     name: str
@@ -37,10 +38,17 @@ class Written:
     shape: tuple[int, ...]
     source: str
     scheme: Scheme | None = None
+    stacked: bool = False
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype][0] // 8
+
+    def names(self, folder: Folder) -> list[str]:
+        """All tensors of the checkpoint that it takes the place of."""
+        if self.scheme is None:
+            return [self.source]
+        return self.scheme.names(folder, self.source.removesuffix(self.scheme.codes.suffix))
 
     def tensor(self, folder: Folder) -> Tensor:
         """The tensor as it is written."""
@@ -59,19 +67,29 @@ class Written:
                 yield chunk
                 folder.release(self.source)
             return
-        base, (rows, cols) = self.source.removesuffix(self.scheme.codes.suffix), self.shape
+        base, dtype = self.source.removesuffix(self.scheme.codes.suffix), DTYPES[self.dtype][1]
+        if self.stacked:
+            for index in range(self.shape[0]):
+                codes = self.scheme.read(folder, base, index)
+                assert isinstance(codes, Codes)
+                yield codes.dequantize().T.to(dtype).contiguous().flatten().view(torch.uint8)
+                self.scheme.release(folder, base, index, self.shape[0])
+            return
+        rows, cols = self.shape
         codes = self.scheme.read(folder, base)
         assert isinstance(codes, Codes)
         step = max(1, CHUNK // 4 // cols // 128) * 128
         for start in range(0, rows, step):
-            dense = codes.rows(start, min(rows, start + step)).dequantize().to(DTYPES[self.dtype][1])
+            dense = codes.rows(start, min(rows, start + step)).dequantize().to(dtype)
             yield dense.flatten().view(torch.uint8)
         self.scheme.release(folder, base)
 
 
-def written_tensors(folder: Folder, names: Iterable[str], schemes: Sequence[Scheme]) -> list[Written]:
-    """The tensors `names` as they are written, quantised weights, each stored by one of `schemes`, in the model's dtype
-    (bf16 where it does not say).
+def written_tensors(
+    folder: Folder, names: Iterable[str], schemes: Sequence[Scheme], dtype: str | None = None
+) -> list[Written]:
+    """The tensors `names` as they are written, quantised weights, each stored by one of `schemes`, in `dtype` as files
+    name it. None: the model's (bf16 where it does not say).
 
     Raises CheckpointError, naming the tensor, for a quantised weight that is in none of the formats that are read.
     """
@@ -81,7 +99,7 @@ def written_tensors(folder: Folder, names: Iterable[str], schemes: Sequence[Sche
         for name in names:
             base, _, last = name.rpartition(".")
             suffixes.setdefault(base, set()).add(f".{last}")
-        dtype = _dtype(folder)
+        dtype = dtype or _dtype(folder)
         for base, ends in suffixes.items():
             if not _quantised(folder, base, ends):
                 continue
@@ -92,7 +110,10 @@ def written_tensors(folder: Folder, names: Iterable[str], schemes: Sequence[Sche
             if unknown:
                 raise _refusal(folder, base + unknown[0])
             found.append(Written(f"{base}.weight", dtype, size, base + scheme.codes.suffix, scheme))
-            used.update(scheme.names(folder, base))
+            used.update(found[-1].names(folder))
+        for stack in _stacks(folder, names, dtype):
+            found.append(stack)
+            used.update(stack.names(folder))
     for name in names:
         if name in used:
             continue
@@ -101,6 +122,18 @@ def written_tensors(folder: Folder, names: Iterable[str], schemes: Sequence[Sche
             raise _refusal(folder, name)
         found.append(Written(name, entry.dtype, entry.shape, name))
     return found
+
+
+def _stacks(folder: Folder, names: Iterable[str], dtype: str) -> Iterator[Written]:
+    for scheme in QUANTISED_STACKS:
+        for name in names:
+            base = name.removesuffix(scheme.codes.suffix)
+            if base == name or not scheme.fits(folder, base):
+                continue
+            size = scheme.size(folder, base, stacked=True)
+            scheme.check(folder, base, size)
+            experts, rows, cols = size
+            yield Written(base, dtype, (experts, cols, rows), name, scheme, stacked=True)
 
 
 def _quantised(folder: Folder, base: str, ends: set[str]) -> bool:

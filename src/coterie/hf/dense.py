@@ -14,7 +14,6 @@ from transformers.utils import logging
 from coterie.errors import ArgumentError
 from coterie.formats import Format
 from coterie.hf.layout import is_experts
-from coterie.hf.packed import described
 from coterie.hf.weight import PackedWeight
 from coterie.linear import Linear
 
@@ -51,7 +50,7 @@ class PackedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         linear = self.packed.linear
-        return f"{super().extra_repr()}, packed as {described(linear.spec)}, {linear.nbytes / 1e6:,.1f} MB"
+        return f"{super().extra_repr()}, packed as {linear.spec.described}, {linear.nbytes / 1e6:,.1f} MB"
 
 
 def packed_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:

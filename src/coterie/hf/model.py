@@ -13,7 +13,6 @@ from coterie.checkpoints.packed_write import write_layer
 from coterie.errors import ArgumentError
 from coterie.hf.dense import packed_linears
 from coterie.hf.modules import number_layers, packed_modules
-from coterie.hf.packed import described
 from coterie.hf.saving import write_index
 from coterie.hf.weight import PackedWeight
 
@@ -41,9 +40,9 @@ class PackedModel:
         linears = [linear for _, linear in packed_linears(self)]
         dense = sum(linear.nbytes for linear in linears)
         rest = self.get_memory_footprint() - nbytes - dense
-        packed = f"experts packed as {described(experts[0].spec)}: {nbytes / 1e6:,.1f} MB"
+        packed = f"experts packed as {experts[0].spec.described}: {nbytes / 1e6:,.1f} MB"
         if linears:
-            packed += f"; {len(linears)} linear layers as {described(linears[0].spec)}: {dense / 1e6:,.1f} MB"
+            packed += f"; {len(linears)} linear layers as {linears[0].spec.described}: {dense / 1e6:,.1f} MB"
         return f"{packed}; the rest {str(self.dtype).removeprefix('torch.')}: {rest / 1e6:,.1f} MB"
 
     def train(self, mode: bool = True) -> PreTrainedModel:

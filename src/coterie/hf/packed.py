@@ -8,14 +8,7 @@ import torch
 from torch import Tensor
 
 from coterie.experts import Experts
-from coterie.formats import Format
 from coterie.hf.layout import Layout
-
-
-def described(spec: Format) -> str:
-    """A format in words, for people to read."""
-    scales = f" in groups of {spec.group_size}" if spec.group_size else ""
-    return spec.name + scales + (" with zero points" if spec.zero_point else "")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +33,7 @@ class PackedModule:
         """What print(model) says of it."""
         layout = self.layout
         sizes = f"num_experts={layout.num_experts}, hidden_size={layout.hidden_size}"
-        packed = f"packed as {described(self.experts.spec)}, {self.experts.nbytes / 1e6:,.1f} MB"
+        packed = f"packed as {self.experts.spec.described}, {self.experts.nbytes / 1e6:,.1f} MB"
         return f"{sizes}, intermediate_size={layout.intermediate_size}, {packed}"
 
     def dense_expert(self, name: str, expert: int, dtype: torch.dtype) -> Tensor:
