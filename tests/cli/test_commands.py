@@ -28,7 +28,7 @@ EXPLAINED = (
     ["plan"],
     ["chat"],
     ["serve"],
-    ["convert", "cpu"],
+    *(["convert", command] for command in ("cpu", "merge", "dequantize", "compare", "verify")),
     ["bench", "layer"],
     ["bench", "model"],
     ["bench", "train", "layer"],

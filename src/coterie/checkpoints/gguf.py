@@ -43,6 +43,7 @@ class GgufReader(Reader):
 
     def __init__(self, file: GgufFile):
         self.file = file
+        self.experts_per_token = file.own_value("expert_used_count")
         blocks, drafts = file.own_value("block_count"), file.own_value("nextn_predict_layers", 0)
         names = [name for name in file.names if (match := EXPERTS.fullmatch(name)) and match["kind"] == "weight"]
         layers = {int(name.split(".")[1]) for name in names}

@@ -28,7 +28,8 @@ class HFReader(Reader):
         self.folder = folder
         self.schemes = check_quantised(folder)
         config = folder.text_config
-        num_layers = config.get("num_hidden_layers")
+        per_token, num_layers = config.get("num_experts_per_tok"), config.get("num_hidden_layers")
+        self.experts_per_token = per_token if isinstance(per_token, int) else None
         self.activation = activation_of(config)
         try:
             self._names = find_layers(folder.shard_of, num_layers if isinstance(num_layers, int) else None)

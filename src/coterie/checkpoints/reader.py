@@ -74,10 +74,12 @@ class Reader(ABC):
 
     folder: None where it is no folder as Hugging Face lays them out.
     schemes: how its quantised matrices may be stored; () where its config does not say that any is.
+    experts_per_token: how many experts a token is sent to; None where that is not said.
     """
 
     folder: Folder | None
     schemes: tuple[Scheme, ...]
+    experts_per_token: int | None
 
     @property
     @abstractmethod

@@ -32,7 +32,8 @@ def dequantize(
     kept = f"nothing is kept in {output}" if names is None else f"files that are whole stay in {output}"
     with telling_of_ctrl_c(lambda: kept), ConversionProgress("file", "tensor") as progress:
         done = dequantize(input_path, output, names, overwrite, progress)
-    summary = facts(f"{output}: in bf16")
+    summary = facts("In bf16")
+    summary.add_row("folder", str(output))
     summary.add_row("files", str(len(done.files)) + ("" if done.whole else "; others are still to be written"))
     summary.add_row("dequantised", f"{done.matrices} weights")
     summary.add_row("size", f"{size(done.source_bytes)} became {size(done.bytes)}")

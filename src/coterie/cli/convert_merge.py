@@ -31,8 +31,9 @@ def merge(
 
     with telling_of_ctrl_c(lambda: f"nothing is kept in {output}"):
         done = merge(input_path, output, original_path, max_tensors)
-    summary = facts(f"{output}: experts in {done.format.described}")
-    summary.add_row("layers", str(len(done.layers)))
+    summary = facts("Layers put together")
+    summary.add_row("folder", str(output))
+    summary.add_row("layers", f"{len(done.layers)}, experts in {done.format.described}")
     summary.add_row("rest", "copied" if done.whole else "left out: give --original-path for a model that loads")
     summary.add_row("size", size(done.bytes))
     summary.add_row("time", f"{significant(done.seconds)} s")
