@@ -28,7 +28,7 @@ EXPLAINED = (
     ["plan"],
     ["chat"],
     ["serve"],
-    *(["convert", command] for command in ("cpu", "merge", "dequantize", "compare", "verify")),
+    *(["convert", command] for command in ("cpu", "gpu", "merge", "dequantize", "compare", "verify")),
     ["bench", "layer"],
     ["bench", "model"],
     ["bench", "train", "layer"],
