@@ -67,6 +67,8 @@ OUTPUT = object()  # a folder that is not to be made
         (["convert", "cpu", "-i", tiny.PATH, "-o", OUTPUT, "--group-size", "7"], "group_size"),
         (["convert", "cpu", "-i", tiny.PATH, "-o", OUTPUT, "--layers", "x"], "--layers"),
         (["convert", "cpu", "-i", tiny.PATH, "-o", OUTPUT, "--layers", "9"], "layer 9"),
+        (["convert", "cpu", "-i", tiny.PATH, "-o", OUTPUT, "--input-type", "gptq"], "holds experts in bf16"),
+        (["convert", "cpu", "-i", tiny.PATH, "-o", OUTPUT, "--resume-layer", "2"], "layer 0 is not finished"),
         (["bench", "layer", "--shape", "round"], "unknown shape 'round'"),
         (["bench", "layer", "-T", "1,two"], "--tokens"),
         (["bench", "layer", "--shape", "tiny", "--peer", "fastest"], "unknown peer"),

@@ -17,7 +17,7 @@ from coterie.checkpoints.packed import UNFINISHED
 from coterie.convert import convert_cpu, finished_layers
 from coterie.errors import ArgumentError, CheckpointError, CoterieError
 
-# Kills itself before file number N takes its name, or as the mark is taken away.
+# Kills itself before file number N takes its name, within the second layer, or as the mark is taken away.
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
@@ -37,11 +37,15 @@ def unlinks(path, *rest, **more):
         kill()
     unlink(path, *rest, **more)
 os.replace, Path.unlink = replaces, unlinks
-convert_cpu(source, output, loose=loose == "True")
+def within(layer, layers, expert, *_):
+    if last == "within" and (layer, expert) == (2, 2):
+        kill()
+convert_cpu(source, output, loose=loose == "True", progress=within)
 """
 # The mark, and for each of two layers its file and the mark; then a shard, tokenizer.json, config.json and the index.
-WHOLE = {
-    "the mark": 1, "a layer": 2, "the mark of a layer": 3, "the second layer": 4, "a shard": 6, "config.json": 8,
+STOPS = {
+    "the mark": 1, "a layer": 2, "the mark of a layer": 3, "an expert": "within", "the second layer": 4,
+    "a shard": 6, "config.json": 8,
     "the index": 9, "the end": "mark",
 }  # fmt: skip
 
@@ -62,7 +66,7 @@ def killed(source, out, last, loose=False):
     assert ran.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("last", WHOLE.values(), ids=WHOLE)
+@pytest.mark.parametrize("last", STOPS.values(), ids=STOPS)
 def test_killed_and_resumed(tmp_path, source, last):
     out = tmp_path / "out"
     killed(source, out, last)
@@ -75,7 +79,7 @@ def test_killed_and_resumed(tmp_path, source, last):
             convert_cpu(source, out)
     steps = []
     finished = tuple(finished_layers(out))
-    assert len(finished) == (2 if last == "mark" else max(0, (last - 2) // 2) if last < 6 else 2)
+    assert len(finished) == {1: 0, 2: 0, 3: 0, 4: 1, "within": 1}.get(last, 2)
     report = convert_cpu(source, out, resume=True, progress=lambda *step: steps.append(step))
     assert report.resumed == finished and len(steps) == E * (2 - len(finished))
     whole = convert_cpu(source, tmp_path / "whole")

@@ -15,7 +15,7 @@ from coterie.checkpoints import packed
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.quantised import check_quantised
 from coterie.checkpoints.tensorfile import DTYPES
-from coterie.convert.progress import Progress
+from coterie.convert.progress import Meter, Progress
 from coterie.convert.tensors import Written, written_tensors
 from coterie.errors import ArgumentError
 
@@ -68,17 +68,15 @@ def compare(
         for name in both
         if tensors_a[name].shape != tensors_b[name].shape
     }
-    errors, done = [], 0
+    errors = []
     alike = [name for name in both if name not in shapes]
-    total = sum(tensors_a[name].nbytes for name in alike)
+    meter = Meter(progress, 1, sum(tensors_a[name].nbytes for name in alike))
     for count, name in enumerate(alike, 1):
         first, second = tensors_a[name], tensors_b[name]
         pieces = _pairs(_numbers(folder_a, first), _numbers(folder_b, second))
         largest, relative = _apart(pieces)
         errors.append(TensorError(name, (first.dtype, second.dtype), largest, relative))
-        done += first.nbytes
-        if progress is not None:
-            progress(1, 1, count, len(alike), done, total)
+        meter.add(1, len(alike), count, first.nbytes)
     return Comparison(
         only_a=tuple(sorted(tensors_a.keys() - tensors_b.keys())),
         only_b=tuple(sorted(tensors_b.keys() - tensors_a.keys())),

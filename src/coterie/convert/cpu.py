@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from coterie import cpu
@@ -15,7 +16,7 @@ from coterie.checkpoints.reader import spans
 from coterie.convert.background import Background
 from coterie.convert.loose import loose_name
 from coterie.convert.output import OutputFolder
-from coterie.convert.progress import Progress
+from coterie.convert.progress import Meter, Progress
 from coterie.convert.report import ConversionReport, LayerPacking, ProjectionError, together
 from coterie.convert.rest import Rest
 from coterie.convert.source import AUTO, check_input_type, open_source, rest_of
@@ -83,24 +84,15 @@ def convert_cpu(
         packings = {layer: LayerPacking.of(notes, layer) for layer, notes in folder.finished.items()}
         resumed = tuple(packings)
         folder.check_room(packed_bytes + (others.nbytes if others else 0))
-        bytes_done, bytes_total = 0, sum(r.nbytes for layer, r in readers.items() if layer not in resumed)
-        for position, (layer, r) in enumerate(readers.items(), 1):
+        left = sum(r.nbytes for layer, r in readers.items() if layer not in resumed)
+        meter = Meter(progress, len(readers), left)
+        for part, (layer, r) in enumerate(readers.items(), 1):
             if layer in resumed:
                 continue
             two = scratch[r.hidden_size, r.intermediate_size, r.has_gate]
-            packing = packings[layer] = LayerPacking()
-            with LayerWriter(folder.file(names[layer]), layouts[layer]) as writer, Background() as writing:
-                for expert in range(r.num_experts):
-                    one = two[expert % 2]  # the other is being written
-                    _pack_expert(r, layer, expert, one, packing)
-                    writing.run(writer.write_experts, one, expert)
-                    r.release(expert)
-                    bytes_done += r.nbytes // r.num_experts
-                    if progress is not None:
-                        progress(position, len(readers), expert + 1, r.num_experts, bytes_done, bytes_total)
-                for projection, bias in r.biases().items():
-                    writer.write_bias(projection, bias)
-            folder.finish(layer, packing.notes())
+            told = partial(meter.add, part, r.num_experts)
+            packings[layer] = _pack_layer(r, layouts[layer], folder.file(names[layer]), two, told)
+            folder.finish(layer, packings[layer].notes())
         if others is not None:
             others.copy(spec, layouts.values(), folder.file)
     return ConversionReport(
@@ -120,7 +112,7 @@ def convert_cpu(
         repacked=sum(packing.repacked for packing in packings.values()),
         odd=", ".join(dict.fromkeys(r.odd for r in readers.values())),
         resumed=resumed,
-        read_bytes=bytes_done,
+        read_bytes=meter.done,
     )
 
 
@@ -210,6 +202,27 @@ def _one_expert(reader: LayerReader, spec: Format) -> Experts:
         activation=reader.activation,
         has_gate=reader.has_gate,
     )
+
+
+def _pack_layer(
+    reader: LayerReader,
+    layout: PackedLayer,
+    path: Path,
+    two: tuple[Experts, Experts],
+    told: Callable[[int, int], None],
+) -> LayerPacking:
+    """Writes the file of a layer. `two` are room for an expert each; `told` hears of each, and of its bytes."""
+    packing = LayerPacking()
+    with LayerWriter(path, layout) as writer, Background() as writing:
+        for expert in range(reader.num_experts):
+            one = two[expert % 2]  # the other is being written
+            _pack_expert(reader, layout.layer, expert, one, packing)
+            writing.run(writer.write_experts, one, expert)
+            reader.release(expert)
+            told(expert + 1, reader.nbytes // reader.num_experts)
+        for projection, bias in reader.biases().items():
+            writer.write_bias(projection, bias)
+    return packing
 
 
 def _pack_expert(reader: LayerReader, layer: int, expert: int, one: Experts, packing: LayerPacking) -> None:

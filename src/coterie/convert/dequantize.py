@@ -16,7 +16,7 @@ from coterie.checkpoints.folder import INDEX, Folder
 from coterie.checkpoints.folderwriter import new_folder, replaced_folder
 from coterie.checkpoints.quantised import check_quantised, without_quantisation
 from coterie.checkpoints.tensorwriter import check_room, path_within, write_error
-from coterie.convert.progress import Progress
+from coterie.convert.progress import Meter, Progress
 from coterie.convert.rest import copy_files, other_files, write_index, write_json, write_shard
 from coterie.convert.tensors import Written, written_tensors
 from coterie.errors import ArgumentError, CheckpointError
@@ -74,16 +74,9 @@ def dequantize(
 
     with _opened(output, files is None, overwrite, needed) as new:
         check_room(new, needed)
-        done = 0
-
-        def tell(part: int, pieces: int, piece: int, nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            if progress is not None:
-                progress(part, len(chosen), piece, pieces, done, needed)
-
+        meter = Meter(progress, len(chosen), needed)
         for part, (name, shard) in enumerate(chosen.items(), 1):
-            write_shard(folder, shard, new / name, partial(tell, part, len(shard)))
+            write_shard(folder, shard, new / name, partial(meter.add, part, len(shard)))
         whole = all((new / name).exists() for name in shards)
         if whole:
             _finish(folder, shards, new)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,13 +14,15 @@ from torch import Tensor
 from coterie.checkpoints import Codes, LayerReader, open_layer, packed
 from coterie.checkpoints.packed import packed_layers
 from coterie.checkpoints.reader import spans
-from coterie.convert.progress import Progress
+from coterie.convert.progress import Meter, Progress
 from coterie.convert.report import ProjectionError
 from coterie.convert.source import open_source
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.experts import Experts
 from coterie.layer import PROJECTIONS
 from coterie.reference import forward
+
+Batch = tuple[Tensor, Tensor, Tensor]  # x [T,H], ids [T,K], weights [T,K]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,33 +67,37 @@ def verify(
             f"{spans(tuple(sorted(both))) or 'none'}"
         )
     readers = {layer: reader.layer(layer) for layer in chosen}
-    total, done, checks = sum(r.nbytes for r in readers.values()), 0, []
+    meter, checks = Meter(progress, len(readers), sum(r.nbytes for r in readers.values())), []
     for part, (layer, r) in enumerate(readers.items(), 1):
         file = open_layer(path, layer)
         experts = Experts.from_packed(file, mmap=True)
         experts.activations = "bf16"
         _check_sizes(str(file.file.path), experts, r)
-        x, ids, weights = _tokens(tokens, r, reader.experts_per_token or 8, layer)
-        biases = r.biases()
-        expected, errors = torch.zeros(tokens, r.hidden_size), dict[str, ProjectionError]()
-        for e in range(r.num_experts):
-            dense = {name: _dense(weight) for name, weight in r.expert(e).items()}
-            for name, weight in dense.items():
-                found = experts.dequantize_projection(name, e)
-                errors.setdefault(name, ProjectionError()).add(layer, e, _apart(weight, found))
-            gate, up, down = (dense[name][None] if name in dense else None for name in PROJECTIONS)
-            b_gate, b_up, b_down = (biases[name][e : e + 1] if name in biases else None for name in PROJECTIONS)
-            assert up is not None and down is not None
-            of_it = torch.where(ids == e, 0, -1)
-            expected += forward(x, of_it, weights, gate, up, down, r.activation, b_gate, b_up, b_down)
-            r.release(e)
-            done += r.nbytes // r.num_experts
-            if progress is not None:
-                progress(part, len(readers), e + 1, r.num_experts, done, total)
-        with torch.no_grad():
-            output = experts(x, ids, weights)
-        checks.append(LayerCheck(layer, errors, _apart(expected, output)))
+        batch = _tokens(tokens, r, reader.experts_per_token or 8, layer)
+        checks.append(_check_layer(layer, r, experts, batch, partial(meter.add, part, r.num_experts)))
     return checks
+
+
+def _check_layer(
+    layer: int, reader: LayerReader, experts: Experts, batch: Batch, told: Callable[[int, int], None]
+) -> LayerCheck:
+    """`told` hears of each expert, and of its bytes."""
+    x, ids, weights = batch
+    biases, errors, expected = reader.biases(), dict[str, ProjectionError](), torch.zeros_like(x)
+    for e in range(reader.num_experts):
+        dense = {name: _dense(weight) for name, weight in reader.expert(e).items()}
+        for name, weight in dense.items():
+            found = experts.dequantize_projection(name, e)
+            errors.setdefault(name, ProjectionError()).add(layer, e, _apart(weight, found))
+        gate, up, down = (dense[name][None] if name in dense else None for name in PROJECTIONS)
+        b_gate, b_up, b_down = (biases[name][e : e + 1] if name in biases else None for name in PROJECTIONS)
+        assert up is not None and down is not None
+        of_it = torch.where(ids == e, 0, -1)
+        expected += forward(x, of_it, weights, gate, up, down, reader.activation, b_gate, b_up, b_down)
+        reader.release(e)
+        told(e + 1, reader.nbytes // reader.num_experts)
+    with torch.no_grad():
+        return LayerCheck(layer, errors, _apart(expected, experts(x, ids, weights)))
 
 
 def _dense(weight: Tensor | Codes) -> Tensor:
@@ -103,7 +110,7 @@ def _apart(expected: Tensor, found: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def _tokens(count: int, reader: LayerReader, per_token: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _tokens(count: int, reader: LayerReader, per_token: int, seed: int) -> Batch:
     """x [T,H] that bf16 holds, ids [T,K] without duplicates, weights [T,K] that add up to 1."""
     random = torch.Generator().manual_seed(seed)
     chosen = min(max(1, per_token), reader.num_experts)

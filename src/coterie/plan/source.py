@@ -120,7 +120,7 @@ def _quantised_problem(quantised: Quantised | None, options: Any) -> str | None:
 
 def _folder_problem(folder: Path, stored: dict[str, int], plain: bool) -> str | None:
     if (folder / UNFINISHED).exists():
-        return f"a conversion that was not finished ({UNFINISHED} is there): convert it again"
+        return f"a conversion that was not finished ({UNFINISHED} is there): finish it with --resume"
     if not stored:
         others = sorted(f.name for p in ("*.bin", "*.pt", "*.pth", "*.gguf") for f in folder.glob(p))
         return f"no safetensors files, only {others[0]}: save it as safetensors first" if others else None
