@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,8 @@ import sys
 from functools import partial
 
 import pytest
-from made_checkpoints import write_checkpoint
+import torch
+from made_checkpoints import CONFIG, two_layers, write_checkpoint
 from quantised_checkpoints import GPTQ, gptq, quantised, quantised_as
 from rich.console import Console
 
@@ -107,3 +109,66 @@ def test_says_what_a_format_cannot_hold(tmp_path, coterie):
         assert ran.code == 0
         assert ("Codes of the experts are the checkpoint's own, their scales rounded to bf16." in said) != scattered
         assert ("18 of 18 matrices have codes that no format holds" in said) == scattered
+
+
+SHARD = "model-00001-of-00002.safetensors"
+
+
+def without_config(folder):
+    (folder / "config.json").unlink()
+
+
+def without_experts(folder):
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    write_checkpoint(folder, {"lm_head.weight": torch.zeros(2, 2)})
+
+
+def without_a_shard(folder):
+    (folder / SHARD).unlink()
+
+
+def truncated(folder):
+    os.truncate(folder / SHARD, (folder / SHARD).stat().st_size - 1)
+
+
+def configured(**changed):
+    return lambda folder: (folder / "config.json").write_text(json.dumps(CONFIG | changed))
+
+
+BAD = {
+    "not a model folder": (without_config, "is not a model folder: it has no config.json"),
+    "no experts": (without_experts, "no experts found; the names tried: *.layers.{L}."),
+    "a missing shard": (without_a_shard, "1 of the 2 shards named in"),
+    "a truncated shard": (truncated, f"{SHARD} is truncated in tensor"),
+    "an unknown activation": (configured(hidden_act="novel"), "experts with activation 'novel' are not supported"),
+    "another number of experts": (configured(num_experts=9), "3 experts, config.json says 9"),
+    "an unknown method": (configured(quantization_config={"quant_method": "novel"}), "is quantised by novel"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("command", ["cpu", "merge", "verify"])
+def test_a_bad_source_is_one_line_and_leaves_nothing(tmp_path, coterie, case, command):
+    change, message = BAD[case]
+    source, _ = two_layers(tmp_path / "in", shards=2)
+    packed, out = tmp_path / "packed", tmp_path / "out"
+    assert coterie("convert", "cpu", "-i", source, "-o", packed).code == 0
+    change(source)
+    arguments = {
+        "cpu": ("-i", source, "-o", out),
+        "merge": ("-i", packed, "-o", out, "--original-path", source),
+        "verify": (packed, source),
+    }
+    ran = coterie("convert", command, *arguments[command])
+    assert ran.code == 2 and message in ran.err
+    assert ran.err.startswith("coterie: ") and ran.err.count("\n") == 1 and ran.out == ""
+    assert not out.exists()
+
+
+def test_columns_that_groups_do_not_divide(tmp_path, coterie):
+    source, _ = two_layers(tmp_path / "in")
+    ran = coterie("convert", "cpu", "-i", source, "-o", tmp_path / "out", "--group-size", "64")
+    assert ran.code == 2 and ran.err.count("\n") == 1
+    assert "down: 32 columns are not a multiple of group_size=64; use group_size=0" in ran.err
+    assert not (tmp_path / "out").exists()

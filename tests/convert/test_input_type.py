@@ -10,7 +10,9 @@ from coterie.errors import ArgumentError
 
 QUANTISED = {
     "fp8 by blocks": ("fp8", "fp8_block"),
+    "compressed-tensors fp8 by rows": ("compressed-tensors", "fp8", "fp8_channel"),
     "compressed-tensors int4": ("compressed-tensors", "int4"),
+    "DeepSeek-V4": ("fp8", "mxfp4"),
     "ModelOpt nvfp4": ("modelopt", "nvfp4"),
     "GPTQ": ("gptq", "int4"),
     "AWQ": ("awq", "int4"),

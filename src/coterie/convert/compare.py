@@ -19,6 +19,7 @@ from coterie.convert.progress import Meter, Progress
 from coterie.convert.tensors import Written, written_tensors
 from coterie.errors import ArgumentError
 
+PIECE = 1 << 20  # numbers that are compared at a time
 
 @dataclass(frozen=True, slots=True)
 class TensorError:
@@ -98,10 +99,10 @@ def _numbers(folder: Folder, tensor: Written) -> Iterator[Tensor]:
     """The numbers of a tensor, float64, piece by piece; its bytes where torch has no numbers for them."""
     dtype = DTYPES[tensor.dtype][1]
     for chunk in tensor.chunks(folder):
-        if dtype is None or dtype.is_complex:
-            yield chunk.double()
-        else:
-            yield (chunk if chunk.data_ptr() % dtype.itemsize == 0 else chunk.clone()).view(dtype).double()
+        if dtype is not None and not dtype.is_complex:
+            chunk = (chunk if chunk.data_ptr() % dtype.itemsize == 0 else chunk.clone()).view(dtype)
+        for piece in chunk.split(PIECE):
+            yield piece.double()
 
 
 def _pairs(first: Iterator[Tensor], second: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

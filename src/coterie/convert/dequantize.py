@@ -76,7 +76,7 @@ def dequantize(
         check_room(new, needed)
         meter = Meter(progress, len(chosen), needed)
         for part, (name, shard) in enumerate(chosen.items(), 1):
-            write_shard(folder, shard, new / name, partial(meter.add, part, len(shard)))
+            write_shard(folder, shard, path_within(new, name), partial(meter.add, part, len(shard)))
         whole = all((new / name).exists() for name in shards)
         if whole:
             _finish(folder, shards, new)

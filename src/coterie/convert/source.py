@@ -67,7 +67,9 @@ def _input_types(reader: Reader, layers: Iterable[LayerReader]) -> set[str]:
     if (method := method_of(reader.folder)) is not None:
         found.add(method[0])
     for layer in layers:
-        found.update(spec.name for spec in layer.specs if spec is not None)
+        for spec in layer.specs:
+            if spec is not None:
+                found |= {spec.name, spec.name.partition("_")[0]}  # fp8_block is fp8
         if layer.specs == (None,):
             dtypes = (reader.folder.file_of(name).entry(name).dtype for name in layer.tensors)
             found.update(PLAIN_TYPES[dtype] for dtype in dtypes if dtype in PLAIN_TYPES)
