@@ -31,18 +31,23 @@ def interrupted(self, layer, layers, expert, *rest):
     if (layer, expert) == (int(stop), 3):
         os.kill(os.getpid(), signal.SIGINT)
 ConversionProgress.__call__ = interrupted
-source, output, stop = sys.argv[1:]
-sys.argv = ["coterie", "convert", "cpu", "-i", source, "-o", output]
+source, output, stop, *more = sys.argv[1:]
+sys.argv = ["coterie", "convert", "cpu", "-i", source, "-o", output, *more]
 cli.main()
 """
+
+
+def stopped_in(layer, out, *more):
+    """A conversion that is stopped in a layer, counted from 1."""
+    command = [sys.executable, "-c", SCRIPT, str(tiny.PATH), str(out), str(layer), *more]
+    default = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=default)
 
 
 @pytest.mark.parametrize("layer", [1, 2])
 def test_ctrl_c_says_what_is_kept(tmp_path, coterie, layer):
     out = tmp_path / "out"
-    command = [sys.executable, "-c", SCRIPT, str(tiny.PATH), str(out), str(layer)]
-    default = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    ran = subprocess.run(command, capture_output=True, text=True, preexec_fn=default)
+    ran = stopped_in(layer, out)
     assert ran.returncode == 130
     *progress, stopped = ran.stderr.splitlines()
     assert len(progress) == layer - 1
@@ -57,6 +62,14 @@ def test_ctrl_c_says_what_is_kept(tmp_path, coterie, layer):
     assert resumed.code == 0 and "4 layers, 1 of them before" in resumed.out
     assert [line.partition(":")[0] for line in resumed.err.splitlines()] == ["layer 2/4", "layer 3/4", "layer 4/4"]
     assert PACKED_INDEX in os.listdir(out) and UNFINISHED not in os.listdir(out)
+
+
+def test_ctrl_c_in_the_first_layer_of_a_resumed_conversion(tmp_path):
+    out = tmp_path / "out"
+    stopped_in(2, out)
+    ran = stopped_in(1, out, "--resume-layer", "0")
+    assert ran.returncode == 130 and f"stopped; no finished layer is kept in {out}: go on" in ran.stderr
+    assert (out / UNFINISHED).exists()
 
 
 def test_a_disk_that_fills_up_keeps_finished_layers(tmp_path, coterie, monkeypatch):

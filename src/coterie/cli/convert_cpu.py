@@ -96,12 +96,13 @@ def cpu(
 
 def _kept(output: Path) -> str:
     """What a conversion that was stopped left, and how to go on; "" where it left nothing."""
+    from coterie.checkpoints.packed import UNFINISHED
     from coterie.convert import finished_layers
 
-    count = len(finished_layers(output))
-    if not count:
+    if not (output / UNFINISHED).exists():
         return ""
-    layers = "1 finished layer is" if count == 1 else f"{count} finished layers are"
+    count = len(finished_layers(output))
+    layers = {0: "no finished layer is", 1: "1 finished layer is"}.get(count, f"{count} finished layers are")
     return f"{layers} kept in {output}: go on by the same command with --resume"
 
 
