@@ -14,7 +14,7 @@ from coterie.cli.progress import ConversionProgress
 
 def verify(
     packed: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
-    source: Annotated[Path, typer.Argument(help="Folder of the checkpoint that it was packed from.")],
+    source: Annotated[Path, typer.Argument(help="The folder or GGUF file that it was packed from.")],
     layers: Annotated[str | None, typer.Option(help="Only these layers, like 0-3 or 5. [default: all]")] = None,
     tokens: Annotated[int, typer.Option(help="Random tokens.")] = 16,
     tolerance: Annotated[
