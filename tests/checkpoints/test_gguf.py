@@ -13,6 +13,7 @@ from coterie import Experts
 from coterie.activations import Activation
 from coterie.checkpoints import open_reader
 from coterie.checkpoints.gguf_types import TYPES, widest
+from coterie.convert.compare import compare
 from coterie.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 
 KEPT = {name for name, kind in TYPES.items() if kind.codes is not None}
@@ -212,6 +213,12 @@ def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r"needs the gguf package: pip install 'coterie\[gguf\]'"):
         Experts.open(file)
+
+
+def test_where_a_folder_is_expected(tmp_path):
+    file, _ = write_experts(tmp_path / "model.gguf", "MXFP4")
+    with pytest.raises(CheckpointError, match="is a GGUF file: expected a checkpoint folder"):
+        compare(file, file)
 
 
 def test_blocks_are_what_the_package_says():

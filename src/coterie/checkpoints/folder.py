@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from coterie.checkpoints.gguf_file import is_gguf
 from coterie.checkpoints.tensorfile import TensorFile, shown
 from coterie.errors import CheckpointError, MissingTensorError
 
@@ -35,6 +36,11 @@ class Folder:
             self.root = self.path
             self.shard_of = self._names()
         else:
+            if is_gguf(self.path):
+                raise CheckpointError(
+                    f"{self.path} is a GGUF file: expected a checkpoint folder or a .safetensors file, which "
+                    "`coterie convert cpu` makes of it"
+                )
             self.root = self.path.parent
             self.shard_of = dict.fromkeys(self.file(self.path.name).entries, self.path.name)
 
