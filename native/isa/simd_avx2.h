@@ -230,21 +230,22 @@ struct Avx2 {
   static void pair_columns(const Square& square, uint8_t* to, int64_t stride) { pair_columns_portable(square, to, stride); }
 
   static void dots(int64_t count, bool integer) {
-    constexpr int kChains = 6;
-    F f[kChains];
-    I i[kChains];
-    for (int c = 0; c < kChains; c++) f[c] = zero(), i[c] = integer_zero();
     const F one = set1(1.0f);
+    const __m256i unit = _mm256_set1_epi16(1);
+    integer ? chains(count, integer_zero(), [&](const I& v) { return add(v, {_mm256_madd_epi16(unit, v.a), _mm256_madd_epi16(unit, v.b)}); })
+            : chains(count, zero(), [&](const F& v) { return fma(one, one, v); });
+  }
+  template <class V, class Step>
+  static void chains(int64_t count, const V& start, const Step& step) {
+    constexpr int kChains = 6;
+    V acc[kChains];
+#pragma GCC unroll 6  // or they stay in memory
+    for (int c = 0; c < kChains; c++) acc[c] = start;
     for (int64_t n = 0; n < count; n += kChains)
 #pragma GCC unroll 6
       for (int c = 0; c < kChains; c++) {
-        if (integer) {
-          i[c] = add(i[c], {_mm256_madd_epi16(i[c].a, i[c].a), _mm256_madd_epi16(i[c].b, i[c].b)});
-          asm volatile("" : "+x"(i[c].a), "+x"(i[c].b));
-        } else {
-          f[c] = fma(one, one, f[c]);
-          asm volatile("" : "+x"(f[c].a), "+x"(f[c].b));
-        }
+        acc[c] = step(acc[c]);
+        asm volatile("" : "+x"(acc[c].a), "+x"(acc[c].b));
       }
   }
 };

@@ -25,16 +25,8 @@ struct Avx2Vnni : Avx2 {
 
   static void dots(int64_t count, bool integer) {
     if (!integer) return Avx2::dots(count, false);
-    constexpr int kChains = 6;
-    I acc[kChains];
     const __m256i x = _mm256_setzero_si256();
-    for (I& i : acc) i = integer_zero();
-    for (int64_t n = 0; n < count; n += kChains)
-#pragma GCC unroll 6
-      for (int c = 0; c < kChains; c++) {
-        acc[c] = dot(acc[c], {x, x}, x);
-        asm volatile("" : "+x"(acc[c].a), "+x"(acc[c].b));
-      }
+    chains(count, integer_zero(), [&](const I& v) { return dot(v, {x, x}, x); });
   }
 };
 

@@ -202,22 +202,22 @@ struct Avx512 {
   }
 
   static void dots(int64_t count, bool integer) {
-    constexpr int kChains = 8;
-    F f[kChains];
-    I i[kChains];
-    for (int c = 0; c < kChains; c++) f[c] = zero(), i[c] = integer_zero();
     const F one = set1(1.0f);
     const I unit = _mm512_set1_epi16(1);
+    integer ? chains(count, integer_zero(), [&](I v) { return add(v, _mm512_madd_epi16(unit, v)); })
+            : chains(count, zero(), [&](F v) { return fma(one, one, v); });
+  }
+  template <class V, class Step>
+  static void chains(int64_t count, V start, const Step& step) {
+    constexpr int kChains = 16;
+    V acc[kChains];
+#pragma GCC unroll 16  // or they stay in memory
+    for (int c = 0; c < kChains; c++) acc[c] = start;
     for (int64_t n = 0; n < count; n += kChains)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int c = 0; c < kChains; c++) {
-        if (integer) {
-          i[c] = add(i[c], _mm512_madd_epi16(unit, i[c]));
-          keep(i[c]);
-        } else {
-          f[c] = fma(one, one, f[c]);
-          keep(f[c]);
-        }
+        acc[c] = step(acc[c]);
+        keep(acc[c]);
       }
   }
 };

@@ -83,19 +83,9 @@ struct Avx512Bf16 : Avx512 {
     return q;
   }
 
-  static void dots(int64_t count, bool integer) { integer ? chains(count, integer_zero()) : chains(count, zero()); }
-  template <class V>
-  static void chains(int64_t count, V start) {
-    constexpr int kChains = 16;
-    V acc[kChains];
+  static void dots(int64_t count, bool integer) {
     const I x = integer_zero();
-    for (V& a : acc) a = start;
-    for (int64_t n = 0; n < count; n += kChains)
-#pragma GCC unroll 16
-      for (int c = 0; c < kChains; c++) {
-        acc[c] = dot(acc[c], x, x);
-        keep(acc[c]);
-      }
+    integer ? chains(count, integer_zero(), [&](I v) { return dot(v, x, x); }) : chains(count, zero(), [&](Avx512::F v) { return dot(v, x, x); });
   }
 };
 
