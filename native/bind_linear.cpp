@@ -3,12 +3,10 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/tuple.h>
 
-#include <mutex>
 #include <utility>
 
 #include "bind.h"
 #include "layer/linear.h"
-#include "layer/workspace.h"
 #include "runtime/dispatch.h"
 #include "tensors.h"
 
@@ -30,14 +28,12 @@ class PackedLinear {
     auto made = new_matrix(rows->element, rows->rows, layer_.layout.rows);
     if (!made) return nb::none();
     const auto dtype = static_cast<DType>(rows->element);
-    nb::gil_scoped_release released;
-    linear(layer_, kernels(), rows->rows, {rows->data, dtype, rows->row_stride}, made->second, dtype, integer);
+    run(rows->rows, {rows->data, dtype, rows->row_stride}, made->second, dtype, integer);
     return made->first;
   }
 
   void forward(int64_t rows, uintptr_t x, int x_dtype, int64_t x_stride, uintptr_t out, int out_dtype, bool integer) const {
-    nb::gil_scoped_release released;
-    linear(layer_, kernels(), rows, {at<void>(x), static_cast<DType>(x_dtype), x_stride}, at<void>(out), static_cast<DType>(out_dtype), integer);
+    run(rows, {at<void>(x), static_cast<DType>(x_dtype), x_stride}, at<void>(out), static_cast<DType>(out_dtype), integer);
   }
 
   void backward(int64_t rows, uintptr_t grad_out, int grad_out_dtype, int64_t stride, uintptr_t grad_x, int grad_x_dtype) const {
@@ -52,6 +48,11 @@ class PackedLinear {
   }
 
  private:
+  void run(int64_t rows, const Strided& x, void* out, DType out_dtype, bool integer) const {
+    nb::gil_scoped_release released;
+    linear(layer_, kernels(), rows, x, out, out_dtype, integer);
+  }
+
   int64_t number_;
   Linear layer_;
   nb::object owners_;

@@ -75,6 +75,13 @@ def test_shapes_and_dtypes():
     assert linear(x[0, 0]).shape == (64,)
 
 
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_rows_that_are_not_adjacent(isa):
+    linear, x = made("bf16", 64, 128), inputs(40, 256, dtype=torch.bfloat16)
+    for rows in (x[:1, :128].expand(40, 128), x[:, 128:]):
+        assert torch.equal(linear(rows), linear(rows.contiguous()))
+
+
 def test_one_arithmetic_once_it_is_trained():
     linear = made("int8", 64, 128)
     x = inputs(4, 128)

@@ -10,8 +10,6 @@
 namespace coterie {
 namespace {
 
-constexpr int64_t kChunkTokens = 4096;  // longer batches run in chunks, so that the workspace stays bounded
-
 // low[slot] = scaling * A x for every expert with tokens.
 Staged low_rank(StagedBuffer& buffer, const LoraFactor& factor, int64_t in, int64_t out, const Kernels& kernels, const Routing& routing,
                 const Staged& x, bool x_by_slot) {
@@ -36,14 +34,8 @@ void forward_chunk(Workspace& w, const Experts& layer, const Kernels& kernels, c
   const int64_t scratch_bytes = round_up(block_scratch_bytes(std::max(layer.in.padded_cols(), layer.out.padded_cols())), 4096);
   uint8_t* scratch = w.scratch.at_least(scratch_bytes * threads);
 
-  Staged input = integer ? w.input.integers(kernels, batch.tokens, layer.in) : w.input.floats(kernels, batch.tokens, layer.in.padded_cols());
-  const bool as_is = !integer && kernels.float_bytes == 2 && batch.x_dtype == DType::bf16 && layer.hidden == input.cols && batch.x_stride == input.cols;
-  if (as_is) {
-    input.data = static_cast<uint8_t*>(const_cast<void*>(batch.x));
-    input.row_bytes = batch.x_stride * 2;
-  } else {
-    stage_rows(kernels, layer.in, batch.x, batch.x_dtype, batch.x_stride, layer.hidden, batch.tokens, input);
-  }
+  const Staged input = staged_rows(w.input, kernels, layer.in, {batch.x, batch.x_dtype, batch.x_stride}, layer.hidden, layer.in.padded_cols(), batch.tokens,
+                                   integer);
 
   Staged hidden = integer ? w.hidden.integers(kernels, slots, layer.out) : w.hidden.floats(kernels, slots, layer.out.padded_cols());
   uint8_t* rows = hidden.data;

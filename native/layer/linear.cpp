@@ -12,8 +12,6 @@
 namespace coterie {
 namespace {
 
-constexpr int64_t kChunkRows = 4096;  // longer batches run in chunks, so that the workspace stays bounded
-
 int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // Row i of the input makes row i of the result.
@@ -26,24 +24,12 @@ Tokens each_row(Workspace& w, int64_t rows) {
   return {w.in_order.data(), w.in_order.data(), nullptr, rows};
 }
 
-// The rows as the kernels read them: where they lie if that will do.
-Staged staged(Workspace& w, const Kernels& kernels, const Layout& weights, const Strided& x, int64_t rows, int64_t cols, int64_t padded, bool integer) {
-  Staged to = integer ? w.input.integers(kernels, rows, weights) : w.input.floats(kernels, rows, padded);
-  if (!integer && kernels.float_bytes == 2 && x.dtype == DType::bf16 && cols == padded) {
-    to.data = static_cast<uint8_t*>(const_cast<void*>(x.data));
-    to.row_bytes = x.stride * 2;
-  } else {
-    stage_rows(kernels, weights, x.data, x.dtype, x.stride, cols, rows, to);
-  }
-  return to;
-}
-
-// f(first row, rows, input, result) for chunks of the rows.
+// f(rows, input, result) for chunks of the rows.
 template <class F>
 void in_chunks(int64_t rows, const Strided& x, void* out, int64_t out_row_bytes, const F& f) {
-  for (int64_t first = 0; first < rows; first += kChunkRows) {
+  for (int64_t first = 0; first < rows; first += kChunkTokens) {
     const Strided part{static_cast<const uint8_t*>(x.data) + first * x.stride * element_bytes(x.dtype), x.dtype, x.stride};
-    f(std::min(kChunkRows, rows - first), part, static_cast<uint8_t*>(out) + first * out_row_bytes);
+    f(std::min(kChunkTokens, rows - first), part, static_cast<uint8_t*>(out) + first * out_row_bytes);
   }
 }
 
@@ -60,7 +46,7 @@ void linear(const Linear& layer, const Kernels& kernels, int64_t rows, const Str
     product.layout = &layout;
     product.matrix[0] = layer.matrix;
     product.bias[0] = layer.bias;
-    product.x = staged(w, kernels, layout, part, count, layout.cols, layout.padded_cols(), integer);
+    product.x = staged_rows(w.input, kernels, layout, part, layout.cols, layout.padded_cols(), count, integer);
     product.tokens = each_row(w, count);
     multiply_sum(kernels, {product}, {count, layout.rows, to, out_dtype}, w.result, scratch, scratch_bytes);
   });
@@ -78,7 +64,7 @@ void linear_backward(const Linear& layer, const Kernels& kernels, int64_t rows, 
     product.layout = &layout;
     product.matrix[0] = layer.matrix;
     product.transposed = true;
-    product.x = staged(w, kernels, layout, part, count, layout.rows, padded_rows, false);
+    product.x = staged_rows(w.input, kernels, layout, part, layout.rows, padded_rows, count, false);
     product.tokens = each_row(w, count);
     multiply_sum(kernels, {product}, {count, layout.cols, to, grad_x_dtype}, w.result, scratch, scratch_bytes);
   });

@@ -1,6 +1,6 @@
 // One packed matrix by itself: y = x W^T + bias, and what comes back.
 #pragma once
-#include "isa/kernels.h"
+#include "layer/workspace.h"
 
 namespace coterie {
 
@@ -8,13 +8,6 @@ struct Linear {
   Layout layout;  // [outputs, inputs]
   const uint8_t* matrix = nullptr;
   const float* bias = nullptr;  // outputs padded to panels; may be null
-};
-
-// Rows of activations or gradients.
-struct Strided {
-  const void* data;
-  DType dtype;
-  int64_t stride;  // elements from row to row
 };
 
 // `out` [rows, outputs] is contiguous. integer: activations are rounded to int8.

@@ -81,6 +81,17 @@ int64_t workspace_bytes() {
   return shared->bytes();
 }
 
+Staged staged_rows(StagedBuffer& buffer, const Kernels& kernels, const Layout& weights, const Strided& source, int64_t cols, int64_t padded, int64_t rows,
+                   bool integer) {
+  Staged to = integer ? buffer.integers(kernels, rows, weights) : buffer.floats(kernels, rows, padded);
+  if (!integer && kernels.float_bytes == 2 && source.dtype == DType::bf16 && cols == padded && source.stride == padded) {
+    to.data = static_cast<uint8_t*>(const_cast<void*>(source.data));
+  } else {
+    stage_rows(kernels, weights, source.data, source.dtype, source.stride, cols, rows, to);
+  }
+  return to;
+}
+
 void stage_rows(const Kernels& kernels, const Layout& weights, const void* source, DType dtype, int64_t stride, int64_t cols, int64_t rows,
                 const Staged& to) {
   const int64_t items = thread_count() * kItemsPerThread, step = std::max<int64_t>(1, (rows + items - 1) / items);

@@ -50,10 +50,22 @@ Workspace& workspace();
 void release_workspace();
 int64_t workspace_bytes();
 
+// Rows of activations or gradients as they come.
+struct Strided {
+  const void* data;
+  DType dtype;
+  int64_t stride;  // elements from row to row
+};
+
+// Rows of `source` [rows, cols] as the kernels read them, `padded` columns wide: where they lie if they are adjacent, or else staged in `buffer`.
+Staged staged_rows(StagedBuffer& buffer, const Kernels& kernels, const Layout& weights, const Strided& source, int64_t cols, int64_t padded, int64_t rows,
+                   bool integer);
+
 // Rows of `source` [rows, cols] staged, all threads taking part.
 void stage_rows(const Kernels& kernels, const Layout& weights, const void* source, DType dtype, int64_t stride, int64_t cols, int64_t rows,
                 const Staged& to);
 
+constexpr int64_t kChunkTokens = 4096;  // longer batches run in chunks, so that the workspace stays bounded
 constexpr int64_t kItemsPerThread = 8;  // work items a thread takes in turn: enough to even out, few enough to stay cheap
 
 }  // namespace coterie
