@@ -201,6 +201,7 @@ std::tuple<std::vector<NodeTuple>, std::vector<unsigned long>, std::vector<int>>
 NB_MODULE(_native, m) {
   m.doc() = "coterie's CPU engine";
   nb::set_leak_warnings(false);  // a model that lives until the interpreter exits is no leak
+  bind_decode(m);
   bind_tickets(m);
   bind_layer(m);
   bind_linear(m);

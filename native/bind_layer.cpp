@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "bind.h"
+#include "formats/bfloat16.h"
 #include "bind_tickets.h"
 #include "layer/backward.h"
 #include "layer/workspace.h"
@@ -74,21 +75,28 @@ class Layer {
     biases_[projection] = std::move(owner);
   }
 
-  // The output for plain tensors that the kernels take as they are: x bf16 or f32, ids i64, weights f32, of fitting shapes; None for any other.
+  // The output for plain tensors that the kernels take as they are: x bf16 or f32, ids i64, weights f32 or bf16, of fitting shapes; None for any other.
   nb::object compute(nb::handle x, nb::handle ids, nb::handle weights, bool integer) const {
     const auto rows = borrow(x), chosen = borrow(ids), weighting = borrow(weights);
     if (!rows || !chosen || !weighting) return nb::none();
     if (rows->element != Element::bf16 && rows->element != Element::f32) return nb::none();
-    if (chosen->element != Element::i64 || weighting->element != Element::f32 || !chosen->contiguous() || !weighting->contiguous()) return nb::none();
+    if (chosen->element != Element::i64 || !chosen->contiguous() || !weighting->contiguous()) return nb::none();
+    if (weighting->element != Element::f32 && weighting->element != Element::bf16) return nb::none();
     const int64_t tokens = rows->rows, top_k = chosen->cols;
     if (rows->cols != layer_.hidden || chosen->rows != tokens || weighting->rows != tokens || weighting->cols != top_k || top_k > layer_.count)
       return nb::none();
-    auto made = new_matrix(rows->element, tokens, layer_.hidden);
+    auto made = new_tensor(rows->element, {tokens, layer_.hidden});
     if (!made) return nb::none();
     const auto dtype = static_cast<DType>(rows->element);
-    run({tokens, top_k, rows->data, dtype, rows->row_stride, static_cast<int64_t*>(chosen->data), static_cast<float*>(weighting->data), made->second, dtype,
-         integer},
-        nullptr);
+    auto* routing = static_cast<float*>(weighting->data);
+    std::vector<float> widened;
+    if (weighting->element == Element::bf16) {
+      const auto* from = static_cast<const uint16_t*>(weighting->data);
+      widened.resize(tokens * top_k);
+      std::transform(from, from + tokens * top_k, widened.begin(), bf16_to_float);
+      routing = widened.data();
+    }
+    run({tokens, top_k, rows->data, dtype, rows->row_stride, static_cast<int64_t*>(chosen->data), routing, made->second, dtype, integer}, nullptr);
     return made->first;
   }
 

@@ -25,7 +25,7 @@ class PackedLinear {
   nb::object compute(nb::handle x, bool integer) const {
     const auto rows = borrow(x);
     if (!rows || (rows->element != Element::bf16 && rows->element != Element::f32) || rows->cols != layer_.layout.cols) return nb::none();
-    auto made = new_matrix(rows->element, rows->rows, layer_.layout.rows);
+    auto made = new_tensor(rows->element, {rows->rows, layer_.layout.rows});
     if (!made) return nb::none();
     const auto dtype = static_cast<DType>(rows->element);
     run(rows->rows, {rows->data, dtype, rows->row_stride}, made->second, dtype, integer);

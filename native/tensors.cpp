@@ -42,15 +42,22 @@ struct Exchange {
 };
 
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kInteger = 0, kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInteger = 0, kFloat = 2, kBfloat = 4, kBool = 6;
+
+PyTypeObject* type_of(const char* module, const char* name) {
+  nb::object type = nb::module_::import_(module).attr(name);
+  return reinterpret_cast<PyTypeObject*>(type.release().ptr());
+}
 
 struct Torch {
   PyTypeObject* tensor = nullptr;  // torch.Tensor itself: a subclass may answer for itself
+  PyTypeObject* parameter = nullptr;
   const Exchange* exchange = nullptr;
 
+  // Types are kept for as long as the process lives.
   Torch() {
-    nb::object type = nb::module_::import_("torch").attr("Tensor");
-    tensor = reinterpret_cast<PyTypeObject*>(type.release().ptr());  // kept for as long as the process lives
+    tensor = type_of("torch", "Tensor");
+    parameter = type_of("torch.nn", "Parameter");
     nb::object capsule = nb::getattr(nb::handle(reinterpret_cast<PyObject*>(tensor)), "__dlpack_c_exchange_api__", nb::none());
     if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return;
     const auto* found = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -69,33 +76,69 @@ Element element_of(DataType t) {
   if (t.code == kFloat && t.bits == 32) return Element::f32;
   if (t.code == kFloat && t.bits == 16) return Element::f16;
   if (t.code == kInteger && t.bits == 64) return Element::i64;
+  if (t.code == kBool && t.bits == 8) return Element::boolean;
   return Element::other;
 }
+
+// A torch.Tensor on the CPU, of no subclass but torch's parameters; nothing for any other.
+std::optional<View> view_of(nb::handle tensor) {
+  const Torch& t = torch();
+  if (!t.exchange || (Py_TYPE(tensor.ptr()) != t.tensor && Py_TYPE(tensor.ptr()) != t.parameter)) return {};
+  View view;
+  if (t.exchange->view_of_object(tensor.ptr(), &view) != 0) {
+    PyErr_Clear();
+    return {};
+  }
+  if (view.device.type != kCpu || !view.data) return {};
+  return view;
+}
+
+uint8_t* data_of(const View& view) { return static_cast<uint8_t*>(view.data) + view.byte_offset; }
 
 void set_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
 
 }  // namespace
 
 std::optional<BorrowedMatrix> borrow(nb::handle tensor) {
-  const Torch& t = torch();
-  if (!t.exchange || Py_TYPE(tensor.ptr()) != t.tensor) return {};
-  View view;
-  if (t.exchange->view_of_object(tensor.ptr(), &view) != 0) {
-    PyErr_Clear();
-    return {};
-  }
-  if (view.device.type != kCpu || view.dimensions != 2 || !view.data) return {};
-  const int64_t rows = view.shape[0], cols = view.shape[1];
-  if (view.strides && view.strides[1] != 1 && cols > 1) return {};
-  return BorrowedMatrix{static_cast<uint8_t*>(view.data) + view.byte_offset, element_of(view.dtype), rows, cols, view.strides ? view.strides[0] : cols};
+  const auto view = view_of(tensor);
+  if (!view || view->dimensions != 2) return {};
+  const int64_t rows = view->shape[0], cols = view->shape[1];
+  if (view->strides && view->strides[1] != 1 && cols > 1) return {};
+  return BorrowedMatrix{data_of(*view), element_of(view->dtype), rows, cols, view->strides ? view->strides[0] : cols};
 }
 
-std::optional<std::pair<nb::object, void*>> new_matrix(Element element, int64_t rows, int64_t cols) {
+std::optional<BorrowedHeads> borrow_heads(nb::handle tensor) {
+  const auto view = view_of(tensor);
+  if (!view || view->dimensions != 4) return {};
+  BorrowedHeads found{data_of(*view), element_of(view->dtype), {}, {}};
+  int64_t adjacent = 1;
+  for (int i = 3; i >= 0; i--) {
+    found.shape[i] = view->shape[i];
+    found.stride[i] = view->strides ? view->strides[i] : adjacent;
+    adjacent *= view->shape[i];
+  }
+  if (found.stride[3] != 1 && found.shape[3] > 1) return {};
+  return found;
+}
+
+std::optional<BorrowedRows> borrow_rows(nb::handle tensor) {
+  const auto view = view_of(tensor);
+  if (!view || view->dimensions < 1) return {};
+  BorrowedRows found{data_of(*view), element_of(view->dtype), 1, view->shape[view->dimensions - 1], {view->shape, view->shape + view->dimensions}};
+  int64_t adjacent = 1;
+  for (int i = view->dimensions - 1; i >= 0; i--) {
+    if (view->strides && view->strides[i] != adjacent && view->shape[i] != 1) return {};
+    adjacent *= view->shape[i];
+  }
+  found.rows = found.cols ? adjacent / found.cols : 0;
+  return found;
+}
+
+std::optional<std::pair<nb::object, void*>> new_tensor(Element element, std::vector<int64_t> shape) {
   const Torch& t = torch();
   if (!t.exchange) return {};
-  int64_t shape[2] = {rows, cols};
-  const bool half = element == Element::bf16;
-  View like{nullptr, {kCpu, 0}, 2, {half ? kBfloat : kFloat, static_cast<uint8_t>(half ? 16 : 32), 1}, shape, nullptr, 0};
+  const DataType type = element == Element::bf16 ? DataType{kBfloat, 16, 1} : element == Element::f32 ? DataType{kFloat, 32, 1} : DataType{kInteger, 64, 1};
+  View like{nullptr, {kCpu, 0}, static_cast<int32_t>(shape.size()), type, shape.data(), nullptr, 0};
   Managed* made = nullptr;
   if (t.exchange->allocate(&like, &made, nullptr, set_error) != 0) throw nb::python_error();
   void* data = static_cast<uint8_t*>(made->view.data) + made->view.byte_offset;

@@ -4,10 +4,12 @@
 
 #include <cstdint>
 #include <optional>
+#include <utility>
+#include <vector>
 
 namespace coterie {
 
-enum class Element : int { other = -1, bf16 = 0, f32 = 1, f16 = 2, i64 = 3 };
+enum class Element : int { other = -1, bf16 = 0, f32 = 1, f16 = 2, i64 = 3, boolean = 4 };
 
 // A matrix in CPU memory, as it is, borrowed for as long as the object lives.
 struct BorrowedMatrix {
@@ -18,10 +20,31 @@ struct BorrowedMatrix {
   bool contiguous() const { return row_stride == cols || rows <= 1; }
 };
 
+// The same with four dimensions; strides in elements.
+struct BorrowedHeads {
+  uint8_t* data;
+  Element element;
+  int64_t shape[4], stride[4];
+};
+
+// Nothing for whatever is not a plain torch.Tensor of four dimensions, with adjacent elements in the last, on the CPU.
+std::optional<BorrowedHeads> borrow_heads(nanobind::handle tensor);
+
 // Nothing for whatever is not a plain torch.Tensor of two dimensions, with adjacent columns, on the CPU.
 std::optional<BorrowedMatrix> borrow(nanobind::handle tensor);
 
-// A new torch.Tensor [rows, cols] of bf16 or f32, and where its values are; nothing where torch has no such table.
-std::optional<std::pair<nanobind::object, void*>> new_matrix(Element element, int64_t rows, int64_t cols);
+// Rows of adjacent elements that lie one behind the other: any number of dimensions.
+struct BorrowedRows {
+  uint8_t* data;
+  Element element;
+  int64_t rows, cols;
+  std::vector<int64_t> shape;
+};
+
+// Nothing for whatever is not a plain, contiguous torch.Tensor, or torch's parameter, on the CPU.
+std::optional<BorrowedRows> borrow_rows(nanobind::handle tensor);
+
+// A new torch.Tensor of bf16, f32 or i64, and where its values are; nothing where torch has no such table.
+std::optional<std::pair<nanobind::object, void*>> new_tensor(Element element, std::vector<int64_t> shape);
 
 }  // namespace coterie

@@ -117,6 +117,21 @@ struct Backward {
 
 enum class LoraGradient { gate_a, gate_b, up_a, up_b, down_a, down_b };
 
+constexpr float kNoScore = 1e30f;  // beyond any score of attention
+
+// A part of a sequence's keys and values and the query heads that share them; strides in bytes.
+struct KeysPart {
+  int64_t count, heads;        // positions, query heads
+  int64_t key_dim, value_dim;  // multiples of 16
+  DType dtype;                 // bf16 or f32
+  float scale;
+  const uint8_t *queries, *keys, *values;
+  int64_t query_stride, key_stride, value_stride;
+  const uint8_t* mask;         // [count], 0: not looked at; null: all are
+  float* sums;                 // [heads][value_dim]: of values, times e^(score - largest)
+  float *largest, *total;      // [heads]: the largest score, or -kNoScore; the sum of e^(score - largest)
+};
+
 struct PackOptions {
   bool search;
   const float* tiles;  // layouts that need it: the largest magnitude of each tile of 128 rows and a step's columns
@@ -148,6 +163,11 @@ struct Kernels {
   void (*low_rank)(const LoraFactor&, int64_t expert, int64_t in, int64_t out, bool transposed, const Staged& x, const Tokens&, const Staged& low,
                    int64_t column);
   void (*lora_gradient)(const Experts&, int64_t expert, LoraGradient which, const Tokens&, const Backward&);
+
+  // Fills in the results of a part; scratch: 8 (key_dim + 2 (count rounded up to 16)) floats.
+  void (*attend)(const KeysPart&, float* scratch);
+  // to[head * stride + position]: the product of a query and a key alone; a part without values.
+  void (*products)(const KeysPart&, float* to, int64_t stride, float* scratch);
 
   // For measuring: issue `count` full-width dot products of a kind; read `bytes` bytes.
   void (*dots)(int64_t count, bool integer);

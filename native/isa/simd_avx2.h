@@ -46,6 +46,14 @@ struct Avx2 {
     for (float x : t) r += x;
     return r;
   }
+  // The sum of each.
+  static void eight_sums(const F* v, float* to) {
+    __m256 half[8];
+    for (int i = 0; i < 8; i++) half[i] = _mm256_add_ps(v[i].a, v[i].b);
+    const __m256 first = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    const __m256 last = _mm256_hadd_ps(_mm256_hadd_ps(half[4], half[5]), _mm256_hadd_ps(half[6], half[7]));
+    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_permute2f128_ps(first, last, 0x20), _mm256_permute2f128_ps(first, last, 0x31)));
+  }
   static F load_bf16(const uint8_t* p) {
     const __m256i h = _mm256_loadu_si256((const __m256i*)p);
     auto widen = [](__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); };

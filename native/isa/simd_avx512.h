@@ -37,6 +37,22 @@ struct Avx512 {
   static F max_abs(F a, F b) { return _mm512_max_ps(a, _mm512_abs_ps(b)); }
   static float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
   static float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
+  // The sum of each.
+  static void eight_sums(const F* v, float* to) {
+    auto low = [](F a, F b) { return _mm512_castsi512_ps(_mm512_unpacklo_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); };
+    auto high = [](F a, F b) { return _mm512_castsi512_ps(_mm512_unpackhi_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); };
+    auto two = [&](F a, F b) { return add(low(a, b), high(a, b)); };
+    auto low_pairs = [](F a, F b) { return _mm512_castsi512_ps(_mm512_unpacklo_epi64(_mm512_castps_si512(a), _mm512_castps_si512(b))); };
+    auto high_pairs = [](F a, F b) { return _mm512_castsi512_ps(_mm512_unpackhi_epi64(_mm512_castps_si512(a), _mm512_castps_si512(b))); };
+    auto four = [&](F a, F b) { return add(low_pairs(a, b), high_pairs(a, b)); };
+    const F first = four(two(v[0], v[1]), two(v[2], v[3])), last = four(two(v[4], v[5]), two(v[6], v[7]));
+    // Quarters of either: 0 + 2, 1 + 3.
+    const __m512i a = _mm512_castps_si512(first), b = _mm512_castps_si512(last);
+    const F halves = add(_mm512_castsi512_ps(_mm512_shuffle_i64x2(a, b, 0x44)), _mm512_castsi512_ps(_mm512_shuffle_i64x2(a, b, 0xee)));
+    const __m512i h = _mm512_castps_si512(halves);
+    const F sums = add(_mm512_castsi512_ps(_mm512_shuffle_i64x2(h, h, 0x08)), _mm512_castsi512_ps(_mm512_shuffle_i64x2(h, h, 0x0d)));
+    _mm256_storeu_ps(to, _mm512_castps512_ps256(sums));
+  }
   static F load_bf16(const uint8_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16)); }
   static F load_f16(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
   static F load_bytes(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }

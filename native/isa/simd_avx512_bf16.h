@@ -40,6 +40,19 @@ struct Avx512Bf16 : Avx512 {
     return acc;
   }
 
+  // Two rows of 32 as pairs: columns 0-3, 8-11, 16-19, 24-27, and the others.
+  static void interleave_rows(const uint8_t* first, const uint8_t* second, I& even, I& odd) {
+    const __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(second);
+    even = _mm512_unpacklo_epi16(a, b);
+    odd = _mm512_unpackhi_epi16(a, b);
+  }
+  // 32 floats in their order, from sums over such.
+  static void store_interleaved(float* to, Avx512::F even, Avx512::F odd) {
+    alignas(64) float four[2][4][4];
+    store(four[0][0], even);
+    store(four[1][0], odd);
+    for (int i = 0; i < 8; i++) memcpy(to + 4 * i, four[i % 2][i / 2], sizeof four[0][0]);
+  }
   static void store_pairs(uint8_t* to, Avx512::F first, Avx512::F second) {
     _mm512_storeu_si512(to, pair_of(first, second));
   }

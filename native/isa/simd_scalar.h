@@ -50,6 +50,9 @@ struct Scalar {
     for (float x : v.v) r += x;
     return r;
   }
+  static void eight_sums(const F* v, float* to) {
+    for (int i = 0; i < 8; i++) to[i] = reduce_add(v[i]);
+  }
   static F load_bf16(const uint8_t* p) {
     uint16_t h[kLanes];
     memcpy(h, p, sizeof h);

@@ -1,6 +1,7 @@
 // The kernels of one instruction set as a table. Included by the source file of each, which is compiled with that set's flags; everything behind
 // it has internal linkage, so that no code compiled for one instruction set is shared with another.
 #pragma once
+#include "isa/attend.h"
 #include "isa/generic.h"
 #include "isa/train.h"
 
@@ -21,6 +22,8 @@ constexpr Kernels kernels_of(const char* name) {
           largest_of_tiles,
           T::low_rank,
           T::lora_gradient,
+          Attend<Isa>::attend,
+          Attend<Isa>::rows,
           Isa::dots,
           E::read,
           Isa::kFloatMacs,

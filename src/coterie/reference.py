@@ -130,3 +130,14 @@ def _rounded(x: Tensor, spec: Format) -> Tensor:
         values = torch.tensor(IQ4)
         return values[torch.bucketize(x, (values[1:] + values[:-1]) / 2)]  # ties go down
     return x.round().clamp(*((1, 255) if spec.encoding.bits == 8 else (0, 15)))
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale * q K^T) V of one token of each sequence, in float64: query [B,Q,1,D], keys [B,G,S,D],
+    values [B,G,S,V], mask bool [B or 1,1,1,S], False: not looked at -> [B,Q,1,V]."""
+    group = query.shape[1] // keys.shape[1]
+    keys, values = (t.double().repeat_interleave(group, 1) for t in (keys, values))
+    scores = scale * query.double() @ keys.transpose(2, 3)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ values

@@ -37,7 +37,8 @@ def test_a_training_step_and_inference(checkpoint):
     compiled = torch.compile(model, backend=BACKEND, fullgraph=True)
     found = loss_and_gradients(compiled)
     assert_same((found[0], {name.removeprefix("_orig_mod."): grad for name, grad in found[1].items()}), expected)
-    assert torch.equal(logits(compiled), before)
+    found = logits(compiled)  # whose norms and routers are torch's: sums in another order
+    assert (found - before).abs().max() < 1e-5 * before.abs().max()
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:

@@ -222,6 +222,11 @@ inline float mm512_reduce_max_ps(__m512 v) {
 }
 
 inline __m512i mm512_castps_si512(__m512 v) { return (__m512i)v; }
+inline __m256 mm512_castps512_ps256(__m512 v) {
+  __m256 low;
+  memcpy(&low, &v, sizeof low);
+  return low;
+}
 inline __m512 mm512_castsi512_ps(__m512i v) { return (__m512)v; }
 inline __m512i mm512_inserti64x4(__m512i v, __m256i half, int which) {
   memcpy(reinterpret_cast<char*>(&v) + which * 32, &half, 32);
@@ -261,6 +266,8 @@ inline __m512i mm512_mask_mov_epi16(__m512i a, uint32_t mask, __m512i b) {
   Lanes<uint16_t> x = lanes<uint16_t>(a), y = lanes<uint16_t>(b);
   return each<__m512i, uint16_t>([&](int i) { return mask >> i & 1 ? y[i] : x[i]; });
 }
+inline __m512i mm512_unpacklo_epi16(__m512i a, __m512i b) { return unpack<uint16_t, false>(a, b); }
+inline __m512i mm512_unpackhi_epi16(__m512i a, __m512i b) { return unpack<uint16_t, true>(a, b); }
 inline __m512i mm512_unpacklo_epi32(__m512i a, __m512i b) { return unpack<uint32_t, false>(a, b); }
 inline __m512i mm512_unpackhi_epi32(__m512i a, __m512i b) { return unpack<uint32_t, true>(a, b); }
 inline __m512i mm512_unpacklo_epi64(__m512i a, __m512i b) { return unpack<uint64_t, false>(a, b); }
@@ -320,6 +327,7 @@ inline __m256i mm256_dpbusd_avx_epi32(__m256i acc, __m256i u, __m256i s) { retur
 #define _mm512_add_ps ::coterie_emulated::mm512_add_ps
 #define _mm512_and_si512 ::coterie_emulated::mm512_and_si512
 #define _mm512_broadcast_i32x4 ::coterie_emulated::mm512_broadcast_i32x4
+#define _mm512_castps512_ps256 ::coterie_emulated::mm512_castps512_ps256
 #define _mm512_castps_si512 ::coterie_emulated::mm512_castps_si512
 #define _mm512_castsi256_si512 ::coterie_emulated::mm512_castsi256_si512
 #define _mm512_castsi512_ps ::coterie_emulated::mm512_castsi512_ps
@@ -377,6 +385,8 @@ inline __m256i mm256_dpbusd_avx_epi32(__m256i acc, __m256i u, __m256i s) { retur
 #define _mm512_ternarylogic_epi32 ::coterie_emulated::mm512_ternarylogic_epi32
 #define _mm512_unpackhi_epi32 ::coterie_emulated::mm512_unpackhi_epi32
 #define _mm512_unpackhi_epi64 ::coterie_emulated::mm512_unpackhi_epi64
+#define _mm512_unpacklo_epi16 ::coterie_emulated::mm512_unpacklo_epi16
+#define _mm512_unpackhi_epi16 ::coterie_emulated::mm512_unpackhi_epi16
 #define _mm512_unpacklo_epi32 ::coterie_emulated::mm512_unpacklo_epi32
 #define _mm512_unpacklo_epi64 ::coterie_emulated::mm512_unpacklo_epi64
 #define _mm512_xor_si512 ::coterie_emulated::mm512_xor_si512

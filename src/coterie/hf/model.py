@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from coterie.checkpoints.folderwriter import replaced_folder
 from coterie.checkpoints.packed_write import write_layer
 from coterie.errors import ArgumentError
+from coterie.hf import attention
 from coterie.hf.dense import packed_linears
 from coterie.hf.modules import number_layers, packed_modules
 from coterie.hf.saving import write_index
@@ -56,6 +58,12 @@ class PackedModel:
             for _, linear in packed_linears(self):
                 linear.adapt()
         return super().train(mode)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As Transformers has it, which knows its own kinds of attention only."""
+        if self.config._attn_implementation == attention.NAME:
+            self.set_attn_implementation(attention.SDPA)
+        return super().init_continuous_batching(*args, **kwargs)
 
     def half(self) -> PreTrainedModel:
         """Casts the rest of the model to float16; packed experts stay as they are, in any dtype."""

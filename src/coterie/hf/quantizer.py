@@ -28,6 +28,8 @@ from coterie.experts import Experts
 from coterie.formats import resolve
 from coterie.gpu.choice import chosen
 from coterie.gpu.device import usable
+from coterie.hf.attention import attend_here
+from coterie.hf.cache import grow_in_place
 from coterie.hf.config import METHOD, CoterieConfig
 from coterie.hf.dense import detach, pack_linears, packed_linears
 from coterie.hf.experts import NAME
@@ -43,6 +45,7 @@ from coterie.hf.modules import (
     unpack,
 )
 from coterie.hf.quantised import Quantised, open_quantised, read_experts
+from coterie.hf.quick import quicken
 from coterie.hf.sizes import loaded_nbytes
 from coterie.hf.sources import Sources
 from coterie.hf.weight import PackedWeight
@@ -152,6 +155,10 @@ class CoterieQuantizer(HfQuantizer):
         if self.quantization_config.dense is not None:
             pack_linears(model, resolve(self.quantization_config.dense), self.quantization_config.dense_skip)
         become_packed(model)
+        if self._device.type == "cpu":
+            attend_here(model)
+            grow_in_place(model)
+            quicken(model)
         self.quantization_config.gguf = model.config.quantization_config.gguf = None
         del self._model, self._layouts, self._moved
         if not self.pre_quantized and self._quantised is None:

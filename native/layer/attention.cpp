@@ -1,0 +1,71 @@
+#include "layer/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+
+#include "layer/workspace.h"
+#include "runtime/threads.h"
+
+namespace coterie {
+namespace {
+
+// Positions of one item of work: with their queries' scores they stay in L2.
+constexpr int64_t kPositions = 256;
+
+// The parts of a head's sum, each over its own largest score, as one.
+void join(const float* largest, const float* total, const float* sums, int64_t parts, int64_t stride, int64_t sum_stride, int64_t width, float* to) {
+  float most = -kNoScore, all = 0.0f;
+  for (int64_t p = 0; p < parts; p++) most = std::max(most, largest[p * stride]);
+  std::fill(to, to + width, 0.0f);
+  for (int64_t p = 0; p < parts; p++) {
+    const float share = std::exp(largest[p * stride] - most);
+    all += share * total[p * stride];
+    for (int64_t i = 0; i < width; i++) to[i] += share * sums[p * sum_stride + i];
+  }
+  const float scale = all > 0.0f ? 1.0f / all : 0.0f;
+  for (int64_t i = 0; i < width; i++) to[i] *= scale;
+}
+
+}  // namespace
+
+void attend(const Kernels& kernels, const Attention& a, void* out) {
+  Workspace& w = workspace();
+  std::lock_guard<std::mutex> lock(w.turn);
+  const int64_t parts = (a.positions + kPositions - 1) / kPositions, pairs = a.sequences * a.kv_heads, heads = pairs * a.group;
+  // By part: the sums of all heads, their largest scores, their totals.
+  const int64_t part_floats = heads * (a.value_dim + 2);
+  auto* partial = reinterpret_cast<float*>(w.result.at_least(parts * part_floats * 4));
+  const int64_t scratch_floats = 8 * (a.key_dim + 2 * kPositions);
+  auto* scratch = reinterpret_cast<float*>(w.scratch.at_least(thread_count() * std::max(scratch_floats, a.value_dim) * 4));
+  parallel(pairs * parts, [&](int64_t item, int thread) {
+    const int64_t pair = item / parts, part = item % parts, sequence = pair / a.kv_heads, head = pair % a.kv_heads, first = part * kPositions;
+    float* sums = partial + part * part_floats;
+    KeysPart keys{};
+    keys.count = std::min(kPositions, a.positions - first);
+    keys.heads = a.group;
+    keys.key_dim = a.key_dim;
+    keys.value_dim = a.value_dim;
+    keys.dtype = a.dtype;
+    keys.scale = a.scale;
+    keys.queries = a.queries.data + sequence * a.queries.sequence + head * a.group * a.queries.head;
+    keys.query_stride = a.queries.head;
+    keys.keys = a.keys.data + sequence * a.keys.sequence + head * a.keys.head + first * a.keys.position;
+    keys.key_stride = a.keys.position;
+    keys.values = a.values.data + sequence * a.values.sequence + head * a.values.head + first * a.values.position;
+    keys.value_stride = a.values.position;
+    keys.mask = a.mask ? a.mask + sequence * a.mask_stride + first : nullptr;
+    keys.sums = sums + pair * a.group * a.value_dim;
+    keys.largest = sums + heads * a.value_dim + pair * a.group;
+    keys.total = keys.largest + heads;
+    kernels.attend(keys, scratch + thread * scratch_floats);
+  });
+  const int64_t row_bytes = a.value_dim * (a.dtype == DType::f32 ? 4 : 2);
+  for (int64_t h = 0; h < heads; h++) {
+    const float* largest = partial + heads * a.value_dim + h;
+    join(largest, largest + heads, partial + h * a.value_dim, parts, part_floats, part_floats, a.value_dim, scratch);
+    kernels.store(scratch, a.value_dim, static_cast<uint8_t*>(out) + h * row_bytes, a.dtype);
+  }
+}
+
+}  // namespace coterie

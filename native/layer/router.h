@@ -1,0 +1,17 @@
+// Which experts a few tokens go to: softmax of x W^T, the k largest, for the rows of a plain matrix.
+#pragma once
+#include "isa/kernels.h"
+
+namespace coterie {
+
+struct Router {
+  const uint8_t* weight;  // [experts, cols], contiguous, of the type of x
+  int64_t experts, cols;  // columns: a multiple of 16
+  int64_t top_k;
+  bool normalised;        // the weights of the k add up to 1
+};
+
+// x [tokens, cols], contiguous, bf16 or f32, to logits [tokens, experts] of its type, and by falling weight float32 weights and experts [tokens, top_k].
+void route(const Kernels& kernels, const Router& router, const uint8_t* x, DType dtype, int64_t tokens, void* logits, float* weights, int64_t* ids);
+
+}  // namespace coterie

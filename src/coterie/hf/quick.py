@@ -1,0 +1,153 @@
+"""Norms and routers that take as little time for a few tokens as their work is small: by the engine, in one call each.
+
+They are found by their structure and proved by trying them, with weights of our own: what the module answers is what
+the engine must answer.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from coterie import _native
+from coterie.border import runs_now
+
+MOST = 1 << 16  # elements of an input; more are quicker in torch
+ROWS = 16  # that are tried
+# What bf16 and float32 leave open: a step of the result, sums in another order.
+TOLERANCE = {torch.bfloat16: 2**-7, torch.float32: 1e-5}
+
+
+def quicken(model: nn.Module) -> None:
+    """Has the norms and routers of a model in CPU memory become such wherever they can be."""
+    known: dict[Any, Any] = {}
+    for module in list(model.modules()):
+        parameters = dict(module.named_parameters(recurse=False))
+        weight = parameters.pop("weight", None)
+        if weight is None or parameters or any(module.children()) or weight.dtype not in TOLERANCE:
+            continue
+        for find in (norm_options, router_options):
+            key = (find, type(module), weight.shape, weight.dtype, *sorted(_settings(module).items()))
+            if key not in known:
+                known[key] = find(module)
+            if known[key] is not None:
+                module.__class__ = _mixed(QuickNorm if find is norm_options else QuickRouter, type(module))
+                module.quick = known[key]
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """The numbers that a module was made with."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, int | float)}
+
+
+@functools.cache
+def _mixed(mixin: type, kind: type) -> type:
+    """One class for all modules of a kind: compiled layers share their graph."""
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (mixin, kind), names)
+
+
+def _is_few(x: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether a call is one that the engine takes: a few plain rows, nothing else, and no gradients."""
+    alone = isinstance(x, Tensor) and not args and not kwargs
+    return alone and x.numel() <= MOST and not torch.is_grad_enabled() and runs_now() and not x.is_neg()
+
+
+class QuickNorm(nn.Module):
+    """Mixed into the class of an RMSNorm; `quick`: the arguments of `_native.rms_norm`."""
+
+    quick: tuple[float, bool, bool]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., H] -> its norm, in its dtype."""
+        if _is_few(x, args, kwargs):
+            out = _native.rms_norm(x, self.weight, *self.quick)
+            if out is not None:
+                return out
+        return super().forward(x, *args, **kwargs)
+
+
+class QuickRouter(nn.Module):
+    """Mixed into the class of a router; `quick`: the arguments of `_native.route`, and the weights' dtype."""
+
+    quick: tuple[int, bool, torch.dtype]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """x [..., H] -> logits [T, E], weights [T, K], experts [T, K]."""
+        if _is_few(x, args, kwargs):
+            top_k, normalised, dtype = self.quick
+            found = _native.route(x.reshape(-1, x.shape[-1]), self.weight, top_k, normalised)
+            if found is not None:
+                logits, weights, experts = found
+                return logits, weights.to(dtype), experts
+        return super().forward(x, *args, **kwargs)
+
+
+def norm_options(module: nn.Module) -> tuple[float, bool, bool] | None:
+    """`QuickNorm.quick` of a module that is an RMSNorm; None for any other."""
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if module.weight.dim() != 1 or not isinstance(epsilon, float):
+        return None
+    weight, x = _tried(module)
+    x *= torch.logspace(-4, 1, ROWS)[:, None].to(x.dtype)  # small ones show epsilon
+    expected = _answer(module, weight, x)
+    if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype != x.dtype:
+        return None
+    best, least = None, TOLERANCE[x.dtype]
+    for rounded, from_one in ((True, False), (False, False), (False, True)):
+        found = _native.rms_norm(x, weight, epsilon, rounded, from_one)
+        difference = 1.0 if found is None else _difference(found, expected)
+        if difference < least:
+            best, least = (epsilon, rounded, from_one), difference
+    return best
+
+
+def router_options(module: nn.Module) -> tuple[int, bool, torch.dtype] | None:
+    """`QuickRouter.quick` of a module that takes the largest of a softmax; None for any other."""
+    top_k = getattr(module, "top_k", None)
+    if module.weight.dim() != 2 or not isinstance(top_k, int) or not 0 < top_k <= len(module.weight):
+        return None
+    weight, x = _tried(module)
+    answer = _answer(module, weight, x)
+    shapes = [(ROWS, len(weight)), (ROWS, top_k), (ROWS, top_k)]
+    if not isinstance(answer, tuple) or [getattr(t, "shape", None) for t in answer] != shapes:
+        return None
+    logits, weights, experts = answer
+    if experts.dtype != torch.int64 or logits.dtype != x.dtype:
+        return None
+    for normalised in (True, False):
+        found = _native.route(x, weight, top_k, normalised)
+        if found is None:
+            return None
+        # Of equal logits either may be taken.
+        taken = found[0].gather(1, found[2]), logits.gather(1, experts)
+        pairs = (found[0], logits), (found[1], weights), taken
+        if all(_difference(a, b) < TOLERANCE[x.dtype] for a, b in pairs):
+            return top_k, normalised, weights.dtype
+    return None
+
+
+def _tried(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """A random weight for the module, and random rows [ROWS, H]."""
+    random = torch.Generator().manual_seed(0)
+    shape, dtype = module.weight.shape, module.weight.dtype
+    x = torch.randn(ROWS, shape[-1], generator=random)
+    return torch.randn(shape, generator=random).mul(0.1).to(dtype), x.to(dtype)
+
+
+def _answer(module: nn.Module, weight: Tensor, x: Tensor) -> Any:
+    """What the module's own code makes of x; None where it wants something else."""
+    try:
+        with torch.no_grad():
+            return functional_call(module, {"weight": weight}, (x,))
+    except Exception:
+        return None
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """The largest, as a part of the largest value."""
+    return ((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-30)).item()

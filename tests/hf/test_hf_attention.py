@@ -1,0 +1,81 @@
+"""The attention implementation "coterie" beside SDPA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import coterie
+from coterie import _native, tiny
+from coterie.hf import attention
+
+PROMPTS = torch.tensor([[0, 0, 0, 7, 8, 9, 10, 11], [4, 5, 6, 7, 8, 9, 10, 11]])
+SEEN = (PROMPTS > 0).long()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the engine attended."""
+    counted = []
+
+    def attend(*arguments):
+        counted.append(_attend(*arguments))
+        return counted[-1]
+
+    _attend = _native.attend
+    monkeypatch.setattr(attention._native, "attend", attend)
+    return counted
+
+
+def opened(**options):
+    return coterie.from_pretrained(tiny.PATH, experts="bf16", **options)
+
+
+def test_a_model_attends_by_the_engine(calls):
+    model = opened()
+    assert model.config._attn_implementation == attention.NAME
+    with torch.inference_mode():
+        cache = model(PROMPTS, attention_mask=SEEN).past_key_values
+        assert not calls
+        more = torch.cat([SEEN, SEEN[:, :1] | 1], 1)
+        found = model(PROMPTS[:, -1:], attention_mask=more, past_key_values=cache).logits
+    assert len(calls) == model.config.num_hidden_layers and all(out is not None for out in calls)
+    model.set_attn_implementation("sdpa")
+    with torch.inference_mode():
+        cache = model(PROMPTS, attention_mask=SEEN).past_key_values
+        expected = model(PROMPTS[:, -1:], attention_mask=more, past_key_values=cache).logits
+    assert len(calls) == model.config.num_hidden_layers
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+def test_generated_tokens_are_those_of_sdpa(float32_products):
+    model = opened(dtype=torch.float32)
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": SEEN, "pad_token_id": 0}
+    found = model.generate(PROMPTS, **options)
+    assert torch.equal(found, model.generate(PROMPTS, **options, num_beams=1, use_cache=False))
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(found, model.generate(PROMPTS, **options))
+
+
+def test_gradients_go_through_sdpa(calls):
+    model = opened()
+    cache = model(PROMPTS[1:]).past_key_values
+    x = model.get_input_embeddings()(PROMPTS[1:, -1:]).detach().requires_grad_()
+    model(inputs_embeds=x, past_key_values=cache).logits.sum().backward()
+    assert not calls and x.grad.any()
+
+
+def test_an_implementation_that_was_asked_for_stays():
+    assert opened(attn_implementation="eager").config._attn_implementation == "eager"
+
+
+def test_saved_models_ask_for_nothing(tmp_path):
+    opened().save_pretrained(tmp_path)
+    assert "attn_implementation" not in (tmp_path / "config.json").read_text()
+
+
+def test_continuous_batching_uses_what_it_knows():
+    model = opened()
+    manager = model.init_continuous_batching()
+    assert model.config._attn_implementation == attention.SDPA
+    del manager

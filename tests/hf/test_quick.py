@@ -1,0 +1,132 @@
+"""Norms and routers by the engine, beside the same modules by torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, OlmoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeTopKRouter
+
+from coterie.hf.quick import MOST, QuickNorm, QuickRouter, quicken
+
+WIDTH, EXPERTS, TOP_K = 64, 24, 3
+STEP = {torch.bfloat16: 2**-8, torch.float32: 1e-6}
+
+
+class Settings:
+    """The part of a model's configuration that routers read."""
+
+    hidden_size, num_experts, num_local_experts, num_experts_per_tok = WIDTH, EXPERTS, EXPERTS, TOP_K
+    norm_topk_prob, n_group, topk_group, routed_scaling_factor = True, 1, 1, 1.0
+
+    def __init__(self, **changed):
+        vars(self).update(changed)
+
+
+def both(make, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """A module with random weights by torch, and a copy of it that was quickened."""
+    plain, quick = make().to(dtype), make().to(dtype)
+    weight = torch.randn(plain.weight.shape, generator=torch.Generator().manual_seed(1)) * 0.3
+    for module in (plain, quick):
+        module.weight.data.copy_(weight)
+    quicken(quick)
+    return plain, quick
+
+
+def rows(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", STEP)
+@pytest.mark.parametrize("epsilon", [1e-6, 0.5])
+@pytest.mark.parametrize("kind", [Qwen3MoeRMSNorm, OlmoeRMSNorm, GptOssRMSNorm, Gemma3RMSNorm])
+def test_norms(kind, epsilon, dtype, isa):
+    plain, quick = both(lambda: kind(WIDTH, epsilon), dtype)
+    assert isinstance(quick, QuickNorm) and isinstance(quick, kind) and type(quick).__name__ == kind.__name__
+    for shape in ((1, 1), (2, 3, 5), ()):
+        x = rows(dtype, *shape)
+        with torch.no_grad():
+            found, expected = quick(x), plain(x)
+        assert found.dtype == dtype and found.shape == x.shape
+        assert (found - expected).abs().max() <= STEP[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", STEP)
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        (Qwen3MoeTopKRouter, {}),
+        (OlmoeTopKRouter, {"norm_topk_prob": False}),
+        (MixtralTopKRouter, {}),
+    ],
+)
+def test_routers(kind, changed, dtype, each_isa):
+    plain, quick = both(lambda: kind(Settings(**changed)), dtype)
+    assert isinstance(quick, QuickRouter) and isinstance(quick, kind)
+    for isa in each_isa:
+        for count in (1, 7):
+            x = rows(dtype, count)
+            with torch.no_grad():
+                (logits, weights, experts), expected = quick(x), plain(x)
+            assert [t.dtype for t in (logits, weights, experts)] == [t.dtype for t in expected], isa
+            assert (logits - expected[0]).abs().max() <= STEP[dtype] * expected[0].abs().max(), isa
+            assert (weights - expected[1]).abs().max() <= STEP[dtype], isa
+            taken, wanted = logits.gather(1, experts), expected[0].gather(1, expected[2])
+            assert (taken - wanted).abs().max() <= STEP[dtype] * expected[0].abs().max(), isa
+
+
+def test_what_is_something_else_is_left_alone():
+    class Scaled(Qwen3MoeRMSNorm):
+        def forward(self, x):
+            return 1.01 * super().forward(x)
+
+    class Gated(Qwen3MoeRMSNorm):
+        def forward(self, x, gate):
+            return super().forward(x) * gate
+
+    class Least(Qwen3MoeTopKRouter):
+        def forward(self, x):
+            logits, weights, experts = super().forward(x)
+            return logits, weights.flip(1), experts
+
+    settings = Settings()
+    others = [Scaled(WIDTH), Gated(WIDTH), nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH, bias=False), nn.Embedding(9, WIDTH)]
+    for module in [*others, Least(settings), DeepseekV3TopkRouter(settings), nn.Linear(WIDTH, WIDTH, bias=False)]:
+        kind = type(module)
+        quicken(module)
+        assert type(module) is kind
+
+
+def test_the_weights_of_a_module_are_read_with_each_call():
+    plain, quick = both(lambda: Qwen3MoeRMSNorm(WIDTH), torch.float32)
+    x = rows(torch.float32, 1)
+    for module in (plain, quick):
+        module.weight = nn.Parameter(torch.full((WIDTH,), 3.0))
+    with torch.no_grad():
+        assert torch.allclose(quick(x), plain(x))
+
+
+def test_gradients_and_many_rows_go_through_torch(monkeypatch):
+    from coterie.hf import quick as quick_module
+
+    def refuse(*_):
+        raise AssertionError("the engine was asked")
+
+    _, norm = both(lambda: Qwen3MoeRMSNorm(WIDTH), torch.float32)
+    _, router = both(lambda: Qwen3MoeTopKRouter(Settings()), torch.float32)
+    monkeypatch.setattr(quick_module._native, "rms_norm", refuse)
+    monkeypatch.setattr(quick_module._native, "route", refuse)
+    for module in (norm, router):
+        x = rows(torch.float32, 2).requires_grad_()
+        out = module(x)
+        (out if module is norm else out[1]).square().sum().backward()
+        assert x.grad.any() and module.weight.grad.any()
+        with torch.no_grad():
+            module(rows(torch.float32, MOST // WIDTH + 1))
+            with pytest.raises(AssertionError, match="was asked"):
+                module(rows(torch.float32, 1))
