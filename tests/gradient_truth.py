@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from engine_cases import BF16_ACTIVATIONS, rounds_weights
+from engine_cases import BF16_ACTIVATIONS, dense_of, rounds_weights
 from torch import Tensor
 
 from coterie import ExpertLora, Experts, reference
@@ -26,7 +26,7 @@ def engine_gradients(
     def staged(v: Tensor) -> Tensor:
         return bf16(v) if isa in BF16_ACTIVATIONS else v
 
-    dense = dict(zip(("gate", "up", "down"), experts.dequantize(), strict=True))
+    dense = dense_of(experts)
     biases, factors = experts.biases(), dict(zip(lora.pairs(), lora.scalings(), strict=True))
     shared = lora.gate_a is lora.up_a
     x, grad = staged(x.float()), staged(grad.float())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
+
+import forks
 
 SETUP = """
 import os, sys, threading, time
@@ -18,15 +18,14 @@ expected = experts(x, ids, weights)
 """
 
 
-def program(script: str, first: str = "") -> list[str]:
-    """The command line; `first` is run before coterie is imported."""
-    code = f"{first}\n{SETUP}{textwrap.dedent(script)}"
-    return [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", code]
+def program(script: str, first: str = "") -> str:
+    """Its code; `first` is run before coterie is imported."""
+    return f"{first}\n{SETUP}{textwrap.dedent(script)}"
 
 
 def run(script: str, first: str = "") -> str:
     """What such a program prints; it must end well, and soon."""
-    done = subprocess.run(program(script, first), capture_output=True, text=True, timeout=120)
+    done = forks.run(program(script, first))
     assert done.returncode == 0, done.stderr
     assert "leaked" not in done.stderr
     return done.stdout

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import transformers
@@ -38,7 +39,7 @@ def run(code: str, *arguments: object, options: tuple[str, ...] = ()) -> subproc
 
 
 def done(code: str, *arguments: object, options: tuple[str, ...] = ()) -> str:
-    result = run(code, *arguments, options=options)
+    result = run(code, *arguments, options=options) if options else forks.run(code, *arguments)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import forks
 import pytest
 from instruction_sets import ISAS
 
@@ -18,9 +19,9 @@ EVERY_ISA = ("amx", "avx512_bf16", "avx512", "avx2_vnni", "avx2", "scalar")
 
 
 def in_a_new_process(program: str, **environment: str) -> str:
-    command = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", program]
-    given = {**os.environ, **environment}
-    return subprocess.run(command, env=given, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
+    done = forks.run(program, environment=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def error_of(statement: str, **environment: str) -> str:
@@ -144,4 +145,6 @@ def test_openmp_threads_soon_sleep(first, environment, found, monkeypatch):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     program = f"import os, {first}, coterie; print(os.environ.get('GOMP_SPINCOUNT'))"
-    assert in_a_new_process(program, **environment) == found
+    command = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", program]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == found

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import subprocess
-import sys
 import weakref
 
+import forks
 import pytest
 import torch
 from engine_cases import Batch, dense
@@ -126,10 +125,7 @@ def test_an_exported_graph_elsewhere_is_an_error(tmp_path):
     assert torch.equal(exported.module()(*inputs), block(*inputs))
     torch.export.save(exported, tmp_path / "graph.pt2")
     torch.save(inputs, tmp_path / "inputs.pt")
-    program = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", LOAD]
-    done = subprocess.run(
-        [*program, tmp_path / "graph.pt2", tmp_path / "inputs.pt"], capture_output=True, text=True, timeout=120
-    )
+    done = forks.run(LOAD, tmp_path / "graph.pt2", tmp_path / "inputs.pt")
     assert "packed weights that are not in this process" in done.stdout, done.stderr
 
 

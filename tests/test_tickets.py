@@ -7,10 +7,10 @@ import gc
 import os
 import random
 import signal
-import subprocess
 import threading
 import weakref
 
+import forks
 import pytest
 import torch
 from engine_cases import FORMATS, Batch, dense, name_of, options, packed
@@ -498,7 +498,7 @@ def test_exit_while_threads_wait():
         time.sleep(0.05)
         print("end", flush=True)
     """
-    done = subprocess.run(program(script), capture_output=True, text=True, timeout=120)
+    done = forks.run(program(script))
     assert done.stdout == "end\n" and done.returncode in (0, -signal.SIGABRT), done.stderr
 
 

@@ -3,9 +3,8 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 
+import forks
 import pytest
 
 from coterie.checkpoints.folderwriter import new_folder, replaced_folder
@@ -52,7 +51,7 @@ for block in blocks:
     (new / "model.safetensors").write_text("half of it")
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    assert forks.run(script).returncode == -signal.SIGKILL
     (left,) = (tmp_path / "out").iterdir()
     (partial,) = (path for path in tmp_path.iterdir() if path.name.endswith(".partial"))
     with replaced_folder(tmp_path / "out", 0) as new:

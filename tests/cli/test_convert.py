@@ -4,11 +4,9 @@ import errno
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
 from functools import partial
 
+import forks
 import pytest
 import torch
 from made_checkpoints import CONFIG, two_layers, write_checkpoint
@@ -39,9 +37,7 @@ cli.main()
 
 def stopped_in(layer, out, *more):
     """A conversion that is stopped in a layer, counted from 1."""
-    command = [sys.executable, "-c", SCRIPT, str(tiny.PATH), str(out), str(layer), *more]
-    default = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    return subprocess.run(command, capture_output=True, text=True, preexec_fn=default)
+    return forks.run(SCRIPT, tiny.PATH, out, layer, *more)
 
 
 @pytest.mark.parametrize("layer", [1, 2])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import forks
 import pytest
 import torch
 from made_checkpoints import CONFIG, two_layers, write_checkpoint
@@ -156,7 +157,7 @@ def kill(part, *_):
         os.kill(os.getpid(), signal.SIGKILL)
 dequantize({str(source)!r}, {str(tmp_path / "out")!r}, progress=kill)
 """
-    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    assert forks.run(script).returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists() and len(os.listdir(tmp_path)) == 2
     with pytest.raises(CoterieError):
         Experts.open(tmp_path / "out")

@@ -3,9 +3,8 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
+import forks
 import pytest
 from made_checkpoints import E, two_layers
 
@@ -62,8 +61,7 @@ def source(tmp_path_factory):
 
 
 def killed(source, out, last, loose=False):
-    ran = subprocess.run([sys.executable, "-c", SCRIPT, str(source), str(out), str(last), str(loose)])
-    assert ran.returncode == -signal.SIGKILL
+    assert forks.run(SCRIPT, source, out, last, loose).returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("last", STOPS.values(), ids=STOPS)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from engine_cases import FORMATS, name_of, packed
+from engine_cases import FORMATS, dequantized, name_of, packed
 from gradient_cases import ROUNDED_TOLERANCE, TOLERANCE, gradients, random_batch, random_lora, relative
 from gradient_truth import engine_gradients
 from pairwise import pairwise
@@ -47,7 +47,7 @@ def test_every_gradient(case: dict, each_isa: Iterator[str]) -> None:
     if case["a"] == "shared":
         lora["up_a"] = None
     experts = packed(case["format"], sizes)
-    dense = experts.dequantize()
+    dense = dequantized(case["format"], sizes)
     reached = torch.cat([ids for _, ids, _, _ in batches])
     idle = torch.ones(sizes[0], dtype=torch.bool).index_fill(0, reached[reached >= 0], False)
 

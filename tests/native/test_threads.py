@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 
+import forks
 import pytest
 import torch
 from engine_cases import FORMATS, Batch, name_of, packed
@@ -161,7 +161,7 @@ def test_exit_does_not_wait_for_daemon_threads():
         time.sleep(0.05)
         print("end", flush=True)
     """
-    done = subprocess.run(program(script), capture_output=True, text=True, timeout=120)
+    done = forks.run(program(script))
     assert done.stdout == "end\n" and done.returncode in (0, -signal.SIGABRT), done.stderr
 
 
