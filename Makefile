@@ -32,7 +32,7 @@ demo: $(BUILT)
 	$(VENV)/bin/coterie quickstart
 
 test: $(BUILT)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal tests
 
 bench: $(BUILT)
 	PATH="$(abspath $(VENV)/bin):$$PATH" bash benchmarks/tables.sh

@@ -82,7 +82,11 @@ def _server() -> socket.socket:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with there:
         subprocess.Popen(
-            [sys.executable, *site, "-c", SERVER, str(there.fileno())], pass_fds=[there.fileno()], env=environment
+            [sys.executable, *site, "-c", SERVER, str(there.fileno())],
+            pass_fds=[there.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
         )
     return here
 

@@ -14,6 +14,8 @@ from coterie.errors import ArgumentError
 
 SIZES = (4, 128, 256)
 QUANTISED = [FORMATS[1], FORMATS[6]]
+SPECS = [FORMATS[0], *QUANTISED]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def made(spec, activations="auto") -> Experts:
@@ -25,12 +27,15 @@ def lora(scale: float = 1.0) -> ExpertLora:
     return ExpertLora(**{name: f * scale if name.endswith("_b") else f for name, f in factors.items()})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("spec", [FORMATS[0], *QUANTISED], ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_the_same_bits_with_and_without_gradients_and_adapters_of_zeros(isa, spec, dtype):
-    """Across chunks of 4096 tokens too, where the experts are not equally busy in each."""
+    """Across chunks of 4096 tokens too, where the experts are not equally busy in each.
+
+    On every instruction set each dtype and each format is cut into chunks once, and not every dtype of every format.
+    """
     experts = made(spec, "bf16")
-    for tokens in (1, 40, 4100):
+    for tokens in (1, 40, 4100) if DTYPES.index(dtype) == SPECS.index(spec) else (1, 40):
         x, ids, weights = Batch(tokens, 2).tensors(SIZES)
         ids[: tokens // 2, 0] = 3
         x = x.to(dtype)
@@ -44,7 +49,7 @@ def test_the_same_bits_with_and_without_gradients_and_adapters_of_zeros(isa, spe
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("spec", [FORMATS[0], *QUANTISED], ids=name_of)
+@pytest.mark.parametrize("spec", SPECS, ids=name_of)
 def test_the_dtype_of_x_rounds_the_result_and_nothing_else(isa, spec, dtype):
     experts, (x, ids, weights) = made(spec), Batch(20, 2).tensors(SIZES)
     x = x.to(dtype)

@@ -121,7 +121,7 @@ def test_unknown_activation():
 
 def run(script):
     program = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", textwrap.dedent(script)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

@@ -22,7 +22,7 @@ def answers(batches, prompts):
     """The tokens that follow each prompt, in their order."""
     asked = [batches._cb.add_request(ids, max_new_tokens=TOKENS, eos_token_id=-1, **GREEDY) for ids in prompts]
     found = {}
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while len(found) < len(asked) and time.monotonic() < end:
         result = batches._cb.get_result(timeout=1)
         if result is not None and result.is_finished():

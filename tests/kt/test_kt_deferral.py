@@ -123,7 +123,7 @@ def test_threads_do_not_mix_their_batches():
     given = [inputs(5, draw) for draw in range(4)]
     truths = [expected(one, 2) for one in given]
     found = [[] for _ in given]
-    turn = threading.Barrier(len(given), timeout=60)
+    turn = threading.Barrier(len(given), timeout=300)
 
     def run(number):
         for layer, one in zip(chain, given[number], strict=True):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 
+import forks
 from openai import OpenAI
 
 KEY = "secret"
-SECONDS = 90
+SECONDS = 300
 
 
 def free_port() -> int:
@@ -26,16 +25,19 @@ class Serving:
 
     def __init__(self, *arguments: object) -> None:
         self.port = free_port()
-        site = ["-S"] if sys.flags.no_site else []
-        main = "from coterie.cli import main; main()"
-        command = [sys.executable, *site, "-c", main, "serve", *map(str, arguments), "--port", str(self.port)]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `kill`)
-        self.process = subprocess.Popen(
-            command,
-            stdout=self._log,
-            stderr=self._log,
-            env=os.environ | {"COTERIE_API_KEY": KEY, "OMP_NUM_THREADS": "1", "COTERIE_THREADS": "1"},
-        )
+        with open(os.devnull) as nothing:
+            self.process = forks.Program(
+                "from coterie.cli import main; main()",
+                "serve",
+                *arguments,
+                "--port",
+                self.port,
+                stdin=nothing.fileno(),
+                stdout=self._log.fileno(),
+                stderr=self._log.fileno(),
+                environment=os.environ | {"COTERIE_API_KEY": KEY, "COTERIE_THREADS": "1"},
+            )
         self.client = OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=KEY, max_retries=0, timeout=SECONDS)
         end = time.monotonic() + SECONDS
         while not self._listens():

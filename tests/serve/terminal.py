@@ -6,27 +6,26 @@ import os
 import pty
 import re
 import select
-import subprocess
-import sys
 import time
 
-# The pseudo-terminal becomes the one that Ctrl-C goes through.
+import forks
+
+# In its new session the pseudo-terminal becomes the one that Ctrl-C goes through.
 PROGRAM = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from coterie.cli import main; main()"
 STYLES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-SECONDS = 90
+SECONDS = 300
 
 
 class Terminal:
     def __init__(self, *arguments: object) -> None:
         self._here, there = pty.openpty()
-        site = ["-S"] if sys.flags.no_site else []
-        self.process = subprocess.Popen(
-            [sys.executable, *site, "-c", PROGRAM, *map(str, arguments)],
+        self.process = forks.Program(
+            PROGRAM,
+            *arguments,
             stdin=there,
             stdout=there,
             stderr=there,
-            start_new_session=True,
-            env=os.environ | {"TERM": "xterm", "COLUMNS": "200", "OMP_NUM_THREADS": "1", "COTERIE_THREADS": "1"},
+            environment=os.environ | {"TERM": "xterm", "COLUMNS": "200", "COTERIE_THREADS": "1"},
         )
         os.close(there)
         self._read = ""

@@ -8,12 +8,11 @@ import queue
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import forks
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -95,7 +94,7 @@ def streamed(chunks):
 
 def raw(server, method, path, body=None, key=KEY):
     """(status, parsed body) without a client's help."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     connection.request(method, path, body, headers)
     answer = connection.getresponse()
@@ -283,7 +282,7 @@ def test_a_disconnect_ends_the_generation(monkeypatch, tokenizer):
     stream = client.chat.completions.create(model="tiny", messages=QUESTION, stream=True, max_tokens=900)
     next(iter(stream))
     stream.close()
-    assert ended.get(timeout=60) == "_GenerationCancelled"
+    assert ended.get(timeout=300) == "_GenerationCancelled"
     server.should_exit = True
     thread.join()
 
@@ -304,7 +303,7 @@ def test_it_stops_when_running_answers_have_ended(number, code, truth):
 
         with ThreadPoolExecutor() as pool:
             asked = pool.submit(ask)
-            assert begun.wait(60)
+            assert begun.wait(300)
             assert serving.end(number) == code, serving.log()
             text, last = asked.result()
         assert last.choices[0].finish_reason in ("length", "stop") and last.usage.completion_tokens > 20
@@ -318,7 +317,5 @@ def test_it_stops_when_running_answers_have_ended(number, code, truth):
 def test_an_address_in_use_is_said_before_loading():
     port = free_port()
     with socket.create_server(("127.0.0.1", port)):
-        main = "from coterie.cli import main; main()"
-        command = [sys.executable, "-c", main, "serve", str(tiny.PATH), "--port", str(port)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+        done = forks.run("from coterie.cli import main; main()", "serve", tiny.PATH, "--port", port)
     assert done.returncode == 2 and f"cannot serve at 127.0.0.1:{port}" in done.stderr
