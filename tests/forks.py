@@ -1,8 +1,8 @@
 """Programs in processes of their own that begin where torch is imported already, which takes longest of all.
 
 They are forks of one process, which has imported what coterie and Transformers import, and neither of the two. Else
-they are as `python -c`: a clean `__main__`, their own environment and session, and Python's own end. What measures the
-memory of a process, or is about what Python does when it starts, runs `python -c` itself.
+they are as `python -c`: a clean `__main__`, their own environment and session, and Python's own end. What measures how
+much memory a process has, or is about what Python does when it starts, runs `python -c` itself.
 """
 
 from __future__ import annotations
