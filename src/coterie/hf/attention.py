@@ -29,7 +29,7 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, heads, T, D], key and value [B, shared heads, S, D or V] -> [B, T, heads, V], as the interface has it."""
+    """query [B, heads, T, D], key and value [B, shared heads, S, D or V] -> [B, T, heads, V]; see the interface."""
     plain = dropout == 0.0 and all(kwargs.get(option) is None for option in CHANGES)
     if plain and query.shape[2] == 1 and query.is_cpu and not torch.is_grad_enabled() and runs_now():
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
