@@ -135,16 +135,25 @@ def test_errors_have_one_base():
 @pytest.mark.parametrize(
     ("first", "environment", "found"),
     [
-        ("coterie", {}, "1000"),
-        ("torch", {}, "None"),
-        ("coterie", {"GOMP_SPINCOUNT": "7"}, "7"),
-        ("coterie", {"OMP_WAIT_POLICY": "active"}, "None"),
+        ("coterie", {}, "1000 False"),
+        ("torch", {}, "None True"),
+        ("torch", {"OMP_WAIT_POLICY": "PASSIVE"}, "None False"),
+        ("coterie", {"GOMP_SPINCOUNT": "7"}, "7 False"),
+        ("coterie", {"OMP_WAIT_POLICY": "active"}, "None False"),
     ],
 )
 def test_openmp_threads_soon_sleep(first, environment, found, monkeypatch):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
-    program = f"import os, {first}, coterie; print(os.environ.get('GOMP_SPINCOUNT'))"
+    program = f"import os, {first}, coterie; print(os.environ.get('GOMP_SPINCOUNT'), coterie.cpu.openmp_spins)"
     command = [sys.executable, *(["-S"] if sys.flags.no_site else []), "-c", program]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == found
+
+
+def test_what_spins_is_said_once(monkeypatch, caplog):
+    cpu.warn_of_spinning.cache_clear()
+    monkeypatch.setattr(cpu, "openmp_spins", True)
+    for _ in range(2):
+        cpu.warn_of_spinning()
+    assert [record.message.count("Import coterie first") for record in caplog.records] == [1]

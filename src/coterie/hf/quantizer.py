@@ -18,7 +18,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from coterie import memory
+from coterie import cpu, memory
 from coterie.checkpoints.folder import PACKED_INDEX
 from coterie.checkpoints.packed import UNFINISHED, layer_file, read_layout
 from coterie.checkpoints.packed_read import open_layer
@@ -159,6 +159,7 @@ class CoterieQuantizer(HfQuantizer):
             attend_here(model)
             grow_in_place(model)
             quicken(model)
+            cpu.warn_of_spinning()
         self.quantization_config.gguf = model.config.quantization_config.gguf = None
         del self._model, self._layouts, self._moved
         if not self.pre_quantized and self._quantised is None:
