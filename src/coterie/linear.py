@@ -10,6 +10,7 @@ from torch import Tensor
 from . import _native, handles, memory
 from .arithmetic import Arithmetic, check_activations
 from .border import BYTES, COMPUTED, DTYPES, F32, FLOATS, address, check_device, runs_now
+from .checkpoints.packed_linears import LinearsFile
 from .errors import ArgumentError
 from .formats import PANEL_ROWS, Format, resolve, round_up
 
@@ -72,6 +73,23 @@ class Linear:
         if error < 0:
             raise ArgumentError(f"weight: NaN or Inf cannot be held in {spec.name}")
         return cls(spec, packed, rows, cols, bias)
+
+    @classmethod
+    def from_packed(cls, file: LinearsFile, name: str, bias: Tensor | None = None, *, mmap: bool = False) -> Linear:
+        """The packed weight `name` of a file: copied into huge pages, or, with `mmap`, used where it lies."""
+        layout = file.layout
+        rows, cols = layout.shapes[name]
+        if mmap:
+            packed = file.mapped(name)
+        else:
+            packed = memory.allocate(layout.nbytes(name), f"a linear layer in {layout.spec.name}")
+            file.read_into(name, packed)
+        return cls(layout.spec, packed[: layout.spec.matrix_nbytes(rows, cols)], rows, cols, bias)
+
+    @property
+    def packed(self) -> Tensor:
+        """The packed weight: uint8 [nbytes], a view."""
+        return self._weight.packed
 
     @property
     def spec(self) -> Format:

@@ -12,7 +12,7 @@ from torch import nn
 
 import coterie
 from coterie import tiny
-from coterie.errors import ArgumentError
+from coterie.errors import ArgumentError, CheckpointError
 from coterie.hf.dense import PackedLinear, packed_linears
 from coterie.hf.weight import PackedWeight
 
@@ -37,8 +37,8 @@ def test_logits(dense, error):
     model, plain = opened(dense), opened(None)
     assert 0 <= relative(logits(model), logits(plain)) < error
     found = dict(packed_linears(model))
-    assert len(found) == 16 and all(linear.spec.name == dense for linear in found.values())
-    assert not any("gate" in name or "lm_head" in name for name in found)  # routers, and a head that the table shares
+    assert len(found) == 17 and all(linear.spec.name == dense for linear in found.values())
+    assert "lm_head" in found and not any("gate" in name for name in found)  # routers
 
 
 def test_what_is_said_and_counted():
@@ -46,23 +46,65 @@ def test_what_is_said_and_counted():
     packed = sum(linear.nbytes for _, linear in packed_linears(model))
     weights = sum(p.nbytes for name, p in plain.named_parameters() if "_proj.weight" in name and "self_attn" in name)
     assert plain.get_memory_footprint() - model.get_memory_footprint() == weights - packed
-    assert "16 linear layers as int8" in repr(model)
+    assert "17 linear layers as int8" in repr(model)
     assert "packed as int8" in repr(model.model.layers[0].self_attn.q_proj)
-    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters())
+    head = plain.lm_head.weight.numel()  # shared with the embedding until it is packed
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters()) + head
+
+
+def test_tied_head():
+    """The head is packed; the embedding keeps the weight that they shared, and gives it back."""
+    model, plain = opened("int4"), opened(None)
+    assert torch.equal(model.get_input_embeddings().weight, plain.get_input_embeddings().weight)
+    expected = coterie.Linear.pack(plain.lm_head.weight, format="int4")
+    assert torch.equal(dict(packed_linears(model))["lm_head"].packed, expected.packed)
+    model.dequantize()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
 def test_skip():
     model = opened("int8", dense_skip=[r"layers\.0\.", "o_proj"])
     names = [name for name, _ in packed_linears(model)]
-    assert len(names) == 9 and not any("layers.0." in name or "o_proj" in name for name in names)
-    with pytest.raises(ArgumentError, match=r"'nothing' matches none of the linear layers model\.layers\.0"):
-        opened("int8", dense_skip=["nothing"])
-    with pytest.raises(ArgumentError, match="has no linear layers to pack"):
-        opened("int8", dense_skip=["."])
-    with pytest.raises(ArgumentError, match="expected dense="):
-        opened(None, dense_skip=["o_proj"])
-    with pytest.raises(ArgumentError, match="unknown format 'int3'"):
-        opened("int3")
+    assert len(names) == 10 and not any("layers.0." in name or "o_proj" in name for name in names)
+    assert len(list(packed_linears(opened("int8", dense_skip="lm_head|[qk]_proj")))) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dense": "int3"}, "unknown format 'int3'"),
+        ({"dense": None, "dense_skip": ["o_proj"]}, "expected dense="),
+        ({"dense_skip": ["q_prj"]}, "'q_prj' matches none of the 17 linear layers; the nearest name is q_proj"),
+        ({"dense_skip": ["."]}, "has no linear layers to pack: dense_skip leaves out all 17"),
+        ({"dense_skip": ["(q_proj"]}, r"'\(q_proj' is not a regular expression"),
+    ],
+)
+def test_mistakes(options, message, monkeypatch):
+    """They are found before a weight is read."""
+    monkeypatch.setattr("coterie.hf.quantizer.memory.require", lambda *_: pytest.fail("went on"))
+    with pytest.raises(ArgumentError, match=message):
+        opened(**options)
+
+
+def test_groups_that_do_not_divide(tmp_path):
+    tiny_models.make("qwen3_moe", head_dim=12).save_pretrained(tmp_path)
+    with pytest.raises(ArgumentError, match=r"o_proj: 48 columns are not a multiple.*dense_skip=\['o_proj'\]"):
+        coterie.from_pretrained(tmp_path, dense="int4")
+    assert any(packed_linears(coterie.from_pretrained(tmp_path, dense="int4", dense_skip=["o_proj"])))
+
+
+def test_no_linear_layers(monkeypatch, plain):
+    monkeypatch.setattr("coterie.hf.dense.linear_names", lambda model: iter(()))
+    with pytest.raises(ArgumentError, match=r"Qwen3MoeForCausalLM has no linear layers to pack$"):
+        coterie.from_pretrained(plain, dense="int8", dense_skip=["q_proj"])
+
+
+def test_weights_that_a_format_cannot_hold(plain):
+    model = tiny_models.make("qwen3_moe")
+    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(plain)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.k_proj: .* NaN"):
+        coterie.from_pretrained(plain, dense="int8")
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "mixtral", "gpt_oss"])
@@ -77,23 +119,17 @@ def test_families(family, tmp_path, float32_products):
 
 def test_dequantize():
     model = opened("int8")
-    dense = {name: linear.dequantize().bfloat16() for name, linear in packed_linears(model)}
+    dense = {name: linear.dequantize().bfloat16() for name, linear in packed_linears(model) if name != "lm_head"}
     model.dequantize()
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     assert all(torch.equal(model.get_submodule(name).weight, weight) for name, weight in dense.items())
-
-
-def test_saving_is_refused(tmp_path):
-    with pytest.raises(ArgumentError, match="open the model without dense="):
-        opened().save_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_train(float32_products):
     """LoRA of PEFT on packed attention and experts: the gradients of dense layers of the same values."""
     packed, dense = opened("int8").float(), opened(None).float()
     for name, linear in packed_linears(packed):
-        dense.get_submodule(name).weight.data = linear.dequantize()
+        dense.get_submodule(name).weight = nn.Parameter(linear.dequantize())  # the head's is not the embedding's then
     config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], target_parameters=["experts.gate_up_proj"])
     found = []
     for model in (packed, dense):

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from coterie.checkpoints.folder import INDEX, SINGLE
 from coterie.checkpoints.packed import FILE_NAME, UNFINISHED
+from coterie.checkpoints.packed_linears import LINEARS_FILE
 from coterie.checkpoints.tensorwriter import (
     check_room,
     remove_empty,
@@ -32,7 +33,7 @@ from coterie.errors import ArgumentError, CheckpointError
 
 SAVING = "coterie-saving-"
 RUN = r"\d+-[0-9a-f]{8}"
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+WEIGHTS = (re.compile(r"model-\d{5}-of-\d{5}\.safetensors"), FILE_NAME, LINEARS_FILE)
 
 
 @contextmanager
@@ -93,7 +94,7 @@ def _switch(folder: Path, new: Path, names: list[str]) -> None:
             sync_folder(folder)
     sync_folder(folder)
     for file in list(folder.iterdir()):
-        of_checkpoint = file.name in (SINGLE, INDEX) or SHARD.fullmatch(file.name) or FILE_NAME.fullmatch(file.name)
+        of_checkpoint = file.name in (SINGLE, INDEX) or any(name.fullmatch(file.name) for name in WEIGHTS)
         if of_checkpoint and file.name not in names:
             file.unlink()
     (folder / UNFINISHED).unlink()

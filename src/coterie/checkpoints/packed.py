@@ -108,19 +108,14 @@ def is_packed(file: TensorFile) -> bool:
 
 def read_layout(file: TensorFile) -> PackedLayer:
     """The layer that a file holds, after checking that it holds exactly that. Raises CheckpointError."""
-    get = _Metadata(file)
-    version = get.text("coterie.version")
-    if not re.fullmatch(r"2\.\d{1,9}", version):
-        raise CheckpointError(
-            f"{file.path}: packed format version {shown(version)}, this coterie reads 2.x; "
-            "update coterie, or convert the original checkpoint again"
-        )
+    get = Metadata(file, "a packed layer")
+    check_version(get)
     layout = PackedLayer(
         layer=get.number("coterie.layer", 0),
         num_experts=get.number("coterie.num_experts", 1),
         hidden_size=get.number("coterie.hidden_size", 1),
         intermediate_size=get.number("coterie.intermediate_size", 1),
-        spec=get.spec(),
+        spec=get.spec("coterie.experts"),
         has_gate=get.flag("coterie.has_gate"),
         activation=get.activation(),
         source=file.metadata.get("coterie.source", ""),
@@ -147,40 +142,50 @@ def read_layout(file: TensorFile) -> PackedLayer:
     return layout
 
 
-class _Metadata:
-    """A file's metadata, each value checked as it is taken."""
+def check_version(get: Metadata) -> None:
+    """Raises CheckpointError where a file is of another major version of the format."""
+    version = get.text("coterie.version")
+    if not re.fullmatch(r"2\.\d{1,9}", version):
+        raise CheckpointError(
+            f"{get.file.path}: packed format version {shown(version)}, this coterie reads 2.x; "
+            "update coterie, or convert the original checkpoint again"
+        )
 
-    def __init__(self, file: TensorFile):
-        self._file = file
+
+class Metadata:
+    """The metadata of a file, which is to be `what`, each value checked as it is taken."""
+
+    def __init__(self, file: TensorFile, what: str):
+        self.file, self._what = file, what
 
     def text(self, key: str) -> str:
-        if key not in self._file.metadata:
-            raise CheckpointError(f"{self._file.path} is not a packed layer: its metadata has no {key}")
-        return self._file.metadata[key]
+        if key not in self.file.metadata:
+            raise CheckpointError(f"{self.file.path} is not {self._what}: its metadata has no {key}")
+        return self.file.metadata[key]
 
-    def _bad(self, key: str, expected: str) -> CheckpointError:
-        return CheckpointError(f"{self._file.path}: {key} is {shown(self.text(key))}, expected {expected}")
+    def bad(self, key: str, expected: str) -> CheckpointError:
+        return CheckpointError(f"{self.file.path}: {key} is {shown(self.text(key))}, expected {expected}")
 
     def number(self, key: str, least: int) -> int:
         text = self.text(key)
         if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
-            raise self._bad(key, f"a whole number from {least} to 999999999")
+            raise self.bad(key, f"a whole number from {least} to 999999999")
         return int(text)
 
     def flag(self, key: str) -> bool:
         text = self.text(key)
         if text not in ("true", "false"):
-            raise self._bad(key, "true or false")
+            raise self.bad(key, "true or false")
         return text == "true"
 
-    def spec(self) -> Format:
-        name, group_size = self.text("coterie.experts"), self.number("coterie.group_size", 0)
+    def spec(self, key: str) -> Format:
+        name, group_size = self.text(key), self.number("coterie.group_size", 0)
         if name not in FORMATS:
-            raise self._bad("coterie.experts", f"one of {', '.join(FORMATS)}")
+            raise self.bad(key, f"one of {', '.join(FORMATS)}")
         try:
             return resolve(name, group_size, self.flag("coterie.zero_point"))
         except ArgumentError as error:
-            raise CheckpointError(f"{self._file.path}: {error}") from error
+            raise CheckpointError(f"{self.file.path}: {error}") from error
 
     def activation(self) -> Activation:
         key = "coterie.activation"
@@ -188,12 +193,12 @@ class _Metadata:
             found = json.loads(self.text(key))
             expected = asdict(Activation())
             if not isinstance(found, dict) or found.keys() != expected.keys():
-                raise self._bad(key, f"an object of {', '.join(expected)}")
+                raise self.bad(key, f"an object of {', '.join(expected)}")
             numbers = {name: float(found[name]) for name in expected if name != "kind"}
             if not all(math.isfinite(number) for number in numbers.values()):
-                raise self._bad(key, "finite numbers")
+                raise self.bad(key, "finite numbers")
             return Activation(found["kind"], **numbers)
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise self._bad(key, f"an activation as JSON ({shown(str(error))})") from error
+            raise self.bad(key, f"an activation as JSON ({shown(str(error))})") from error

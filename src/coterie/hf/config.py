@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,9 @@ from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import Format, resolve
 
 METHOD = "coterie"
-STORED = ("experts", "group_size", "zero_point")  # what packed experts are
-# How packed experts are opened, what they compute with, which are on the GPU, and what else is packed.
-LOADING = ("mmap", "activations", "gpu_experts", "dense", "dense_skip")
+STORED = ("experts", "group_size", "zero_point", "dense", "dense_skip")  # what is packed, and how
+# How packed experts are opened, what they compute with, and which are on the GPU.
+LOADING = ("mmap", "activations", "gpu_experts")
 OPTIONS = (*STORED, "scale_search", *LOADING)
 
 
@@ -34,11 +35,13 @@ class CoterieConfig(QuantizationConfigMixin):
     activations: what int8 and int4 experts compute with, "auto", "bf16" or "int8"; see `Experts`.
     gpu_experts: which experts are on the GPU that the rest of the model is on, packed as in RAM: "all", a number of
         each layer's, a fraction in (0, 1] (both take the first ones), or a bool mask [layers, experts]. Default: none.
-    dense: the format that linear layers outside the experts are packed in when the model is loaded: attention, dense
-        MLPs, shared experts, the head; routers and embeddings stay. Default: they keep their dtype.
+    dense: the format that linear layers outside the experts are packed in: attention, dense MLPs, shared experts, the
+        head; routers and embeddings stay. A head that shares its weight with the embedding is a packed copy from then
+        on. Default: they keep their dtype.
     dense_skip: regular expressions; layers whose names they match keep their dtype.
 
-    Given for a packed checkpoint, what is said of its format must be what it is packed as.
+    Given for a packed checkpoint, what is said of its formats must be what it is packed as. `dense` packs linear layers
+    that it has in their own dtype.
     Raises ArgumentError for a format, group size or option that does not exist.
     """
 
@@ -52,7 +55,7 @@ class CoterieConfig(QuantizationConfigMixin):
         activations: str = "auto",
         gpu_experts: Any = None,
         dense: str | None = None,
-        dense_skip: Sequence[str] = (),
+        dense_skip: Sequence[str] | str = (),
         quant_method: str = METHOD,
         version: str = VERSION,
         **unknown: Any,
@@ -69,7 +72,12 @@ class CoterieConfig(QuantizationConfigMixin):
                 f"config.json: packed format version {version!r}, this coterie reads {VERSION}; update coterie, "
                 "or convert the original checkpoint again"
             )
-        given = {"experts": experts, "group_size": group_size, "zero_point": zero_point}
+        self.dense = None if dense is None else resolve(dense).name
+        self.dense_skip = check_skip(dense_skip)
+        if self.dense_skip and dense is None:
+            raise ArgumentError("dense_skip: expected dense=... too, the format that the other layers are packed in")
+        given = {"experts": experts, "group_size": group_size, "zero_point": zero_point, "dense": self.dense}
+        given["dense_skip"] = self.dense_skip or None
         self.asked = {name: value for name, value in given.items() if value is not None}
         spec = resolve("int4" if experts is None else experts, group_size, bool(zero_point))
         self.quant_method = METHOD
@@ -78,10 +86,6 @@ class CoterieConfig(QuantizationConfigMixin):
         self.mmap = mmap
         self.activations = activations
         self.gpu_experts = gpu_experts
-        self.dense = None if dense is None else resolve(dense).name
-        if dense_skip and dense is None:
-            raise ArgumentError("dense_skip: expected dense=... too, the format that the other layers are packed in")
-        self.dense_skip = list(dense_skip)
         self.gguf: GgufReader | None = None  # where the experts are, while a GGUF file is loaded
         self.become(spec)
 
@@ -102,7 +106,12 @@ class CoterieConfig(QuantizationConfigMixin):
         return {name: getattr(self, name) for name in ("asked", *LOADING)}
 
     def check_asked(self) -> None:
-        """Raises ArgumentError where a packed checkpoint was asked for in another format than it is packed in."""
+        """Raises ArgumentError where a packed checkpoint was asked for in another format than it is packed in.
+
+        Linear layers that it does not have packed are to be packed as asked for.
+        """
+        if self.dense is None:
+            self.dense, self.dense_skip = self.asked.get("dense"), self.asked.get("dense_skip", [])
         for name, value in self.asked.items():
             if value != getattr(self, name):
                 raise ArgumentError(
@@ -111,10 +120,22 @@ class CoterieConfig(QuantizationConfigMixin):
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """What is stored in config.json: what the packed experts are, not how they were made or are to be opened."""
-        return {
+        """What is stored in config.json: what is packed and how, not how it was made or is to be opened."""
+        stored = {
             name: value for name, value in super().to_dict().items() if name in ("quant_method", "version", *STORED)
         }
+        return {name: value for name, value in stored.items() if not (name.startswith("dense") and not value)}
+
+
+def check_skip(patterns: Sequence[str] | str) -> list[str]:
+    """`dense_skip` as a list. Raises ArgumentError for what is no regular expression."""
+    found = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in found:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ArgumentError(f"dense_skip: {pattern!r} is not a regular expression: {error}") from None
+    return found
 
 
 # Transformers asks those for their loading attributes that it lists here.

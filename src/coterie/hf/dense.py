@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from coterie.errors import ArgumentError
+from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import Format
 from coterie.hf.layout import is_experts
 from coterie.hf.weight import PackedWeight
 from coterie.linear import Linear
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,40 +59,54 @@ def packed_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
             yield name, module.packed.linear
 
 
-def pack_linears(model: PreTrainedModel, spec: Format, skip: Sequence[str] = ()) -> None:
-    """Packs every linear layer but routers and those whose names match a regular expression in `skip`.
+def chosen_linears(model: PreTrainedModel, spec: Format, skip: Sequence[str] = ()) -> list[str]:
+    """The linear layers to be packed as `spec`: all but routers and those whose names match a pattern in `skip`.
 
-    A layer whose columns the group size does not divide keeps its weight; so does a head that shares it with the
-    embedding. Raises ArgumentError for a `skip` that matches no layer, and for a model without linear layers.
+    Raises ArgumentError for a pattern that matches no layer, for a layer whose columns the group size does not divide,
+    and for a model without linear layers.
     """
     names = list(linear_names(model))
     for pattern in skip:
-        if not any(re.search(pattern, name) for name in names):
-            raise ArgumentError(f"dense_skip: {pattern!r} matches none of the linear layers {', '.join(names[:8])} ...")
-    names = [name for name in names if not any(re.search(pattern, name) for pattern in skip)]
-    if not names:
-        raise ArgumentError(f"dense={spec.name!r}: {type(model).__name__} has no linear layers to pack")
+        if names and not any(re.search(pattern, name) for name in names):
+            parts = {part for name in names for part in (name, name.rpartition(".")[2])}
+            near = difflib.get_close_matches(pattern, parts, n=1, cutoff=0)[0]
+            raise ArgumentError(
+                f"dense_skip: {pattern!r} matches none of the {len(names)} linear layers; the nearest name is {near}"
+            )
+    chosen = [name for name in names if not any(re.search(pattern, name) for pattern in skip)]
+    if not chosen:
+        left = f": dense_skip leaves out all {len(names)}" if names else ""
+        raise ArgumentError(f"dense={spec.name!r}: {type(model).__name__} has no linear layers to pack{left}")
+    for name in chosen:
+        try:
+            spec.check_columns(name, model.get_submodule(name).in_features)
+        except ArgumentError as error:
+            last = re.escape(name.rpartition(".")[2])
+            raise ArgumentError(f"dense={spec.name!r}: {error}, or leave it out: dense_skip=[{last!r}]") from None
+    return chosen
+
+
+def pack_linears(model: PreTrainedModel, names: Sequence[str], spec: Format) -> None:
+    """Packs linear layers of a model as `spec`. Raises CheckpointError for a weight that it cannot hold."""
     for name in logging.tqdm(names, desc="Packing linear layers"):
         module = model.get_submodule(name)
         try:
             packed = Linear.pack(module.weight, module.bias, format=spec)
         except ArgumentError as error:
-            logger.warning("%s keeps its weight: %s", name, error)
-            continue
+            raise CheckpointError(f"{name}: {error}; dense_skip leaves layers out") from error
         attach(module, packed)
 
 
 def linear_names(model: PreTrainedModel) -> Iterator[str]:
-    """The linear layers that can be packed: not routers, which stand beside the experts they choose, nor tied heads."""
+    """The linear layers that can be packed: not routers, which stand beside the experts they choose."""
     beside_experts = {
         child
         for module in model.modules()
         if any(is_experts(child) for child in module.children())
         for child in module.children()
     }
-    table = model.get_input_embeddings().weight
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and module not in beside_experts and module.weight is not table:
+        if type(module) is nn.Linear and module not in beside_experts:
             yield name
 
 

@@ -42,7 +42,7 @@ def from_pretrained(
     activations: str = "auto",
     gpu_experts: Any = None,
     dense: str | None = None,
-    dense_skip: Sequence[str] = (),
+    dense_skip: Sequence[str] | str = (),
     auto_class: Any = AutoModelForCausalLM,
     **kwargs: Any,
 ) -> PreTrainedModel:
@@ -60,7 +60,7 @@ def from_pretrained(
     gpu_experts: with device="cuda", which experts are there too instead of in RAM: "all", a number of each layer's, a
         fraction in (0, 1], or a bool mask [layers, experts]; see CoterieConfig.
     dense, dense_skip: the format that linear layers outside the experts are packed in, "int8" say, and regular
-        expressions for those that are not; see CoterieConfig.
+        expressions for those that are not; see CoterieConfig. For a checkpoint that has them packed leave it out.
     auto_class: what loads the model, for other heads than causal LM.
     gguf_file: the name of a GGUF file in that folder or of that id.
     Other arguments are those of `auto_class.from_pretrained`: settings of the config, `revision`, `subfolder`, `dtype`,

@@ -14,6 +14,7 @@ from coterie.checkpoints.packed_write import write_layer
 from coterie.errors import ArgumentError
 from coterie.hf import attention
 from coterie.hf.dense import packed_linears
+from coterie.hf.linears import save_linears
 from coterie.hf.modules import number_layers, packed_modules
 from coterie.hf.saving import write_index
 from coterie.hf.weight import PackedWeight
@@ -96,16 +97,12 @@ class PackedModel:
             raise ArgumentError("push_to_hub is not supported for packed models: save to a folder, then `hf upload` it")
         if kwargs.get("variant"):
             raise ArgumentError(f"variant={kwargs['variant']!r} is not supported for packed models: use another folder")
-        if any(packed_linears(self)):
-            raise ArgumentError(
-                "save_pretrained: the linear layers are packed, which no checkpoint holds yet: open the model without "
-                "dense=... to save it"
-            )
         folder = Path(save_directory)
         numbers = number_layers(list(packed))
         with replaced_folder(folder, self.get_memory_footprint(return_buffers=False)) as new:
             for name, module in packed.items():
                 write_layer(new, numbers[name], module.experts, source=Path(self.config.name_or_path).name)
+            save_linears(self, new)
             super().save_pretrained(new, **kwargs)
             write_index(new)
 

@@ -31,9 +31,10 @@ from coterie.gpu.device import usable
 from coterie.hf.attention import attend_here
 from coterie.hf.cache import grow_in_place
 from coterie.hf.config import METHOD, CoterieConfig
-from coterie.hf.dense import detach, pack_linears, packed_linears
+from coterie.hf.dense import detach, packed_linears
 from coterie.hf.experts import NAME
 from coterie.hf.layout import Layout
+from coterie.hf.linears import ModelLinears
 from coterie.hf.model import become_packed
 from coterie.hf.modules import (
     attach,
@@ -51,7 +52,7 @@ from coterie.hf.sources import Sources
 from coterie.hf.weight import PackedWeight
 
 SPREAD = ("balanced", "balanced_low_0", "sequential", "disk")  # what Transformers takes for more devices than one
-PACKED_FILE = re.compile(r"experts-\d+\.safetensors")
+PACKED_FILE = re.compile(r"(experts|linears)-\d+\.safetensors")
 
 
 @register_quantizer(METHOD)
@@ -99,7 +100,7 @@ class CoterieQuantizer(HfQuantizer):
         elif self.pre_quantized:
             self._folder = files[0].parent
             self._check_packed()
-            # In place: Transformers goes on with the same list, and need not look into the experts' files.
+            # In place: Transformers goes on with the same list, and need not look into packed files.
             checkpoint_files[:] = [str(file) for file in files if not PACKED_FILE.fullmatch(file.name)]
         else:
             other = next((file for file in files if file.suffix != ".safetensors"), None)
@@ -119,10 +120,14 @@ class CoterieQuantizer(HfQuantizer):
             raise ArgumentError('gpu_experts needs a GPU for the rest of the model too: device="cuda"')
         if options.dense is not None and self._device.type != "cpu":
             raise ArgumentError(f"dense={options.dense!r}: linear layers are packed on the CPU, found {self._device}")
+        dense = None if options.dense is None else resolve(options.dense)
+        self._linears = ModelLinears(model, dense, options.dense_skip, files if self.pre_quantized else [])
         needed = loaded_nbytes(
             model, self._layouts, options.spec, options.mmap, self._device.type == "cpu", [len(m) for m in self._moved]
         )
+        needed -= self._linears.saved_nbytes(options.mmap)
         memory.require(needed, f"{type(model).__name__} with experts in {options.experts}")
+        self._linears.hide()
         for name in self._layouts:
             module = model.get_submodule(name)
             hide_parameters(module)
@@ -152,8 +157,7 @@ class CoterieQuantizer(HfQuantizer):
                 experts.move(self._device, moved)
             attach(module, experts, layout)
             remove_hooks(module)
-        if self.quantization_config.dense is not None:
-            pack_linears(model, resolve(self.quantization_config.dense), self.quantization_config.dense_skip)
+        self._linears.load(self.quantization_config.mmap)
         become_packed(model)
         if self._device.type == "cpu":
             attend_here(model)
@@ -161,7 +165,7 @@ class CoterieQuantizer(HfQuantizer):
             quicken(model)
             cpu.warn_of_spinning()
         self.quantization_config.gguf = model.config.quantization_config.gguf = None
-        del self._model, self._layouts, self._moved
+        del self._model, self._layouts, self._moved, self._linears
         if not self.pre_quantized and self._quantised is None:
             del self._sources, self._files
         elif not self.pre_quantized:
@@ -227,6 +231,7 @@ class CoterieQuantizer(HfQuantizer):
             unpack(model.get_submodule(name), dtype, model.device)
         for name, _ in list(packed_linears(model)):
             detach(model.get_submodule(name), dtype)
+        model.tie_weights()
         model.set_experts_implementation(model.get_correct_experts_implementation(None))
         return model
 

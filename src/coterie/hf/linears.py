@@ -1,0 +1,99 @@
+"""Packed linear layers in checkpoints: under which names, opened for a model, and written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from coterie.checkpoints.packed_linears import LINEARS_FILE, LinearsFile, open_linears, write_linears
+from coterie.errors import CheckpointError
+from coterie.formats import Format
+from coterie.hf.dense import attach, chosen_linears, pack_linears, packed_linears
+from coterie.hf.modules import hide_parameters, remove_hooks
+from coterie.hf.names import parameters_in, stored_name
+from coterie.linear import Linear
+
+
+class ModelLinears:
+    """The linear layers of a model that are packed when it is loaded, or were packed before.
+
+    packed: those that a checkpoint has packed, by module name: the name of the weight there, and its file. left: those
+    to be packed as `spec` once the model has its weights. Neither: they stay as they are.
+    """
+
+    def __init__(self, model: PreTrainedModel, spec: Format | None, skip: Sequence[str], files: Sequence[Path]):
+        """`files` are those of the checkpoint. Raises ArgumentError for a `spec` or `skip` that does not fit the model,
+        CheckpointError for packed layers that are broken or another model's."""
+        self.spec = spec
+        self.packed = stored_linears(model, [file for file in files if LINEARS_FILE.fullmatch(file.name)], spec)
+        self.left = chosen_linears(model, spec, skip) if spec is not None and not self.packed else []
+        self._model = model
+
+    def hide(self) -> None:
+        """Keeps the packed weights out of the state dict, so that Transformers does not look for them."""
+        tied = self._model.all_tied_weights_keys  # Transformers gives a tied head the embedding until it is packed
+        for name in self.packed:
+            if f"{name}.weight" not in tied:
+                module = self._model.get_submodule(name)
+                hide_parameters(module, {"weight"})
+                module.weight._is_hf_initialized = True
+
+    def load(self, mmap: bool) -> None:
+        """Opens the layers that are packed, packs those that are to be."""
+        for name, (weight, file) in self.packed.items():
+            module = self._model.get_submodule(name)
+            attach(module, Linear.from_packed(file, weight, module.bias, mmap=mmap))
+            remove_hooks(module)
+        if self.left:
+            assert self.spec is not None
+            pack_linears(self._model, self.left, self.spec)
+
+    def saved_nbytes(self, mmap: bool) -> int:
+        """Bytes of RAM that packed layers take less than in the model's dtype; mapped ones take none."""
+        tied, saved = self._model.all_tied_weights_keys, 0
+        for name, (weight, file) in self.packed.items():
+            saved -= 0 if mmap else file.layout.nbytes(weight)
+            saved += 0 if f"{name}.weight" in tied else self._model.get_submodule(name).weight.nbytes
+        return saved
+
+
+def stored_linears(
+    model: PreTrainedModel, files: Sequence[Path], spec: Format | None
+) -> dict[str, tuple[str, LinearsFile]]:
+    """The packed linear layers in `files` that `model` has, by module name: the weight's name there, and its file.
+
+    Raises CheckpointError where they are broken, not packed as `spec`, or not what the model has there.
+    """
+    stored, found = open_linears(files), dict[str, tuple[str, LinearsFile]]()
+    for file in stored.values():
+        if file.layout.spec != spec:
+            raise CheckpointError(
+                f"{file.file.path}: packed as {file.layout.spec.described}, config.json says "
+                f"{spec.described if spec else 'that no linear layers are packed'}"
+            )
+    known = model.state_dict().keys()
+    for weight, parameter, converter, _ in parameters_in(model, get_model_conversion_mapping(model), stored, known):
+        if parameter not in known:
+            continue  # of a head, or of a part of the model, that this class has not
+        file, name = stored[weight], parameter.removesuffix(".weight")
+        module = model.get_submodule(name) if converter is None and name != parameter else None
+        expected = list(model.get_parameter(parameter).shape)
+        if not hasattr(module, "in_features"):
+            raise CheckpointError(f"{file.file.path}, tensor {weight}: {parameter} is no linear layer of this model")
+        shape = list(file.layout.shapes[weight])
+        if shape != expected:
+            raise CheckpointError(f"{file.file.path}, tensor {weight}: packed from {shape}, expected {expected}")
+        found[name] = weight, file
+    return found
+
+
+def save_linears(model: PreTrainedModel, folder: Path) -> None:
+    """Writes the packed linear layers of a model, if it has any, into a folder."""
+    linears = {stored_name(model, f"{name}.weight"): linear for name, linear in packed_linears(model)}
+    if linears:
+        spec = next(iter(linears.values())).spec
+        shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+        write_linears(lambda name: folder / name, spec, shapes, lambda name: linears[name].packed)
