@@ -61,18 +61,43 @@ class Linear:
         """
         if weight.dim() != 2 or weight.dtype not in FLOATS:
             raise ArgumentError(f"weight: expected a float matrix [out, in], found {weight.dtype} {list(weight.shape)}")
-        spec = resolve(format, group_size, zero_point)
         rows, cols = weight.shape
-        spec.check_columns("weight", cols)
+        linear = cls.empty(rows, cols, bias, format=format, group_size=group_size, zero_point=zero_point)
+        linear.pack_weight(weight, scale_search=scale_search)
+        return linear
+
+    @classmethod
+    def empty(
+        cls,
+        out_features: int,
+        in_features: int,
+        bias: Tensor | None = None,
+        *,
+        format: str | Format = "int8",
+        group_size: int | None = None,
+        zero_point: bool = False,
+    ) -> Linear:
+        """Zeroed memory for a weight [out, in], to be filled by `pack_weight`. Errors are those of `pack`."""
+        spec = resolve(format, group_size, zero_point)
+        spec.check_columns("weight", in_features)
+        packed = memory.allocate(spec.matrix_nbytes(out_features, in_features), f"a linear layer in {spec.name}")
+        return cls(spec, packed, out_features, in_features, bias)
+
+    def pack_weight(self, weight: Tensor, *, scale_search: bool = True) -> float:
+        """Quantise a weight [out, in], float, on the CPU.
+
+        Returns the relative error of what was packed, ``||W - packed(W)|| / ||W||``. Raises ArgumentError for another
+        shape or dtype, and for a NaN or Inf that the format cannot hold.
+        """
+        shape = self.out_features, self.in_features
         weight = weight.detach().contiguous()
-        packed = memory.allocate(spec.matrix_nbytes(rows, cols), f"a linear layer in {spec.name}")
-        source = address("weight", weight, FLOATS, (rows, cols))
+        source = address("weight", weight, FLOATS, shape)
         error = _native.pack(
-            spec.layout(rows, cols), source, DTYPES[weight.dtype], cols, scale_search, packed.data_ptr()
+            self.spec.layout(*shape), source, DTYPES[weight.dtype], shape[1], scale_search, self.packed.data_ptr()
         )
         if error < 0:
-            raise ArgumentError(f"weight: NaN or Inf cannot be held in {spec.name}")
-        return cls(spec, packed, rows, cols, bias)
+            raise ArgumentError(f"weight: NaN or Inf cannot be held in {self.spec.name}")
+        return float(error)
 
     @classmethod
     def from_packed(cls, file: LinearsFile, name: str, bias: Tensor | None = None, *, mmap: bool = False) -> Linear:

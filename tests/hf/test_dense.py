@@ -88,7 +88,7 @@ def test_mistakes(options, message, monkeypatch):
 
 def test_groups_that_do_not_divide(tmp_path):
     tiny_models.make("qwen3_moe", head_dim=12).save_pretrained(tmp_path)
-    with pytest.raises(ArgumentError, match=r"o_proj: 48 columns are not a multiple.*dense_skip=\['o_proj'\]"):
+    with pytest.raises(ArgumentError, match=r"o_proj has 48 columns, not a multiple.*dense_skip=\['o_proj'\]"):
         coterie.from_pretrained(tmp_path, dense="int4")
     assert any(packed_linears(coterie.from_pretrained(tmp_path, dense="int4", dense_skip=["o_proj"])))
 

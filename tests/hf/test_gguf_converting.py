@@ -15,7 +15,7 @@ from coterie.convert import finished_layers
 from coterie.convert.merge import merge
 from coterie.convert.verify import verify
 from coterie.errors import ArgumentError, CheckpointError
-from coterie.hf.gguf import convert
+from coterie.hf.converting import convert
 
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 

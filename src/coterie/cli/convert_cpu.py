@@ -38,6 +38,17 @@ def cpu(
     zero_point: Annotated[
         bool, typer.Option("--zero-point", help="int4 with zero points: more accurate, slightly larger.")
     ] = False,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            help="Pack the linear layers outside the experts too, in this format: attention, shared experts, dense "
+            "MLPs, the head. [default: they keep their dtype]"
+        ),
+    ] = None,
+    dense_skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="With --dense: layers whose names match are left out. May be repeated."),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", "--cpuinfer-threads", help="Threads. [default: all cores]")
     ] = None,
@@ -66,7 +77,7 @@ def cpu(
     Reads one expert at a time, so it needs little memory. An interrupted conversion never looks finished, and keeps
     the layers that are: the same command with --resume goes on.
     """
-    from coterie.hf.gguf import convert
+    from coterie.hf.converting import convert
 
     if threadpool_count is not None:
         text = "--threadpool-count changes nothing: one layout serves any number of NUMA nodes."
@@ -80,6 +91,8 @@ def cpu(
                 quant_method=quant_method,
                 group_size=group_size,
                 zero_point=zero_point,
+                dense=dense,
+                dense_skip=dense_skip or (),
                 threads=threads,
                 layers=parse_layers(layers) if layers else None,
                 progress=progress,
@@ -113,12 +126,20 @@ def _print(report: ConversionReport) -> None:
     if report.rest_bytes:
         ratio = report.rest_source_bytes / report.rest_bytes
         summary.add_row("rest", size(report.rest_source_bytes), size(report.rest_bytes), significant(ratio))
+    if report.linear_errors:
+        summary.add_row("of it linear layers", "", size(report.linear_bytes), "")
     console.print(summary)
     accuracy = table("relative error of the weights", "", "mean", "worst", "in layer", "expert")
     for name, e in report.errors.items():
         place = str(e.worst_layer), str(e.worst_expert)
         accuracy.add_row(name, significant(e.mean), significant(e.worst), *place)
     console.print(accuracy)
+    if (linear := report.linear_errors) is not None:
+        console.print(
+            f"{linear.count} linear layers packed too, with a mean error of {significant(linear.mean)}; worst "
+            f"{significant(linear.worst)}, {linear.worst_name}.",
+            highlight=False,
+        )
     if report.kept:
         exact = all(error.worst == 0 for error in report.errors.values())
         kept = "Codes and scales of the experts are the checkpoint's own."

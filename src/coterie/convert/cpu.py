@@ -14,6 +14,7 @@ from coterie.checkpoints import LayerReader, LayerWriter, Reader, TensorFile
 from coterie.checkpoints.packed import PackedLayer, layer_file, read_layout
 from coterie.checkpoints.reader import spans
 from coterie.convert.background import Background
+from coterie.convert.linears import Dense
 from coterie.convert.loose import loose_name
 from coterie.convert.output import OutputFolder
 from coterie.convert.progress import Meter, Progress
@@ -40,11 +41,12 @@ def convert_cpu(
     resume: bool = False,
     resume_layer: int | None = None,
     rest: str | os.PathLike | None = None,
+    dense: Dense | None = None,
 ) -> ConversionReport:
     """Converts the checkpoint folder `source` into the new or empty folder `output`.
 
     `rest` is the folder that has everything but the experts where `source`, a GGUF file, has it in names of its own:
-    `coterie.hf.gguf.convert` makes one.
+    `coterie.hf.converting.convert` makes one. `dense` packs the linear layers of the rest, which that knows too.
 
     `quant_method` None: int4 for a plain checkpoint; for a quantised one its own format, which keeps codes and scales
     (rounded to the format's own where they are finer). For any other a quantised checkpoint is dequantised, a matrix at
@@ -61,6 +63,8 @@ def convert_cpu(
     """
     started = time.perf_counter()
     source, output = Path(source), Path(output)
+    if dense is not None and (loose or layers is not None):
+        raise ArgumentError("--dense packs linear layers outside the experts, and loose layers are experts alone")
     if quant_method is not None:
         resolve(quant_method, group_size, zero_point)
     reader = open_source(source)
@@ -73,11 +77,14 @@ def convert_cpu(
         for r in readers.values()
     }
     experts = {name for r in readers.values() for name in r.tensors}
-    others = None if loose or layers is not None else Rest(rest_of(source, reader, rest), experts, reader.schemes)
+    others = None
+    if not loose and layers is None:
+        others = Rest(rest_of(source, reader, rest), experts, reader.schemes, dense)
     packed_bytes = sum(layout.nbytes for layout in layouts.values())
     names = {layer: loose_name(layer) if loose else layer_file("", layer).name for layer in layouts}
     conversion = {"source": str(source.resolve()), "format": spec.described, "layers": spans(tuple(names))}
     conversion["layout"] = "loose files" if loose else "one checkpoint"
+    conversion["linear layers"] = dense.described if dense else "as they are"
 
     with _threads(threads), OutputFolder(output, conversion, resume or resume_layer is not None) as folder:
         _drop_unfinished(folder, layouts, names, resume_layer)
@@ -110,6 +117,8 @@ def convert_cpu(
         errors=together(packings[layer] for layer in readers),
         sources=tuple(dict.fromkeys(spec for r in readers.values() for spec in r.specs)),
         repacked=sum(packing.repacked for packing in packings.values()),
+        linear_bytes=others.linears.nbytes if others and others.linears else 0,
+        linear_errors=others.linears.errors if others and others.linears else None,
         odd=", ".join(dict.fromkeys(r.odd for r in readers.values())),
         resumed=resumed,
         read_bytes=meter.done,

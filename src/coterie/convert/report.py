@@ -64,9 +64,26 @@ def together(packings: Iterable[LayerPacking]) -> dict[str, ProjectionError]:
     return found
 
 
+@dataclass(slots=True)
+class LinearErrors:
+    """Relative reconstruction error ||W - packed(W)|| / ||W|| over packed linear layers."""
+
+    mean: float = 0.0
+    worst: float = 0.0
+    worst_name: str = ""
+    count: int = 0
+
+    def add(self, name: str, error: float) -> None:
+        self.count += 1
+        self.mean += (error - self.mean) / self.count
+        if error > self.worst or self.count == 1:
+            self.worst, self.worst_name = error, name
+
+
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
     """source_bytes and packed_bytes count the experts alone, rest_source_bytes and rest_bytes every other tensor;
+    linear_bytes those of the rest that are packed linear layers, linear_errors theirs, None where there are none.
     errors by projection, 0 where codes and scales were kept. sources: the formats that the experts were in, None for
     plain ones. repacked: matrices whose codes no format holds, so that they were packed anew whatever was asked for;
     odd: in words, which.
@@ -87,6 +104,8 @@ class ConversionReport:
     errors: dict[str, ProjectionError]
     sources: tuple[Format | None, ...]
     repacked: int
+    linear_bytes: int
+    linear_errors: LinearErrors | None
     odd: str
     resumed: tuple[int, ...]
     read_bytes: int

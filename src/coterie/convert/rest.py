@@ -1,4 +1,5 @@
-"""All of a checkpoint but its experts: the other tensors in new shards, the other files as they are."""
+"""All of a checkpoint but its experts: linear layers packed if asked for, the other tensors in new shards, the other
+files as they are."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from coterie.checkpoints.quantised import MODELOPT_FILE, without_quantisation
 from coterie.checkpoints.scheme import Scheme
 from coterie.checkpoints.tensorfile import DTYPES
 from coterie.checkpoints.tensorwriter import TensorWriter, copy_file, write_text
+from coterie.convert.linears import Dense, LinearPacking
 from coterie.convert.tensors import Written, written_tensors
 from coterie.formats import Format
 
@@ -24,18 +26,28 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 
 class Rest:
-    """Everything of a checkpoint but the tensors named in `experts`; what is stored by one of `schemes` is dequantised.
+    """Everything of a checkpoint but the tensors named in `experts`; what is stored by one of `schemes` is dequantised,
+    and linear layers are packed as `dense` says. linears: those; None where there are none.
 
     Every shard is opened, so a broken one raises CheckpointError here, before anything is written.
     """
 
-    def __init__(self, folder: Folder, experts: Collection[str], schemes: Sequence[Scheme]):
-        self._folder = folder
+    def __init__(
+        self, folder: Folder, experts: Collection[str], schemes: Sequence[Scheme], dense: Dense | None = None
+    ):
+        self._folder, self._dense = folder, dense
         names = [name for name in folder.shard_of if name not in experts]
-        self._tensors = written_tensors(folder, names, schemes)
+        tensors = {tensor.name: tensor for tensor in written_tensors(folder, names, schemes)}
+        self.linears = None
+        if dense is not None:
+            weights = {name: tensors[source] for name, source in dense.tensors(tensors.keys()).items()}
+            self.linears = LinearPacking(folder, dense.spec, weights)
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in weights}
+        self._tensors = list(tensors.values())
         self._files = list(other_files(folder.root))
         self.source_bytes = sum(folder.nbytes(name) for name in names)
         self.tensor_bytes = sum(tensor.nbytes for tensor in self._tensors)
+        self.tensor_bytes += self.linears.nbytes if self.linears else 0
         self.nbytes = self.tensor_bytes + sum((folder.root / name).stat().st_size for name in self._files)
 
     def copy(self, spec: Format, layers: Iterable[PackedLayer], file: NewFile, max_tensors: int | None = None) -> None:
@@ -44,12 +56,16 @@ class Rest:
         `layers` are the layers packed there already, as `spec`. max_tensors: of a shard.
         """
         weight_map = write_shards(self._folder, self._tensors, file, max_tensors)
+        if self.linears is not None:
+            weight_map |= self.linears.write(file)
         total_size = self.tensor_bytes
         for layer in layers:
             weight_map |= {name: layer_file("", layer.layer).name for name, _, _ in layer.tensors()}
             total_size += layer.nbytes
         copy_files(self._folder.root, self._files, file)
-        config = without_quantisation(self._folder.config) | {"quantization_config": quantization_config(spec)}
+        config = without_quantisation(self._folder.config) | {
+            "quantization_config": quantization_config(spec, self._dense)
+        }
         write_json(file("config.json"), config)
         write_index(file(PACKED_INDEX), weight_map, total_size=total_size, dtype=self._dtype())
 
@@ -134,12 +150,15 @@ def other_files(root: Path) -> Iterator[str]:
                 yield str(path.relative_to(root))
 
 
-def quantization_config(spec: Format) -> dict:
-    """What config.json says of the packed experts."""
-    return {
+def quantization_config(spec: Format, dense: Dense | None = None) -> dict:
+    """What config.json says of the packed experts and linear layers."""
+    found = {
         "quant_method": "coterie",
         "version": VERSION,
         "experts": spec.name,
         "group_size": spec.group_size,
         "zero_point": spec.zero_point,
     }
+    if dense is not None:
+        found |= {"dense": dense.spec.name} | ({"dense_skip": list(dense.skip)} if dense.skip else {})
+    return found

@@ -68,7 +68,7 @@ def chosen_linears(model: PreTrainedModel, spec: Format, skip: Sequence[str] = (
     names = list(linear_names(model))
     for pattern in skip:
         if names and not any(re.search(pattern, name) for name in names):
-            parts = {part for name in names for part in (name, name.rpartition(".")[2])}
+            parts = dict.fromkeys(part for name in names for part in (name.rpartition(".")[2], name))
             near = difflib.get_close_matches(pattern, parts, n=1, cutoff=0)[0]
             raise ArgumentError(
                 f"dense_skip: {pattern!r} matches none of the {len(names)} linear layers; the nearest name is {near}"
@@ -78,11 +78,15 @@ def chosen_linears(model: PreTrainedModel, spec: Format, skip: Sequence[str] = (
         left = f": dense_skip leaves out all {len(names)}" if names else ""
         raise ArgumentError(f"dense={spec.name!r}: {type(model).__name__} has no linear layers to pack{left}")
     for name in chosen:
+        columns = model.get_submodule(name).in_features
         try:
-            spec.check_columns(name, model.get_submodule(name).in_features)
+            spec.check_columns(name, columns)
         except ArgumentError as error:
             last = re.escape(name.rpartition(".")[2])
-            raise ArgumentError(f"dense={spec.name!r}: {error}, or leave it out: dense_skip=[{last!r}]") from None
+            raise ArgumentError(
+                f"dense={spec.name!r}: {name} has {columns} columns, not a multiple of its group size, "
+                f"{spec.group_size}: choose a format without groups, int8 say, or leave it out: dense_skip=[{last!r}]"
+            ) from error
     return chosen
 
 

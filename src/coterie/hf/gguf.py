@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import importlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import modeling_gguf_pytorch_utils as by_table
 from transformers.utils import cached_file
 
-from coterie.checkpoints.gguf_file import GgufFile, file_names, is_gguf
+from coterie.checkpoints.gguf_file import GgufFile, file_names
 from coterie.checkpoints.tensorfile import shown
-from coterie.convert import ConversionReport, convert_cpu
 from coterie.errors import CheckpointError, UnsupportedModelError
-from coterie.hf.empty import empty_model
 from coterie.hf.modules import read_layouts
 from coterie.hf.names import parameters_in
 
@@ -110,26 +106,6 @@ def read_rest(file: GgufFile, model: PreTrainedModel) -> dict[str, Tensor]:
             f"{file.path} has no tensor for {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
         )
     return found
-
-
-def convert(source: str | os.PathLike, output: str | os.PathLike, **options: Any) -> ConversionReport:
-    """`convert_cpu`, with its arguments, for any source: of a GGUF file Transformers makes config, tokenizer and all
-    weights but the experts' first, in memory and in a temporary folder beside `output`."""
-    experts_alone = options.get("loose") or options.get("layers") is not None
-    if experts_alone or not is_gguf(source):
-        return convert_cpu(source, output, **options)
-    file, output = GgufFile(source), Path(output)
-    config, _ = read_config(file)
-    model = empty_model(config, dtype=config.dtype)
-    config.architectures = [type(model).__name__]
-    weights = read_rest(file, model)
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.absolute().parent) as rest:
-        save_file(weights, Path(rest, "model.safetensors"), {"format": "pt"})
-        config.save_pretrained(rest)
-        save_tokenizer(file, rest)
-        del weights
-        return convert_cpu(source, output, rest=rest, **options)
 
 
 def _parameters(model: PreTrainedModel, name: str) -> list[str]:

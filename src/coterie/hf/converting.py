@@ -1,0 +1,105 @@
+"""What a conversion needs a model of Transformers for: the rest of a GGUF file, and which tensors are linear layers."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from coterie.checkpoints.folder import read_json
+from coterie.checkpoints.gguf_file import GgufFile, is_gguf
+from coterie.convert import ConversionReport, convert_cpu
+from coterie.convert.linears import Dense
+from coterie.errors import ArgumentError, CheckpointError
+from coterie.formats import resolve
+from coterie.hf.config import check_skip
+from coterie.hf.dense import chosen_linears
+from coterie.hf.empty import empty_model
+from coterie.hf.gguf import read_config, read_rest, save_tokenizer
+from coterie.hf.names import parameters_in, stored_name
+from coterie.hf.skeleton import make_config
+
+
+def convert(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    dense: str | None = None,
+    dense_skip: Sequence[str] | str = (),
+    **options: Any,
+) -> ConversionReport:
+    """`convert_cpu`, with its arguments, for any source, and with `dense` and `dense_skip` as in `CoterieConfig`.
+
+    Of a GGUF file Transformers makes config, tokenizer and all weights but the experts' first, in memory and in a
+    temporary folder beside `output`.
+    """
+    if dense is not None:
+        resolve(dense)
+    elif dense_skip:
+        raise ArgumentError("--dense-skip: expected --dense too, the format that the other layers are packed in")
+    experts_alone = options.get("loose") or options.get("layers") is not None
+    if experts_alone or not is_gguf(source):
+        if dense is not None:
+            options["dense"] = dense_of(model_of(Path(source)), dense, dense_skip)
+        return convert_cpu(source, output, **options)
+    file, output = GgufFile(source), Path(output)
+    config, _ = read_config(file)
+    model = empty_model(config, dtype=config.dtype)
+    if dense is not None:
+        options["dense"] = dense_of(model, dense, dense_skip)
+    config.architectures = [type(model).__name__]
+    weights = read_rest(file, model)
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.absolute().parent) as rest:
+        save_file(weights, Path(rest, "model.safetensors"), {"format": "pt"})
+        config.save_pretrained(rest)
+        save_tokenizer(file, rest)
+        del weights
+        return convert_cpu(source, output, rest=rest, **options)
+
+
+def model_of(folder: Path) -> PreTrainedModel:
+    """The model of a checkpoint's folder, without weights."""
+    file = folder / "config.json"
+    return empty_model(make_config(read_json(file), str(file)))
+
+
+def dense_of(model: PreTrainedModel, dense: str, skip: Sequence[str] | str) -> Dense:
+    """How a conversion packs the linear layers of a model. Raises ArgumentError for what does not fit the model."""
+    spec, patterns = resolve(dense), check_skip(skip)
+    names = chosen_linears(model, spec, patterns)
+    return Dense(spec, tuple(patterns), partial(linear_tensors, model, names))
+
+
+def linear_tensors(model: PreTrainedModel, names: Sequence[str], tensors: Collection[str]) -> dict[str, str]:
+    """The linear layers `names` of a model in a checkpoint: {name when packed: the tensor that has the weight}.
+
+    Raises ArgumentError for a weight that is made of several tensors, CheckpointError for one that is not there.
+    """
+    known = model.state_dict().keys()
+    plain, made = dict[str, str](), dict[str, str]()
+    for tensor, parameter, converter, _ in parameters_in(model, get_model_conversion_mapping(model), tensors, known):
+        (plain if converter is None else made)[parameter] = tensor
+    found = {}
+    for name in names:
+        weight = f"{name}.weight"
+        shared = plain.get(model.all_tied_weights_keys.get(weight, ""))
+        if weight in plain:
+            found[plain[weight]] = plain[weight]
+        elif shared is not None:
+            found[stored_name(model, weight)] = shared
+        elif weight in made:
+            raise ArgumentError(
+                f"{weight} is made of several tensors ({made[weight]}), which a conversion does not join: leave it out "
+                "by dense_skip, or save_pretrained() a model that was loaded with dense=..."
+            )
+        else:
+            raise CheckpointError(f"the checkpoint has no tensor for {weight}")
+    return found

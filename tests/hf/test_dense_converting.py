@@ -1,0 +1,193 @@
+"""`convert` with packed linear layers: what a model packed while it loads has, in files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from gguf_models import write_qwen
+from packed_models import assert_same_bytes, logits
+from quantised_checkpoints import METHODS
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import coterie
+from coterie import tiny
+from coterie.checkpoints.tensorfile import TensorFile
+from coterie.cli import app
+from coterie.convert import finished_layers
+from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
+from coterie.hf.converting import convert
+from coterie.hf.dense import packed_linears
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_linears(one, other) -> None:
+    pairs = zip(packed_linears(one), packed_linears(other), strict=True)
+    assert all(a == b and torch.equal(x.packed, y.packed) for (a, x), (b, y) in pairs)
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen2_moe", "qwen3_next", "deepseek_v3", "mixtral", "gpt_oss", "hunyuan_v1_moe", "minimax_m2"]
+)
+def test_as_packed_while_loading(family, checkpoint, tmp_path):
+    source = checkpoint(family)
+    report = convert(source, tmp_path / "out", quant_method="int4", dense="int8", dense_skip="o_proj")
+    expected = coterie.from_pretrained(source, experts="int4", dense="int8", dense_skip="o_proj")
+    model = coterie.from_pretrained(tmp_path / "out", mmap=True)
+    assert torch.equal(logits(model), logits(expected))
+    assert_same_bytes(model, expected)
+    assert_same_linears(model, expected)
+    assert report.linear_errors.count == len(list(packed_linears(expected))) > 5
+    expected.save_pretrained(tmp_path / "saved")
+    names = [set(TensorFile(tmp_path / folder / "linears-00000.safetensors").entries) for folder in ("out", "saved")]
+    assert names[0] == names[1]
+
+
+def test_a_tied_head(tmp_path):
+    convert(tiny.PATH, tmp_path / "out", dense="int8")
+    ids = torch.arange(5, 37)[None]
+    model, expected = coterie.from_pretrained(tmp_path / "out"), coterie.from_pretrained(tiny.PATH, dense="int8")
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, expected(ids).logits)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["dense"] == "int8" and config["tie_word_embeddings"]
+    rest = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
+    assert "model.embed_tokens.weight" in rest and not any("_proj" in name for name in rest)
+
+
+def test_errors_are_those_of_the_weights(tmp_path):
+    report = convert(tiny.PATH, tmp_path / "out", dense="int4")
+    plain = coterie.from_pretrained(tiny.PATH, experts="bf16")
+    errors = {}
+    for name, linear in packed_linears(coterie.from_pretrained(tmp_path / "out")):
+        weight = plain.get_submodule(name).weight.float()
+        errors[f"{name}.weight"] = ((linear.dequantize() - weight).norm() / weight.norm()).item()
+    found = report.linear_errors
+    assert found.worst == pytest.approx(max(errors.values()), rel=1e-4)
+    assert found.worst_name == max(errors, key=errors.get)
+    assert found.mean == pytest.approx(sum(errors.values()) / len(errors), rel=1e-4)
+    stored = TensorFile(tmp_path / "out" / "linears-00000.safetensors").entries.values()
+    assert report.linear_bytes == sum(entry.nbytes for entry in stored)
+
+
+def test_gguf(tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    file = write_qwen(tmp_path / "model.gguf", tiny_models.make("qwen3_moe", torch.float32, rope_parameters=rope))
+    convert(file, tmp_path / "out", dense="int8")
+    model, expected = coterie.from_pretrained(tmp_path / "out"), coterie.from_pretrained(file, dense="int8")
+    assert torch.equal(logits(model), logits(expected))
+    assert_same_linears(model, expected)
+
+
+@pytest.mark.parametrize("method", ["fp8 by blocks", "compressed-tensors int4"])
+def test_quantised(tmp_path, method):
+    """What was quantised is dequantised, and packed."""
+    make, quantization, _ = METHODS[method]
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 32}
+    tiny_models.make("qwen3_moe", **sizes).save_pretrained(tmp_path / "in")
+
+    def quantise(tensors):
+        random = torch.Generator().manual_seed(0)
+        for name in [name for name in tensors if re.search(r"(experts\.\d+|self_attn)\.\w+_proj\.weight", name)]:
+            parts, _ = make(random, *tensors.pop(name).shape)
+            tensors |= {f"{name.removesuffix('.weight')}.{part}": value.clone() for part, value in parts.items()}
+
+    config = json.loads((broken(tmp_path / "in", quantise) / "config.json").read_text())
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    convert(tmp_path / "in", tmp_path / "out", dense="int8")
+    model, expected = coterie.from_pretrained(tmp_path / "out"), coterie.from_pretrained(tmp_path / "in", dense="int8")
+    assert torch.equal(logits(model), logits(expected))
+    assert_same_linears(model, expected)
+
+
+def test_resumed(tmp_path):
+    def stop(layer, *_):
+        if layer == 2:
+            raise KeyboardInterrupt
+
+    convert(tiny.PATH, tmp_path / "whole", dense="int8")
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny.PATH, tmp_path / "out", dense="int8", progress=stop)
+    assert tuple(finished_layers(tmp_path / "out")) == (0,)
+    with pytest.raises(ArgumentError, match="with linear layers int8, this one has as they are"):
+        convert(tiny.PATH, tmp_path / "out", resume=True)
+    with pytest.raises(ArgumentError, match="this one has int8 without o_proj"):
+        convert(tiny.PATH, tmp_path / "out", dense="int8", dense_skip="o_proj", resume=True)
+    convert(tiny.PATH, tmp_path / "out", dense="int8", resume=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+# --- mistakes, of which nothing is written ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dense": "int3"}, "unknown format 'int3'"),
+        ({"dense_skip": "o_proj"}, "expected --dense too"),
+        ({"dense": "int8", "dense_skip": ["q_prj"]}, "'q_prj' matches none of the 17 .*; the nearest name is q_proj"),
+        ({"dense": "int8", "dense_skip": "("}, "is not a regular expression"),
+        ({"dense": "int8", "layers": [0]}, "loose layers are experts alone"),
+        ({"dense": "int8", "loose": True}, "loose layers are experts alone"),
+    ],
+)
+def test_mistakes(options, message, tmp_path):
+    with pytest.raises(ArgumentError, match=message):
+        convert(tiny.PATH, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def broken(folder: Path, change) -> Path:
+    """The folder of a plain checkpoint after `change` of its tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_groups_that_do_not_divide(tmp_path):
+    tiny_models.make("qwen3_moe", head_dim=12).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ArgumentError, match=r"o_proj has 48 columns, not a multiple.*dense_skip=\['o_proj'\]"):
+        convert(tmp_path / "plain", tmp_path / "out", dense="int4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_is_missing(plain, tmp_path):
+    broken(plain, lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.weight"))
+    with pytest.raises(CheckpointError, match=r"no tensor for model\.layers\.1\.self_attn\.q_proj\.weight"):
+        convert(plain, tmp_path / "out", dense="int8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_no_format_holds(plain, tmp_path):
+    broken(plain, lambda tensors: tensors["model.layers.1.self_attn.q_proj.weight"].fill_(torch.inf))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj\.weight: .*NaN or Inf.*--dense-skip"):
+        convert(plain, tmp_path / "out", dense="int8")
+    with pytest.raises(CheckpointError, match="was not finished"):
+        coterie.from_pretrained(tmp_path / "out")
+
+
+def test_a_model_that_transformers_does_not_know(plain, tmp_path):
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"model_type": "nobodys"}))
+    with pytest.raises(UnsupportedModelError, match="model_type is 'nobodys'"):
+        convert(plain, tmp_path / "out", dense="int8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path):
+    command = ["convert", "cpu", "-i", str(tiny.PATH), "-o", str(tmp_path / "out"), "--dense", "int8"]
+    ran = CliRunner().invoke(app, [*command, "--dense-skip", "o_proj", "--dense-skip", "lm_head"])
+    assert ran.exit_code == 0, ran.output
+    assert "12 linear layers packed too, with a mean error of 0.006" in " ".join(ran.output.split())
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (stored["dense"], stored["dense_skip"]) == ("int8", ["o_proj", "lm_head"])
+    assert len(list(packed_linears(coterie.from_pretrained(tmp_path / "out")))) == 12
