@@ -20,8 +20,10 @@ from coterie import tiny
 from coterie.checkpoints.tensorfile import TensorFile
 from coterie.cli import app
 from coterie.convert import finished_layers
+from coterie.convert.compare import compare
+from coterie.convert.dequantize import dequantize
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
-from coterie.hf.converting import convert
+from coterie.hf.converting import convert, verify_linears
 from coterie.hf.dense import packed_linears
 
 
@@ -191,3 +193,56 @@ def test_the_command(tmp_path):
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (stored["dense"], stored["dense_skip"]) == ("int8", ["o_proj", "lm_head"])
     assert len(list(packed_linears(coterie.from_pretrained(tmp_path / "out")))) == 12
+
+
+# --- the other tools, of such folders ---
+
+
+def test_compared_by_numbers(tmp_path, monkeypatch):
+    """A packed linear layer counts as the weight that it stands for, piece by piece."""
+    monkeypatch.setattr("coterie.convert.linears.CHUNK", 4 * 128 * 64)
+    for dense in ("bf16", "int8"):
+        convert(tiny.PATH, tmp_path / dense, dense=dense)
+    convert(tiny.PATH, tmp_path / "plain")
+    exact, found = (compare(tmp_path / dense, tmp_path / "plain") for dense in ("bf16", "int8"))
+    assert exact.only_a == found.only_a == ("lm_head.weight",) and not exact.beyond and not found.shapes
+    assert len(found.beyond) == 16 and all(0.005 < error.relative < 0.008 for error in found.beyond)
+    errors = {error.name: error.relative for error in compare(tmp_path / "bf16", tmp_path / "int8").errors}
+    plain, linears = coterie.from_pretrained(tiny.PATH), packed_linears(coterie.from_pretrained(tmp_path / "int8"))
+    for name, linear in linears:
+        weight = plain.get_submodule(name).weight.float()
+        error = ((linear.dequantize() - weight).norm() / weight.norm()).item()
+        assert errors[f"{name}.weight"] == pytest.approx(error, rel=1e-4)
+
+
+def test_verified(tmp_path):
+    report = convert(tiny.PATH, tmp_path / "out", dense="int4", dense_skip="k_proj")
+    found = verify_linears(tmp_path / "out", tiny.PATH)
+    assert found.count == 13 and found.worst_name == report.linear_errors.worst_name
+    assert found.worst == pytest.approx(report.linear_errors.worst, rel=1e-4)
+    convert(tiny.PATH, tmp_path / "plain")
+    assert verify_linears(tmp_path / "plain", tiny.PATH).count == 0
+    ran = CliRunner().invoke(app, ["convert", "verify", str(tmp_path / "out"), str(tiny.PATH)])
+    assert ran.exit_code == 0 and "13 linear layers: mean 0.0" in " ".join(ran.output.split())
+
+
+def test_verified_against_something_else(checkpoint, tmp_path):
+    convert(checkpoint("qwen3_moe"), tmp_path / "out", dense="int8")
+    model = tiny_models.make("qwen3_moe")
+    model.model.layers[1].self_attn.v_proj.weight.data.mul_(2)
+    model.save_pretrained(tmp_path / "other")
+    ran = CliRunner().invoke(app, ["convert", "verify", str(tmp_path / "out"), str(tmp_path / "other")])
+    said = " ".join(ran.output.split())
+    assert ran.exit_code == 1 and "worst 0.5, model.layers.1.self_attn.v_proj.weight: beyond 0.3" in said
+    tiny_models.make("qwen3_moe", num_key_value_heads=4).save_pretrained(tmp_path / "wider")
+    with pytest.raises(CheckpointError, match=r"k_proj\.weight: expected \[32, 64\], its shape is \[64, 64\]"):
+        verify_linears(tmp_path / "out", tmp_path / "wider")
+
+
+def test_what_refuses_a_packed_checkpoint(tmp_path):
+    convert(tiny.PATH, tmp_path / "packed", dense="int8")
+    with pytest.raises(ArgumentError, match="is packed already"):
+        convert(tmp_path / "packed", tmp_path / "out", dense="int4")
+    with pytest.raises(ArgumentError, match="is packed by coterie"):
+        dequantize(tmp_path / "packed", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

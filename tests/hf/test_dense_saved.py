@@ -164,7 +164,7 @@ def test_a_file_that_is_missing(packed):
 def test_adapters_are_saved_alone(packed, tmp_path):
     peft = pytest.importorskip("peft")
     model = coterie.from_pretrained(packed)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, config)
     assert isinstance(adapted.get_base_model().model.layers[0].self_attn.q_proj.base_layer, PackedLinear)
     adapted.save_pretrained(tmp_path / "adapter")

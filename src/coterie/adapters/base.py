@@ -15,11 +15,13 @@ from coterie.checkpoints import open_layer, open_reader
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.packed import FILE_NAME
 from coterie.checkpoints.tensorfile import DTYPES
+from coterie.convert.linears import StoredLinear, stored_linears
+from coterie.convert.tensors import CHUNK
 from coterie.errors import CheckpointError
 from coterie.experts import Experts
 from coterie.hf.layout import Layout
 from coterie.hf.modules import number_layers, read_layouts
-from coterie.hf.names import ExpertNames, expert_names, stored_name
+from coterie.hf.names import ExpertNames, expert_names, stored_name, tied_names
 
 Entry = tuple[str, str, tuple[int, ...]]  # name, dtype as in the file, shape
 DTYPE_NAMES = {dtype: name for name, (_, dtype) in DTYPES.items() if dtype is not None}
@@ -42,8 +44,9 @@ class Base:
     """What is read, and what is written.
 
     rest: the tensors that are merged or copied one by one, each with its shard; layers: the experts that are merged one
-    by one, by module name, with the dtype to write, None for the stored one; added: tensors of the merged checkpoint
-    that the base does not store; shards: what each shard of the merged checkpoint holds, in order.
+    by one, by module name, with the dtype to write, None for the stored one; linears: those of the rest that are
+    packed; added: tensors of the merged checkpoint that the base does not store; shards: what each shard of the merged
+    checkpoint holds, in order.
     """
 
     folder: Folder
@@ -51,11 +54,26 @@ class Base:
     shards: dict[str, list[Entry]]
     shard_of: dict[str, str]
     layers: dict[str, tuple[LayerExperts, torch.dtype | None]] = field(default_factory=dict)
+    linears: dict[str, StoredLinear] = field(default_factory=dict)
     added: dict[str, Tensor] = field(default_factory=dict)
 
     def entry(self, name: str) -> Entry:
+        if (linear := self.linears.get(name)) is not None:
+            return name, linear.dtype, linear.shape
         entry = self.folder.file_of(name).entry(name)
         return entry.name, entry.dtype, entry.shape
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the rest; in float32 where it is packed."""
+        return self.linears[name].tensor() if name in self.linears else self.folder.tensor(name)
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """The bytes of a tensor of the rest, uint8, piece by piece; memory that reading took is let go."""
+        if name in self.linears:
+            yield from self.linears[name].chunks(self.folder)
+            return
+        yield from self.folder.file_of(name).bytes(name).split(CHUNK)
+        self.folder.release(name)
 
     def make_room(self, entries: Iterable[Entry], shard: str) -> None:
         for entry in entries:
@@ -98,11 +116,19 @@ def open_plain(path: Path, layouts: dict[str, Layout], adapted: set[str]) -> Bas
 def open_packed(path: Path, model: PreTrainedModel, layouts: dict[str, Layout]) -> Base:
     """A packed checkpoint, whose experts are dequantised one at a time and named as in the checkpoints of `model`.
 
-    layouts: the experts modules that an adapter sees, in the order of those of `model`. The experts are written in the
-    dtype of their parameters in `model`. Raises CheckpointError for a broken checkpoint.
+    layouts: the experts modules that an adapter sees, in the order of those of `model`. The experts, and packed linear
+    layers, are written in the dtype of their parameters in `model`; a packed head that shares its weight with the
+    embedding is not written. Raises CheckpointError for a broken checkpoint.
     """
     folder = Folder(path)
-    base = whole(folder, {name: shard for name, shard in folder.shard_of.items() if not FILE_NAME.fullmatch(shard)})
+    linears = stored_linears(folder, DTYPE_NAMES[model.dtype])
+    plain = {name: shard for name, shard in folder.shard_of.items() if not FILE_NAME.fullmatch(shard)}
+    base = whole(folder, {name: shard for name, shard in plain.items() if name not in linears})
+    tied = tied_names(model)
+    base.linears = {name: linear for name, linear in linears.items() if name not in tied}
+    for name in base.linears:
+        base.rest[name] = f"model-{folder.shard_of[name]}"
+        base.make_room([base.entry(name)], base.rest[name])
     numbers = number_layers(list(layouts))
     for (name, layout), (own, _) in zip(layouts.items(), read_layouts(model).items(), strict=True):
         number = numbers[name]

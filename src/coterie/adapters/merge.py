@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from coterie.adapters.base import open_packed, open_plain
 from coterie.adapters.empty import Adapted, adapt_empty
 from coterie.adapters.folder import WEIGHTS, base_of, copy, local, read_adapter_config
 from coterie.adapters.stream import StreamedMerge
-from coterie.checkpoints.folder import read_json
+from coterie.checkpoints.folder import Folder, read_json
 from coterie.checkpoints.folderwriter import new_folder
 from coterie.checkpoints.tensorwriter import write_text
 from coterie.convert import convert_cpu
+from coterie.convert.linears import Dense, stored_linears
 from coterie.convert.rest import other_files
 from coterie.errors import ArgumentError
 from coterie.formats import resolve
 from coterie.hf.config import METHOD
 from coterie.hf.loading import check_folder
+from coterie.hf.names import tied_names
 
 TEMPLATE = r"(additional_chat_templates/.*|chat_template\..*)"
 TOKENIZER = (
@@ -33,19 +37,22 @@ PROCESSOR = r"(video_)?(pre)?processor_config\.json"
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written. Errors are relative (Frobenius norms), of the worst expert."""
+    """What was written. Errors are relative (Frobenius norms), of the worst expert, and of the worst linear layer."""
 
     experts: int
     format: str
     rounding_error: float
     quantisation_error: float
+    linears: str | None = None
+    linear_error: float = 0.0
 
 
 def merge_adapter(adapter: Path, output: Path, model: str | None = None, experts: str = "bf16") -> Merged:
     """Writes the merged model to a new folder: `experts` "bf16" a plain checkpoint, "int8" or "int4" a packed one.
 
     The base, plain or packed, is read and written an expert or a module at a time; every tensor that the adapter does
-    not change is copied. A tokenizer or chat template in the adapter's folder takes the place of the base's.
+    not change is copied. Where experts are packed, so are the linear layers that a packed base has packed. A tokenizer
+    or chat template in the adapter's folder takes the place of the base's.
     Raises ArgumentError for an adapter that does not fit, CheckpointError for damaged files.
     """
     resolve(experts)
@@ -67,12 +74,31 @@ def merge_adapter(adapter: Path, output: Path, model: str | None = None, experts
         copy_others(folder, adapter, plain)
         if experts == "bf16":
             return Merged(merge.parameters, experts, worst, 0.0)
-        report = convert_cpu(plain, made / "packed", experts)
+        dense = packed_again(folder, adapted.plain)
+        report = convert_cpu(plain, made / "packed", experts, dense=dense)
         for file in (made / "packed").iterdir():
             file.replace(made / file.name)
         (made / "packed").rmdir()
         shutil.rmtree(plain)
-    return Merged(merge.parameters, experts, worst, max(error.worst for error in report.errors.values()))
+    quantised = max(error.worst for error in report.errors.values())
+    if dense is None or report.linear_errors is None:
+        return Merged(merge.parameters, experts, worst, quantised)
+    return Merged(merge.parameters, experts, worst, quantised, dense.spec.name, report.linear_errors.worst)
+
+
+def packed_again(base: Path, model: PreTrainedModel) -> Dense | None:
+    """Linear layers packed as those of the checkpoint `base` are, of which `model` is; None where they are not."""
+    linears = stored_linears(Folder(base), "F32")
+    if not linears:
+        return None
+    tied = tied_names(model)
+
+    def tensors(names: Collection[str]) -> dict[str, str]:
+        found = {name: name if name in names else tied.get(name, "") for name in linears}
+        return {name: tensor for name, tensor in found.items() if tensor in names}
+
+    skip = read_json(base / "config.json")["quantization_config"].get("dense_skip", ())
+    return Dense(next(iter(linears.values())).file.layout.spec, tuple(skip), tensors)
 
 
 def check_base(folder: Path, name: str) -> bool:

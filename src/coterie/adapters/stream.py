@@ -16,7 +16,6 @@ from coterie.adapters.modules import changed_parameters, merge_module
 from coterie.checkpoints.folder import INDEX
 from coterie.checkpoints.tensorfile import DTYPES
 from coterie.checkpoints.tensorwriter import TensorWriter, write_text
-from coterie.convert.tensors import CHUNK
 from coterie.errors import ArgumentError
 from coterie.hf.names import parameters_of, stored_name
 from coterie.hf.peft import factors, wrappers
@@ -79,9 +78,8 @@ class StreamedMerge:
                         write(self._tensor_of[parameter], value.to(self._dtype(parameter)))
             for name in base.rest:
                 if name not in done:
-                    for chunk in base.folder.file_of(name).bytes(name).split(CHUNK):
+                    for chunk in base.chunks(name):
                         write(name, chunk)
-                    base.folder.release(name)
         if len(base.shards) > 1 or (base.folder.root / INDEX).exists():
             entries = [entry for shard in base.shards.values() for entry in shard]
             total = sum(torch.Size(shape).numel() * DTYPES[dtype][0] // 8 for _, dtype, shape in entries)
@@ -96,7 +94,7 @@ class StreamedMerge:
     def _read(self, parameter: str) -> Tensor:
         name = self._stored(parameter)
         assert name is not None  # checked before
-        return self.base.folder.tensor(name)
+        return self.base.read(name)
 
     def _value(self, parameter: str) -> Tensor:
         """A parameter of the merged model."""
@@ -107,7 +105,11 @@ class StreamedMerge:
 
     def _dtype(self, parameter: str) -> torch.dtype:
         """What a parameter is written in."""
-        return self._read(parameter).dtype
+        name = self._stored(parameter)
+        assert name is not None  # checked before
+        dtype = DTYPES[self.base.entry(name)[1]][1]
+        assert dtype is not None
+        return dtype
 
     def _check(self, parameter: str, module: str) -> None:
         name = self._stored(parameter)

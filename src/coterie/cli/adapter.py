@@ -70,7 +70,8 @@ def merge(
     output: Output,
     model: Model = None,
     experts: Annotated[
-        str, typer.Option("--experts", help="bf16: a plain checkpoint; int8 or int4: packed again.")
+        str,
+        typer.Option("--experts", help="bf16: a plain checkpoint; int8 or int4: packed, linear layers as in the base."),
     ] = "bf16",
 ) -> None:
     """Merge an adapter into its base model, and say what rounding it costs.
@@ -86,6 +87,8 @@ def merge(
     summary.add_row("rounding to the model's dtype", f"{significant(done.rounding_error)} (worst expert)")
     if done.quantisation_error:
         summary.add_row(f"quantising to {done.format}", f"{significant(done.quantisation_error)} (worst expert)")
+    if done.linears:
+        summary.add_row(f"linear layers in {done.linears}", f"{significant(done.linear_error)} (worst layer)")
     console.print(summary)
 
 

@@ -25,7 +25,8 @@ def compare(
     """Compare the tensors of two checkpoints: names, shapes, numbers. Exit code 0 if they are the same, else 1.
 
     Quantised weights count as the numbers they stand for: a checkpoint can be compared with what `dequantize` made of
-    it, where rounding to bf16 shows as about 0.0017. Packed experts are compared byte by byte.
+    it, where rounding to bf16 shows as about 0.0017. Packed experts are compared byte by byte,
+    packed linear layers by their numbers.
     """
     from coterie.convert.compare import compare
 

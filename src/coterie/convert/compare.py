@@ -15,11 +15,14 @@ from coterie.checkpoints import packed
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.quantised import check_quantised
 from coterie.checkpoints.tensorfile import DTYPES
+from coterie.convert.linears import StoredLinear, stored_linears
 from coterie.convert.progress import Meter, Progress
 from coterie.convert.tensors import Written, written_tensors
 from coterie.errors import ArgumentError
 
 PIECE = 1 << 20  # numbers that are compared at a time
+AnyTensor = Written | StoredLinear
+
 
 @dataclass(frozen=True, slots=True)
 class TensorError:
@@ -56,9 +59,9 @@ def compare(
 ) -> Comparison:
     """Compares two checkpoints, a piece of a tensor at a time.
 
-    Quantised weights are compared by the numbers that they stand for, under the name that they have dequantised; packed
-    experts byte by byte. dtypes may differ. Raises ArgumentError for a tolerance below 0, CheckpointError for what
-    cannot be read.
+    Quantised weights and packed linear layers are compared by the numbers that they stand for, under the name that they
+    have dequantised; packed experts byte by byte. dtypes may differ. Raises ArgumentError for a tolerance below 0,
+    CheckpointError for what cannot be read.
     """
     if not tolerance >= 0:
         raise ArgumentError(f"--tolerance is {tolerance}: expected 0 or more")
@@ -74,8 +77,7 @@ def compare(
     meter = Meter(progress, 1, sum(tensors_a[name].nbytes for name in alike))
     for count, name in enumerate(alike, 1):
         first, second = tensors_a[name], tensors_b[name]
-        pieces = _pairs(_numbers(folder_a, first), _numbers(folder_b, second))
-        largest, relative = _apart(pieces)
+        largest, relative = apart(folder_a, first, folder_b, second)
         errors.append(TensorError(name, (first.dtype, second.dtype), largest, relative))
         meter.add(1, len(alike), count, first.nbytes)
     return Comparison(
@@ -87,15 +89,22 @@ def compare(
     )
 
 
-def _tensors(path: Path) -> tuple[Folder, dict[str, Written]]:
+def apart(folder_a: Folder, a: AnyTensor, folder_b: Folder, b: AnyTensor) -> tuple[float, float]:
+    """(the largest difference, ||a - b|| / ||a||) of two tensors of one shape, each of a checkpoint."""
+    return _apart(_pairs(_numbers(folder_a, a), _numbers(folder_b, b)))
+
+
+def _tensors(path: Path) -> tuple[Folder, dict[str, AnyTensor]]:
     """The tensors of a checkpoint by name, in the order of its files, quantised ones as float32."""
     is_packed = packed(path)
     folder = Folder(path)
-    tensors = written_tensors(folder, folder.shard_of, () if is_packed else check_quantised(folder), "F32")
-    return folder, {tensor.name: tensor for tensor in tensors}
+    linears = stored_linears(folder, "F32") if is_packed else {}
+    names = [name for name in folder.shard_of if name not in linears]
+    tensors = written_tensors(folder, names, () if is_packed else check_quantised(folder), "F32")
+    return folder, {tensor.name: tensor for tensor in tensors} | linears
 
 
-def _numbers(folder: Folder, tensor: Written) -> Iterator[Tensor]:
+def _numbers(folder: Folder, tensor: AnyTensor) -> Iterator[Tensor]:
     """The numbers of a tensor, float64, piece by piece; its bytes where torch has no numbers for them."""
     dtype = DTYPES[tensor.dtype][1]
     for chunk in tensor.chunks(folder):

@@ -1,17 +1,26 @@
-"""The linear layers outside a checkpoint's experts that a conversion packs."""
+"""The linear layers outside a checkpoint's experts: packed by a conversion, and read as plain tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from coterie.checkpoints.folder import Folder
-from coterie.checkpoints.packed_linears import PackedLinears, write_linears
+from coterie.checkpoints.packed_linears import (
+    LINEARS_FILE,
+    LinearsFile,
+    PackedLinears,
+    open_linears,
+    write_linears,
+)
+from coterie.checkpoints.tensorfile import DTYPES
 from coterie.convert.report import LinearErrors
-from coterie.convert.tensors import Written
+from coterie.convert.tensors import CHUNK, Written
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import Format
 from coterie.linear import Linear
@@ -58,3 +67,47 @@ class LinearPacking:
             raise CheckpointError(f"{name}: {problem}; --dense-skip leaves layers out") from problem
         self.errors.add(name, error)
         return linear.packed
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLinear:
+    """A packed linear layer of a checkpoint as the plain tensor that it stands for, in `dtype` as files name it."""
+
+    name: str
+    file: LinearsFile
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.file.layout.shapes[self.name]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][0] // 8
+
+    def tensor(self) -> Tensor:
+        """The dequantised weight: float32 [out, in]."""
+        return torch.cat(list(self._pieces()))
+
+    def chunks(self, folder: Folder) -> Iterator[Tensor]:
+        """The bytes of the plain tensor, uint8, piece by piece; memory that reading took is let go."""
+        for piece in self._pieces():
+            yield piece.to(DTYPES[self.dtype][1]).flatten().view(torch.uint8)
+
+    def _pieces(self) -> Iterator[Tensor]:
+        spec, (rows, cols), packed = self.file.layout.spec, self.shape, self.file.mapped(self.name)
+        step = max(1, CHUNK // 4 // cols // 128) * 128  # whole blocks of rows, which are a packed matrix by themselves
+        start = 0
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            stop = start + spec.matrix_nbytes(count, cols)
+            yield Linear(spec, packed[start:stop], count, cols).dequantize()
+            start = stop
+        self.file.file.release(self.name)
+
+
+def stored_linears(folder: Folder, dtype: str) -> dict[str, StoredLinear]:
+    """The packed linear layers of a checkpoint by name, {} where it has none. Raises CheckpointError."""
+    names = [shard for shard in folder.shards if LINEARS_FILE.fullmatch(shard)]
+    files = open_linears(folder.root / name for name in names)
+    return {name: StoredLinear(name, file, dtype) for name, file in files.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from coterie.checkpoints import Codes, LayerReader, open_layer, packed
+from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.packed import packed_layers
 from coterie.checkpoints.reader import spans
+from coterie.convert.compare import apart
+from coterie.convert.linears import stored_linears
 from coterie.convert.progress import Meter, Progress
-from coterie.convert.report import ProjectionError
+from coterie.convert.report import LinearErrors, ProjectionError
 from coterie.convert.source import open_source
+from coterie.convert.tensors import written_tensors
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.experts import Experts
 from coterie.layer import PROJECTIONS
@@ -76,6 +80,31 @@ def verify(
         batch = _tokens(tokens, r, reader.experts_per_token or 8, layer)
         checks.append(_check_layer(layer, r, experts, batch, partial(meter.add, part, r.num_experts)))
     return checks
+
+
+def verify_linears(path: Path, source: Path, tied: Mapping[str, str]) -> LinearErrors:
+    """The relative errors of the packed linear layers of the checkpoint folder `path`, none where it has none.
+
+    tied: tensors that `source` need not have, since they are those of other names. Raises CheckpointError for a tensor
+    that it has not, or of another shape.
+    """
+    folder, errors = Folder(path), LinearErrors()
+    linears = stored_linears(folder, "F32")
+    if not linears:
+        return errors
+    reader = open_source(source)
+    if reader.folder is None:
+        raise CheckpointError(f"{source} is a GGUF file, with which packed linear layers cannot be compared")
+    experts = {name for layer in reader.layers for name in reader.layer(layer).tensors}
+    names = [name for name in reader.folder.shard_of if name not in experts]
+    tensors = {tensor.name: tensor for tensor in written_tensors(reader.folder, names, reader.schemes)}
+    for name, linear in linears.items():
+        expected = tensors.get(name) or tensors.get(tied.get(name, ""))
+        if expected is None or expected.shape != linear.shape:
+            found = f"its shape is {list(expected.shape)}" if expected else "it has no such tensor"
+            raise CheckpointError(f"{source}, tensor {name}: expected {list(linear.shape)}, {found}")
+        errors.add(name, apart(reader.folder, expected, folder, linear)[1])
+    return errors
 
 
 def _check_layer(

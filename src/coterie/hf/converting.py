@@ -15,15 +15,17 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from coterie.checkpoints.folder import read_json
 from coterie.checkpoints.gguf_file import GgufFile, is_gguf
-from coterie.convert import ConversionReport, convert_cpu
+from coterie.checkpoints.packed_linears import LINEARS_FILE
+from coterie.convert import ConversionReport, convert_cpu, verify
 from coterie.convert.linears import Dense
+from coterie.convert.report import LinearErrors
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import resolve
 from coterie.hf.config import check_skip
 from coterie.hf.dense import chosen_linears
 from coterie.hf.empty import empty_model
 from coterie.hf.gguf import read_config, read_rest, save_tokenizer
-from coterie.hf.names import parameters_in, stored_name
+from coterie.hf.names import parameters_in, stored_name, tied_names
 from coterie.hf.skeleton import make_config
 
 
@@ -63,6 +65,13 @@ def convert(
         save_tokenizer(file, rest)
         del weights
         return convert_cpu(source, output, rest=rest, **options)
+
+
+def verify_linears(packed: str | os.PathLike, source: str | os.PathLike) -> LinearErrors:
+    """How far the packed linear layers of a checkpoint are from its source's; none where it has none."""
+    if not any(LINEARS_FILE.fullmatch(file.name) for file in Path(packed).iterdir()):
+        return LinearErrors()
+    return verify.verify_linears(Path(packed), Path(source), tied_names(model_of(Path(packed))))
 
 
 def model_of(folder: Path) -> PreTrainedModel:

@@ -72,6 +72,11 @@ def stored_name(model: PreTrainedModel, parameter: str) -> str:
     return names[0] if len(names) == 1 else parameter
 
 
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """The tensors that the checkpoints of `model` need not store, since they are another: {its name: the other's}."""
+    return {stored_name(model, name): stored_name(model, other) for name, other in model.all_tied_weights_keys.items()}
+
+
 def expert_names(model: PreTrainedModel, module: str, layout: Layout) -> ExpertNames:
     """How the checkpoints that `model` saves store the weights of an experts module.
 
