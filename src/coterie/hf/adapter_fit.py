@@ -2,7 +2,8 @@
 
 PEFT loads what has a place and only warns of what is missing, so that an adapter of a model with more or fewer layers,
 or with other names, would be half applied or not at all. And it takes A and B of stacked experts as they come, though
-what the two are changed with PEFT 0.19.1.
+what the two are changed with PEFT 0.19.1. What it saves of a head under LoRA, the head's own weights, is left out where
+they are packed.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 
 from coterie.errors import ArgumentError
 from coterie.hf.peft import computed_here, wrappers
+from coterie.hf.weight import PackedWeight
 
 SINCE = Version("0.19.1")  # A is [rank * E, in] and B [out, rank * E] from then on, the other way round before
 UNKNOWN = "unknown"  # the version of an adapter that does not say it, which those since PEFT 0.18 do
 
 logger = logging.getLogger(__name__)
 stock_set_state = peft_model.set_peft_model_state_dict
+stock_get_state = peft_model.get_peft_model_state_dict
 stock_read = PeftConfigMixin.from_json_file.__func__
 
 
@@ -130,6 +133,12 @@ def set_state(model: nn.Module, peft_model_state_dict: dict, adapter_name: str =
     return stock_set_state(model, peft_model_state_dict, adapter_name, *args, **kwargs)
 
 
+@functools.wraps(stock_get_state)
+def get_state(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    found = stock_get_state(*args, **kwargs)
+    return {name: value for name, value in found.items() if not isinstance(value, PackedWeight)}
+
+
 @functools.wraps(stock_read)
 def read_json(cls: type, path_json_file: str, **kwargs) -> dict:
     """PEFT takes its own version for that of an adapter that has none; this keeps that it is not known."""
@@ -140,4 +149,5 @@ def read_json(cls: type, path_json_file: str, **kwargs) -> dict:
 
 
 peft_model.set_peft_model_state_dict = set_state
+peft_model.get_peft_model_state_dict = get_state
 PeftConfigMixin.from_json_file = classmethod(read_json)

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from peft import peft_model
 from peft.tuners.lora.config import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.model import LoraModel
@@ -22,7 +21,6 @@ from coterie.errors import ArgumentError
 from coterie.hf.experts import NAME, pack_module
 from coterie.hf.layout import Layout, is_experts
 from coterie.hf.modules import packed_module, packed_modules
-from coterie.hf.weight import PackedWeight
 from coterie.lora import ExpertLora
 
 INITS = (True, False, "gaussian")
@@ -32,7 +30,6 @@ stock_init = ParamWrapper.__init__
 stock_update_layer = ParamWrapper.update_layer
 stock_forward = ParamWrapper.forward
 stock_check_merge_allowed = LoraModel._check_merge_allowed
-stock_state_dict = peft_model.get_peft_model_state_dict
 
 
 def computed_here(module: nn.Module) -> bool:
@@ -149,16 +146,8 @@ def check_merge_allowed(self: LoraModel) -> None:
     stock_check_merge_allowed(self)
 
 
-@functools.wraps(stock_state_dict)
-def state_dict(*args, **kwargs) -> dict[str, Tensor]:
-    """What PEFT saves, without what is packed: it adds the weights of a head under LoRA, and those are the base's."""
-    found = stock_state_dict(*args, **kwargs)
-    return {name: value for name, value in found.items() if not isinstance(value, PackedWeight)}
-
-
 BaseTuner.inject_adapter = inject_adapter
 ParamWrapper.__init__ = init
 ParamWrapper.update_layer = update_layer
 ParamWrapper.forward = forward
 LoraModel._check_merge_allowed = check_merge_allowed
-peft_model.get_peft_model_state_dict = state_dict
