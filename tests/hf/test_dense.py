@@ -52,6 +52,13 @@ def test_what_is_said_and_counted():
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters()) + head
 
 
+def test_loading_says_what_is_packed(monkeypatch):
+    said = []
+    monkeypatch.setattr("coterie.hf.quantizer.logger.info", lambda text, *values: said.append(text % values))
+    opened("int8")
+    assert said[0].startswith("Qwen3MoeForCausalLM: experts packed as bf16: 6.3 MB; 17 linear layers as int8: 0.5 MB; ")
+
+
 def test_tied_head():
     """The head is packed; the embedding keeps the weight that they shared, and gives it back."""
     model, plain = opened("int4"), opened(None)

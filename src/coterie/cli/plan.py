@@ -10,7 +10,7 @@ from coterie.cli.console import console, count, errors, significant, size, table
 
 if TYPE_CHECKING:
     from coterie.formats import Format
-    from coterie.plan import Anatomy, Source
+    from coterie.plan import Anatomy, Dense, Source
 
 
 def plan(
@@ -18,6 +18,9 @@ def plan(
         str, typer.Argument(help="A model's folder, its config.json alone, or a hub id; weights are not needed.")
     ],
     experts: Annotated[str | None, typer.Option(help="Only this format of experts: bf16, int8, int4, ...")] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="Linear layers outside the experts packed too, in this format: int8, ...")
+    ] = None,
     context: Annotated[int, typer.Option(help="Tokens of one sequence, for the size of its KV cache.")] = 4096,
     ram: Annotated[
         str | None, typer.Option(help="RAM to plan for, like 64GB or 64 (gigabytes). [default: what is available here]")
@@ -49,9 +52,10 @@ def plan(
     here = memory.found()
     available = memory.parse_bytes(ram) if ram else here.available
     source = planning.open_source(model)
-    formats = source.formats(experts)
+    formats, rest_format = source.formats(experts), source.dense_format(dense)
     with errors.status("building the model without weights"):
         anatomy = planning.inspect(source.config, context)
+    linears = planning.dense(anatomy, rest_format, source.dense_skip) if rest_format else None
     print_verdict(source, anatomy)
 
     with errors.status("measuring memory and arithmetic"):
@@ -65,7 +69,7 @@ def plan(
     report = table("", "experts in", "experts", "RAM needed", "", "decode ≤", "prefill ≤")
     impossible = []
     for spec in formats:
-        e = planning.estimate(anatomy, spec, usable, rates)
+        e = planning.estimate(anatomy, spec, usable, rates, linears)
         speeds = significant(e.decode), significant(e.prefill)
         report.add_row(e.format, size(e.experts), size(e.ram), fits(e.ram_short), *speeds)
         if e.problem:
@@ -78,8 +82,12 @@ def plan(
     console.print(report)
     for line in impossible:
         console.print(line, style="red", highlight=False)
+    rest = f"the rest in bf16 ({size(anatomy.rest_nbytes)})"
+    if linears:
+        rest = f"{linears.count} linear layers in {linears.spec.described} ({size(linears.nbytes)}), "
+        rest += f"what remains in bf16 ({size(anatomy.rest_nbytes - linears.saved - linears.nbytes)})"
     console.print(
-        f"RAM needed: experts, the rest in bf16 ({size(anatomy.rest_nbytes)}), the KV cache of {context} tokens "
+        f"RAM needed: experts, {rest}, the KV cache of {context} tokens "
         f"({size(anatomy.cache_nbytes)}), and {size(planning.RESERVE)} for Python and buffers. Tokens a "
         f"second are bounds: decode reads what a token needs once, at {size(rates.bandwidth)}/s; prefill computes the "
         f"weights' products alone, at {significant(rates.bf16 / 1e9)} GFLOP/s in bf16, "
@@ -87,10 +95,18 @@ def plan(
         style="dim",
         highlight=False,
     )
+    if linears and linears.saved > 0 and source.dense is None:
+        console.print(
+            f"Linear layers that are packed while a model loads take {size(linears.saved)} more until they are: "
+            "`coterie convert cpu --dense` packs them beforehand.",
+            highlight=False,
+        )
+    if linears is None:
+        print_sensible(anatomy, next((spec for spec in formats if spec.name == "int4"), formats[0]))
     if source.packed is None:
-        print_conversion(source, anatomy, formats, packing, given.get("disk") or planning.DISK)
+        print_conversion(source, anatomy, formats, packing, given.get("disk") or planning.DISK, linears)
     if train:
-        print_training(source, anatomy, formats, usable, lora_r, micro_batch_size, sequence_len)
+        print_training(source, anatomy, formats, usable, linears, lora_r, micro_batch_size, sequence_len)
 
 
 def print_verdict(source: Source, anatomy: Anatomy) -> None:
@@ -98,8 +114,9 @@ def print_verdict(source: Source, anatomy: Anatomy) -> None:
     if source.problem:
         console.print(f"[yellow]Not opened by this version:[/] {source.problem}.", highlight=False)
     elif source.packed:
+        linears = f", linear layers in {source.dense.name}" if source.dense else ""
         console.print(
-            f"[green]Opened as it is:[/] packed by coterie, experts in {source.packed.name}.", highlight=False
+            f"[green]Opened as it is:[/] packed by coterie, experts in {source.packed.name}{linears}.", highlight=False
         )
     elif source.quantised:
         console.print(
@@ -120,8 +137,31 @@ def print_verdict(source: Source, anatomy: Anatomy) -> None:
         console.print(f"On disk: {kept}.", highlight=False)
 
 
+def print_sensible(anatomy: Anatomy, spec: Format) -> None:
+    """Which format of linear layers makes sense beside experts in format `spec`, and why."""
+    from coterie import plan as planning
+
+    found = planning.sensible(anatomy, spec)
+    read = anatomy.experts_read_nbytes(spec) + anatomy.rest_read_nbytes + anatomy.cache_nbytes
+    if found is None:
+        said = f"Linear layers are a small part of what a token reads beside {spec.name} experts: --dense saves little."
+        console.print(said, highlight=False)
+        return
+    ram = f"{size(found.saved)} less RAM" if found.saved >= 0 else f"{size(-found.saved)} more RAM (the head is a copy)"
+    console.print(
+        f"Sensible on a CPU: [bold]--dense {found.spec.name}[/] (from_pretrained: dense={found.spec.name!r}). Beside "
+        f"{spec.name} experts a token then reads {size(read - found.read_saved)} instead of {size(read)}; {ram}.",
+        highlight=False,
+    )
+
+
 def print_conversion(
-    source: Source, anatomy: Anatomy, formats: list[Format], packing: dict[str, float], disk: float
+    source: Source,
+    anatomy: Anatomy,
+    formats: list[Format],
+    packing: dict[str, float],
+    disk: float,
+    linears: Dense | None,
 ) -> None:
     """What converting takes of disk and, roughly, of time."""
     from coterie import plan as planning
@@ -129,7 +169,7 @@ def print_conversion(
     console.print("\n[bold]coterie convert cpu[/]" + (", of a copy in bf16" if source.problem else ""))
     report = table("", "experts in", "reads", "writes", "about")
     for spec in formats:
-        c = planning.conversion(anatomy, spec, packing[spec.name], disk)
+        c = planning.conversion(anatomy, spec, packing[spec.name], disk, linears)
         report.add_row(spec.name, size(c.read), size(c.written), duration(c.seconds))
     console.print(report)
     console.print(
@@ -140,7 +180,14 @@ def print_conversion(
 
 
 def print_training(
-    source: Source, anatomy: Anatomy, formats: list[Format], ram: int, rank: int, batch: int, tokens: int
+    source: Source,
+    anatomy: Anatomy,
+    formats: list[Format],
+    ram: int,
+    linears: Dense | None,
+    rank: int,
+    batch: int,
+    tokens: int,
 ) -> None:
     """What fine-tuning takes of memory."""
     from coterie import plan as planning
@@ -151,7 +198,7 @@ def print_training(
     console.print(f"\n[bold]coterie sft[/]: {title}", highlight=False)
     report = table("", "experts in", "weights", "RAM needed", "", "with checkpointing")
     for spec in formats:
-        t = planning.train_estimate(anatomy, train, spec, ram)
+        t = planning.train_estimate(anatomy, train, spec, ram, linears)
         report.add_row(t.format, size(t.weights), size(t.ram), fits(t.ram_short), size(t.ram_checkpointed))
     console.print(report)
     console.print(

@@ -92,7 +92,7 @@ def chosen_linears(model: PreTrainedModel, spec: Format, skip: Sequence[str] = (
 
 def pack_linears(model: PreTrainedModel, names: Sequence[str], spec: Format) -> None:
     """Packs linear layers of a model as `spec`. Raises CheckpointError for a weight that it cannot hold."""
-    for name in logging.tqdm(names, desc="Packing linear layers"):
+    for name in logging.tqdm(names, desc=f"Packing linear layers as {spec.described}"):
         module = model.get_submodule(name)
         try:
             packed = Linear.pack(module.weight, module.bias, format=spec)

@@ -52,6 +52,7 @@ from coterie.hf.sources import Sources
 from coterie.hf.weight import PackedWeight
 
 SPREAD = ("balanced", "balanced_low_0", "sequential", "disk")  # what Transformers takes for more devices than one
+logger = logging.get_logger(__name__)
 PACKED_FILE = re.compile(r"(experts|linears)-\d+\.safetensors")
 
 
@@ -159,6 +160,7 @@ class CoterieQuantizer(HfQuantizer):
             remove_hooks(module)
         self._linears.load(self.quantization_config.mmap)
         become_packed(model)
+        logger.info("%s: %s", type(model).__name__, model.extra_repr())
         if self._device.type == "cpu":
             attend_here(model)
             grow_in_place(model)

@@ -4,8 +4,9 @@ The model is built by Transformers on the meta device and run there once, so wha
 no table of models, and no formula for any kind of attention.
 """
 
-from coterie.plan.anatomy import Anatomy, ExpertLayer, inspect
+from coterie.plan.anatomy import Anatomy, ExpertLayer, LinearLayer, inspect
 from coterie.plan.conversion import DISK, Conversion, conversion
+from coterie.plan.dense import Dense, dense, sensible
 from coterie.plan.estimate import RESERVE, Estimate, Rates, estimate, usable
 from coterie.plan.source import Source, open_source
 from coterie.plan.training import TrainAnatomy, Training, train_estimate, train_inspect
@@ -15,16 +16,20 @@ __all__ = [
     "RESERVE",
     "Anatomy",
     "Conversion",
+    "Dense",
     "Estimate",
     "ExpertLayer",
+    "LinearLayer",
     "Rates",
     "Source",
     "TrainAnatomy",
     "Training",
     "conversion",
+    "dense",
     "estimate",
     "inspect",
     "open_source",
+    "sensible",
     "train_estimate",
     "train_inspect",
     "usable",

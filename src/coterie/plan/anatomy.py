@@ -10,6 +10,7 @@ import torch
 from coterie.errors import ArgumentError
 from coterie.formats import Format
 from coterie.hf import skeleton
+from coterie.hf.dense import linear_names
 from coterie.hf.empty import empty_model
 from coterie.hf.layout import Layout
 from coterie.hf.modules import read_layouts
@@ -28,6 +29,21 @@ class ExpertLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearLayer:
+    """A linear layer outside the experts that can be packed.
+
+    read: by every token; not so the layers of a vision tower. shared: its weight is the embedding's.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    read: bool
+    head: bool
+    shared: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Anatomy:
     """What of a model takes memory; bytes are those of the bf16 model unless a format is named."""
 
@@ -39,6 +55,7 @@ class Anatomy:
     head_parameters: int  # of the head, which a prompt needs for its last token alone
     context: int
     cache_nbytes: int  # KV cache of one sequence of `context` tokens
+    linears: tuple[LinearLayer, ...] = ()
 
     @property
     def expert_parameters(self) -> int:
@@ -91,6 +108,9 @@ def inspect(config: Any, context: int = 4096) -> Anatomy:
     language = sum(p.numel() for p in rest_of(model.get_decoder(), list(modules.values())))
     head = model.get_output_embeddings()
     head_parameters = head.weight.numel() if head is not None else 0
+    decoder = set(model.get_decoder().modules())
+    tied = model.all_tied_weights_keys
+    linears = [(name, model.get_submodule(name)) for name in linear_names(model)]
     return Anatomy(
         model_type=config.model_type,
         experts=tuple(
@@ -104,4 +124,15 @@ def inspect(config: Any, context: int = 4096) -> Anatomy:
         head_parameters=head_parameters,
         context=context,
         cache_nbytes=cache,
+        linears=tuple(
+            LinearLayer(
+                name,
+                module.out_features,
+                module.in_features,
+                read=module in decoder or module is head,
+                head=module is head,
+                shared=f"{name}.weight" in tied,
+            )
+            for name, module in linears
+        ),
     )

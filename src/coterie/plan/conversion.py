@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from coterie.formats import Format
 from coterie.plan.anatomy import Anatomy
+from coterie.plan.dense import Dense
 
 DISK = 500e6  # bytes per second that are read or written, where nothing better is known
 
@@ -19,8 +20,12 @@ class Conversion:
     seconds: float
 
 
-def conversion(anatomy: Anatomy, spec: Format, packing: float, disk: float = DISK) -> Conversion:
-    """A bf16 checkpoint packed as `spec`; `packing` bytes of bf16 experts a second, `disk` bytes read or written."""
+def conversion(
+    anatomy: Anatomy, spec: Format, packing: float, disk: float = DISK, dense: Dense | None = None
+) -> Conversion:
+    """A bf16 checkpoint packed as `spec`, and its linear layers as `dense` says; `packing` bytes of bf16 experts a
+    second, `disk` bytes read or written."""
     experts = 2 * anatomy.expert_parameters
     read, written = experts + anatomy.rest_nbytes, anatomy.experts_nbytes(spec) + anatomy.rest_nbytes
+    written -= dense.saved if dense else 0
     return Conversion(read, written, (read + written) / disk + experts / packing)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from coterie.errors import ArgumentError
 from coterie.formats import Format
 from coterie.plan.anatomy import Anatomy
+from coterie.plan.dense import Dense
 
 RESERVE = 10**9  # bytes of RAM for Python, torch and the activations of a short prompt
 MARGIN = 0.05  # of the available memory is left alone: what others take meanwhile, and pages that cannot be had
@@ -48,13 +49,20 @@ def usable(ram: int) -> int:
     return int(ram * (1 - MARGIN))
 
 
-def estimate(anatomy: Anatomy, spec: Format, ram: int, rates: Rates) -> Estimate:
-    """The model with its experts in format `spec` and everything else in bf16, in `ram` usable bytes."""
+def estimate(anatomy: Anatomy, spec: Format, ram: int, rates: Rates, dense: Dense | None = None) -> Estimate:
+    """The model with its experts in format `spec` and everything else in bf16, but for linear layers that are packed as
+    `dense` says, in `ram` usable bytes."""
     experts = anatomy.experts_nbytes(spec)
     needed = experts + anatomy.rest_nbytes + anatomy.cache_nbytes + RESERVE
     read = anatomy.experts_read_nbytes(spec) + anatomy.rest_read_nbytes + anatomy.cache_nbytes
     rest = anatomy.active_rest_parameters - anatomy.head_parameters
-    seconds = 2 * (anatomy.active_expert_parameters / rates.experts(spec) + rest / rates.bf16)
+    products = anatomy.active_expert_parameters / rates.experts(spec)
+    if dense is not None:
+        needed -= dense.saved
+        read -= dense.read_saved
+        rest -= dense.prompt_parameters
+        products += dense.prompt_parameters / rates.experts(dense.spec)
+    seconds = 2 * (products + rest / rates.bf16)
     return Estimate(
         format=spec.name,
         experts=experts,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,16 @@ class Source:
     """A model to plan for.
 
     problem: why this version does not open it and what to do, None where it opens it.
-    packed: the format of its experts where coterie packed them. quantised: what somebody else made of its weights.
+    packed: the format of its experts where coterie packed them; dense, dense_skip: that of its linear layers, and which
+    of them are not. quantised: what somebody else made of its weights.
     stored: {dtype: bytes} of its safetensors files, {} where there are none.
     """
 
     config: Any
     problem: str | None = None
     packed: Format | None = None
+    dense: Format | None = None
+    dense_skip: tuple[str, ...] = ()
     quantised: Quantised | None = None
     stored: dict[str, int] = field(default_factory=dict)
 
@@ -46,6 +49,17 @@ class Source:
                 f"it is packed as {self.packed.name}, and packed experts do not become {name}: plan the original"
             )
         return [self.packed]
+
+
+    def dense_format(self, name: str | None = None) -> Format | None:
+        """The format of linear layers to plan for: the one that they are packed in, or the one named."""
+        if self.dense is None:
+            return resolve(name) if name else None
+        if name not in (None, self.dense.name):
+            raise ArgumentError(
+                f"its linear layers are packed as {self.dense.name}, and do not become {name}: plan the original"
+            )
+        return self.dense
 
 
 def open_source(model: str) -> Source:
@@ -66,17 +80,21 @@ def open_source(model: str) -> Source:
         file = _download(where)
     values = read_json(file)
     config = make_config(values, str(file))
-    quantised, packed = read_quantised(values), None
+    quantised, ours = read_quantised(values), None
     if quantised and quantised.method == METHOD:
-        quantised, packed = None, CoterieConfig(**values["quantization_config"]).spec
+        quantised, ours = None, CoterieConfig(**values["quantization_config"])
     stored, problem = {}, _quantised_problem(quantised, quantisation_of(values))
     if path.is_dir():
         try:
             stored = stored_nbytes(path)
-            problem = problem or _folder_problem(path, stored, plain=quantised is None and packed is None)
+            problem = problem or _folder_problem(path, stored, plain=quantised is None and ours is None)
         except CheckpointError as error:
             problem = problem or f"the checkpoint is not whole: {error}"
-    return Source(config, problem, packed, quantised, stored)
+    found = Source(config, problem, quantised=quantised, stored=stored)
+    if ours is None:
+        return found
+    dense = resolve(ours.dense) if ours.dense else None
+    return replace(found, packed=ours.spec, dense=dense, dense_skip=tuple(ours.dense_skip))
 
 
 def stored_nbytes(folder: Path) -> dict[str, int]:

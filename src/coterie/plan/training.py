@@ -18,6 +18,7 @@ from coterie.formats import Format
 from coterie.hf import skeleton
 from coterie.hf.empty import empty_model
 from coterie.plan.anatomy import Anatomy
+from coterie.plan.dense import Dense
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")  # what `coterie sft` adapts besides the experts
 RESERVE = 10**9  # bytes for Python, torch, and the libraries of training
@@ -84,9 +85,11 @@ def train_inspect(config: Any, anatomy: Anatomy, rank: int = 16, batch: int = 1,
     )
 
 
-def train_estimate(anatomy: Anatomy, train: TrainAnatomy, spec: Format, ram: int) -> Training:
-    """Training with the experts in format `spec`, in `ram` usable bytes."""
-    weights = anatomy.experts_nbytes(spec) + anatomy.rest_nbytes
+def train_estimate(
+    anatomy: Anatomy, train: TrainAnatomy, spec: Format, ram: int, dense: Dense | None = None
+) -> Training:
+    """Training with the experts in format `spec`, and linear layers packed as `dense` says, in `ram` usable bytes."""
+    weights = anatomy.experts_nbytes(spec) + anatomy.rest_nbytes - (dense.saved if dense else 0)
     fixed = weights + 4 * train.lora + train.workspace + RESERVE
     needed = fixed + train.activations
     return Training(spec.name, weights, needed, fixed + train.checkpointed, max(0, needed - ram))

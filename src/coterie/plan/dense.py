@@ -1,0 +1,55 @@
+"""What packing the linear layers outside the experts takes and saves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coterie.formats import Format, resolve
+from coterie.plan.anatomy import Anatomy
+
+SENSIBLE = "int8"  # half of bf16's bytes, at an error that does not show
+WORTH_IT = 0.1  # of the bytes that a token reads
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Linear layers packed as `spec`, `count` of them; bytes.
+
+    nbytes: packed. saved: RAM, of what they take in bf16; a head that shares its weight with the embedding only adds to
+    that. read_saved: of what a token reads. prompt_parameters: those that every token of a prompt is multiplied with.
+    """
+
+    spec: Format
+    count: int
+    nbytes: int
+    saved: int
+    read_saved: int
+    prompt_parameters: int
+
+
+def dense(anatomy: Anatomy, spec: Format, skip: Sequence[str] = ()) -> Dense:
+    """The linear layers of a model packed as `spec`, without those whose names match a regular expression in `skip`.
+
+    Raises ArgumentError for columns that the group size does not divide.
+    """
+    count = nbytes = saved = read_saved = prompt = 0
+    for layer in anatomy.linears:
+        if any(re.search(pattern, layer.name) for pattern in skip):
+            continue
+        spec.check_columns(layer.name, layer.columns)
+        packed, plain = spec.matrix_nbytes(layer.rows, layer.columns), 2 * layer.rows * layer.columns
+        count += 1
+        nbytes += packed
+        saved += (0 if layer.shared else plain) - packed
+        read_saved += plain - packed if layer.read else 0
+        prompt += layer.rows * layer.columns if layer.read and not layer.head else 0
+    return Dense(spec, count, nbytes, saved, read_saved, prompt)
+
+
+def sensible(anatomy: Anatomy, spec: Format) -> Dense | None:
+    """What is worth packing beside experts in format `spec`, on a CPU; None where it saves few of a token's bytes."""
+    packed = dense(anatomy, resolve(SENSIBLE))
+    read = anatomy.experts_read_nbytes(spec) + anatomy.rest_read_nbytes + anatomy.cache_nbytes
+    return packed if packed.read_saved >= WORTH_IT * read else None
