@@ -9,6 +9,7 @@ import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoTokenizer
 
 import coterie
 from coterie import tiny
@@ -39,6 +40,17 @@ def test_logits(dense, error):
     found = dict(packed_linears(model))
     assert len(found) == 17 and all(linear.spec.name == dense for linear in found.values())
     assert "lm_head" in found and not any("gate" in name for name in found)  # routers
+
+
+def test_perplexity():
+    """int8 beside int8 experts is as good as bf16, beside int4 experts as good as those."""
+    ids = AutoTokenizer.from_pretrained(tiny.PATH)(tiny.heldout_text(), return_tensors="pt").input_ids[0]
+    plain, int8, int4 = (
+        tiny.perplexity(coterie.from_pretrained(tiny.PATH, experts=experts, dense=dense), ids)
+        for experts, dense in (("bf16", None), ("int8", "int8"), ("int4", "int8"))
+    )
+    assert int8 == pytest.approx(plain, rel=0.003)
+    assert int4 == pytest.approx(plain, rel=0.015)
 
 
 def test_what_is_said_and_counted():
