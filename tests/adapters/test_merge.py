@@ -154,27 +154,6 @@ def test_draft_layers_are_kept(adapt, tmp_path):
         assert all(torch.equal(found[key], draft[key]) for key in draft)
 
 
-def vision_model(kind: str):
-    text = {**tiny_models.COMMON, "num_experts": 8, "moe_intermediate_size": 96, "head_dim": 16}
-    rope = {**tiny_models.ROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
-    if kind == "qwen3_5_moe":
-        text |= tiny_models.LINEAR_ATTENTION
-        rope |= {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}
-    sizes = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
-    patches = {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-    config = AutoConfig.for_model(
-        kind,
-        text_config={**text, "rope_parameters": rope},
-        vision_config=sizes | patches,
-        image_token_id=5,
-        video_token_id=6,
-        vision_start_token_id=7,
-        vision_end_token_id=8,
-    )
-    torch.manual_seed(0)
-    return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("auto", [AutoModelForImageTextToText, AutoModelForCausalLM])
 @pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen3_5_moe"])
@@ -183,7 +162,7 @@ def test_multimodal_models(kind, auto, packed, adapt, tmp_path):
 
     Stacked experts of a packed base are written as on the Hub, which may be the other way round.
     """
-    vision_model(kind).save_pretrained(tmp_path / "base")
+    tiny_models.make_vision(kind).save_pretrained(tmp_path / "base")
     try:
         model = auto.from_pretrained(tmp_path / "base", dtype=torch.float32)
     except ValueError:

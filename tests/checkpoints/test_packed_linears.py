@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 
 import coterie
@@ -77,7 +79,7 @@ BROKEN = [
     ({"coterie.version": "3.0"}, "packed format version '3.0', this coterie reads 2.x"),
     ({"coterie.linears": "int3"}, "coterie.linears is 'int3', expected one of bf16"),
     ({"coterie.group_size": "7"}, "group_size of int8"),
-    ({"coterie.group_size": "64"}, "c.weight: 32 columns are not a multiple of group_size=64"),
+    ({"coterie.group_size": "64"}, "'c.weight': 32 columns are not a multiple of group_size=64"),
     ({"coterie.zero_point": "true"}, "zero_point is an option of int4"),
     ({"coterie.shapes": "{"}, "coterie.shapes is '{', expected JSON"),
     ({"coterie.shapes": "[1]"}, "expected an object"),
@@ -129,3 +131,46 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
             lambda name: coterie.Linear.pack(torch.full(SHAPES[name], torch.nan), format="int8").packed,
         )  # fmt: skip
     assert not list(tmp_path.iterdir())
+
+
+# --- any bytes at all: opened, or a CheckpointError ---
+
+FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NUMBERS = st.integers() | st.floats() | st.none() | st.booleans() | st.sampled_from([1, 16, 48, 64, 65, 160])
+
+
+def open_both_ways(path, content):
+    path.write_bytes(content)
+    try:
+        for name, file in open_linears([path]).items():
+            for mmap in (False, True):
+                linear = coterie.Linear.from_packed(file, name, mmap=mmap)
+                assert linear(torch.zeros(1, linear.in_features)).shape == (1, linear.out_features)
+    except CheckpointError as error:
+        str(error).encode("ascii", "strict")
+
+
+def sound(folder) -> bytes:
+    made(folder, "int4")
+    return (folder / "linears-00000.safetensors").read_bytes()
+
+
+@FUZZ
+@given(flips=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), min_size=1, max_size=8))
+def test_flipped_bytes(tmp_path, flips):
+    content = bytearray(sound(tmp_path))
+    for position, value in flips:
+        content[position] = value
+    open_both_ways(tmp_path / "x.safetensors", bytes(content))
+
+
+@FUZZ
+@given(shape=st.lists(NUMBERS, max_size=3) | NUMBERS, name=st.sampled_from(list(SHAPES)) | st.text(max_size=8))
+def test_any_shapes(tmp_path, shape, name):
+    raw = sound(tmp_path)
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["__metadata__"]["coterie.shapes"] = json.dumps({**SHAPES, name: shape})
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % 4096)
+    open_both_ways(tmp_path / "x.safetensors", len(text).to_bytes(8, "little") + text + raw[8 + length :])

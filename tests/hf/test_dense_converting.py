@@ -13,6 +13,7 @@ from gguf_models import write_qwen
 from packed_models import assert_same_bytes, logits
 from quantised_checkpoints import METHODS
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 import coterie
@@ -63,6 +64,26 @@ def test_a_tied_head(tmp_path):
     assert config["quantization_config"]["dense"] == "int8" and config["tie_word_embeddings"]
     rest = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
     assert "model.embed_tokens.weight" in rest and not any("_proj" in name for name in rest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "auto", "count"),
+    [
+        ("qwen3_vl_moe", AutoModelForImageTextToText, 17),
+        ("qwen3_5_moe", AutoModelForImageTextToText, 22),
+        ("qwen3_5_moe", AutoModelForCausalLM, 16),
+    ],
+)
+def test_multimodal_models(kind, auto, count, tmp_path):
+    """A vision tower is packed too, and left aside by a class that has none."""
+    tiny_models.make_vision(kind).save_pretrained(tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "out", dense="int8")
+    model = coterie.from_pretrained(tmp_path / "out", auto_class=auto)
+    expected = coterie.from_pretrained(tmp_path / "plain", auto_class=auto, dense="int8")
+    assert torch.equal(logits(model), logits(expected))
+    assert_same_linears(model, expected)
+    expected.save_pretrained(tmp_path / "saved")
+    assert len(list(packed_linears(coterie.from_pretrained(tmp_path / "saved", auto_class=auto)))) == count
 
 
 def test_errors_are_those_of_the_weights(tmp_path):

@@ -141,7 +141,7 @@ def test_linear_layers_of_another_model(packed, tmp_path):
     other = coterie.from_pretrained(tmp_path / "plain", experts="int8", dense="int4")
     other.save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "linears-00000.safetensors", packed)
-    with pytest.raises(CheckpointError, match=r"linears-00000.*k_proj.weight: packed from \[64, 64\], expected \[32"):
+    with pytest.raises(CheckpointError, match=r"linears-00000.*k_proj.weight': packed from \[64, 64\], expected \[32"):
         coterie.from_pretrained(packed)
 
 

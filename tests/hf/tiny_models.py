@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 COMMON = {
     "vocab_size": 96,
@@ -102,6 +102,28 @@ def make(family: str, dtype: torch.dtype = torch.bfloat16, **changes) -> PreTrai
             else:
                 parameter.normal_(std=1.0 if "embed" in name else 2.0 * max(parameter.shape[-2:]) ** -0.5)
     return model.to(dtype).eval()
+
+
+def make_vision(kind: str) -> PreTrainedModel:
+    """A multimodal model: qwen3_vl_moe or qwen3_5_moe."""
+    text = {**COMMON, "num_experts": 8, "moe_intermediate_size": 96, "head_dim": 16}
+    rope = {**ROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    if kind == "qwen3_5_moe":
+        text |= LINEAR_ATTENTION
+        rope |= {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}
+    sizes = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    patches = {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    config = AutoConfig.for_model(
+        kind,
+        text_config={**text, "rope_parameters": rope},
+        vision_config=sizes | patches,
+        image_token_id=5,
+        video_token_id=6,
+        vision_start_token_id=7,
+        vision_end_token_id=8,
+    )
+    torch.manual_seed(0)
+    return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
 
 
 def prompt(batch: int = 2, length: int = 12) -> torch.Tensor:

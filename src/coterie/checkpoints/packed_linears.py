@@ -93,7 +93,7 @@ def read_linears(file: TensorFile) -> PackedLinears:
     layout = PackedLinears(get.spec("coterie.linears"), _shapes(get))
     try:
         for name, (_, columns) in layout.shapes.items():
-            layout.spec.check_columns(name, columns)
+            layout.spec.check_columns(shown(name), columns)
     except ArgumentError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
     if len(file.entries) != len(layout.shapes):

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from coterie.checkpoints.packed_linears import LINEARS_FILE, LinearsFile, open_linears, write_linears
+from coterie.checkpoints.tensorfile import shown
 from coterie.errors import CheckpointError
 from coterie.formats import Format
 from coterie.hf.dense import attach, chosen_linears, pack_linears, packed_linears
@@ -80,13 +81,14 @@ def stored_linears(
         if parameter not in known:
             continue  # of a head, or of a part of the model, that this class has not
         file, name = stored[weight], parameter.removesuffix(".weight")
+        where = f"{file.file.path}, tensor {shown(weight)}"
         module = model.get_submodule(name) if converter is None and name != parameter else None
         expected = list(model.get_parameter(parameter).shape)
         if not hasattr(module, "in_features"):
-            raise CheckpointError(f"{file.file.path}, tensor {weight}: {parameter} is no linear layer of this model")
+            raise CheckpointError(f"{where}: {shown(parameter)} is no linear layer of this model")
         shape = list(file.layout.shapes[weight])
         if shape != expected:
-            raise CheckpointError(f"{file.file.path}, tensor {weight}: packed from {shape}, expected {expected}")
+            raise CheckpointError(f"{where}: packed from {shape}, expected {expected}")
         found[name] = weight, file
     return found
 

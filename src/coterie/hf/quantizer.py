@@ -120,7 +120,10 @@ class CoterieQuantizer(HfQuantizer):
         if any(self._moved) and self._device.type == "cpu":
             raise ArgumentError('gpu_experts needs a GPU for the rest of the model too: device="cuda"')
         if options.dense is not None and self._device.type != "cpu":
-            raise ArgumentError(f"dense={options.dense!r}: linear layers are packed on the CPU, found {self._device}")
+            raise ArgumentError(
+                f"dense={options.dense!r}: packed linear layers compute on the CPU alone, found device {self._device}: "
+                "use device='cpu', or a checkpoint whose linear layers are not packed, without dense"
+            )
         dense = None if options.dense is None else resolve(options.dense)
         self._linears = ModelLinears(model, dense, options.dense_skip, files if self.pre_quantized else [])
         needed = loaded_nbytes(
