@@ -10,8 +10,9 @@ from instruction_sets import ISAS
 
 import coterie
 from coterie import Linear
+from coterie.checkpoints import Codes
 from coterie.errors import ArgumentError
-from coterie.formats import FORMATS
+from coterie.formats import FORMATS, resolve
 
 SIZES = [(64, 128), (1, 128), (200, 256), (1000, 384)]
 ROWS = [1, 3, 7, 40, 300]
@@ -123,6 +124,32 @@ def test_compile():
     assert torch.equal(compiled(x), linear(x) + 1)
 
 
+def codes(rows: int, cols: int) -> Codes:
+    """Of int4 in groups of 32."""
+    random = torch.Generator().manual_seed(0)
+    scale = torch.rand(rows, cols // 32, generator=random).bfloat16() + 0.1
+    return Codes(
+        resolve("int4"), torch.randint(0, 16, (rows, cols), generator=random, dtype=torch.uint8), scale, None
+    )
+
+
+def test_codes_are_kept():
+    stored = codes(80, 96)
+    linear = Linear.empty(80, 96, format="int4")
+    assert linear.pack_codes(stored) == 0
+    expected = (stored.codes.float() - 8) * stored.scale.float().repeat_interleave(32, 1)
+    assert torch.equal(linear.dequantize(), expected)
+
+
+def test_a_weight_packed_later():
+    weight = inputs(48, 64)
+    linear = Linear.empty(48, 64, torch.ones(48), format="int8")
+    assert not linear.dequantize().any()
+    error = linear.pack_weight(weight)
+    assert error == pytest.approx(relative(linear.dequantize(), weight), rel=1e-4)
+    assert torch.equal(linear.packed, Linear.pack(weight, format="int8").packed)
+
+
 def test_threads(threads):
     linear, x = made("int4", 1000, 384), inputs(40, 384)
     found = []
@@ -140,6 +167,10 @@ def test_threads(threads):
         (lambda: Linear.pack(torch.zeros(3, 33), format="int4"), "not a multiple of group_size=32"),
         (lambda: Linear.pack(torch.full((3, 32), torch.nan)), "NaN or Inf"),
         (lambda: Linear.pack(torch.zeros(3, 32), format="int3"), "unknown format"),
+        (lambda: Linear.empty(3, 33, format="int4"), "not a multiple of group_size=32"),
+        (lambda: Linear.empty(3, 32).pack_weight(torch.zeros(3, 64)), r"weight: expected shape \[3, 32\]"),
+        (lambda: Linear.empty(80, 96).pack_codes(codes(80, 96)), "codes: expected int8, found int4 in groups of 32"),
+        (lambda: Linear.empty(80, 64, format="int4").pack_codes(codes(80, 96)), r"codes: expected shape \[80, 64\]"),
         (lambda: made("int8", 64, 128)(inputs(2, 64)), r"expected shape \[..., 128\], found \[2, 64\]"),
         (lambda: made("int8", 64, 128)(torch.zeros(2, 128, dtype=torch.int64)), "found torch.int64"),
         (lambda: made("int8", 64, 128)(torch.zeros(2, 128, device="meta")), "expected a CPU tensor"),

@@ -25,6 +25,7 @@ from .gpu.resident import Resident
 from .gpu.stream import unpacked
 from .layer import PROJECTIONS, Layer
 from .lora import ExpertLora
+from .packing import pack_codes
 
 REPACKED = (
     "some experts have codes that no format holds ({odd}): they are dequantised and packed anew as {format}, with a "
@@ -192,27 +193,10 @@ class Experts:
         Raises ArgumentError for wrong shapes and dtypes, for a part that is missing or that the format does not have,
         and for codes and scales that are NaN; the packed matrix is of no use then.
         """
-        label, spec, (rows, cols) = self._label(name, expert), self.spec, self.shape(name)
-        groups = -(-cols // spec.group_size) if spec.group_size else 0
+        label, shape = self._label(name, expert), self.shape(name)
         if isinstance(row_scale, (int, float)):
-            row_scale = torch.full((rows,), row_scale, dtype=torch.float32, device="cpu")
-        parts = (
-            ("codes", codes, spec.encoding.codes, (rows, cols)),
-            ("scale", scale, spec.encoding.scales if groups else None, (-(-rows // spec.encoding.tile_rows), groups)),
-            ("zero", zero, torch.uint8 if spec.zero_point else None, (rows, groups) if groups else (rows,)),
-            ("row_scale", row_scale, torch.float32 if spec.row_scales else None, (rows,)),
-        )
-        addresses = []
-        for part, tensor, dtype, shape in parts:
-            if tensor is not None and dtype is not None:
-                addresses.append(address(f"{label}, {part}", tensor, (dtype,), shape))
-            elif tensor is None and dtype is None:
-                addresses.append(0)
-            else:
-                has, found = dtype or "none", "none" if tensor is None else list(tensor.shape)
-                raise ArgumentError(f"{label}, {part}: {self.format} has {has}, found {found}")
-        if not _native.pack_codes(spec.layout(rows, cols), *addresses, self._address(name, expert)):
-            raise ArgumentError(f"{label}: a code or a scale is NaN, or out of {self.format}'s range")
+            row_scale = torch.full(shape[:1], row_scale, dtype=torch.float32, device="cpu")
+        pack_codes(label, self.spec, shape, self._address(name, expert), codes, scale, zero, row_scale)
 
     def pack_stored(self, name: str, expert: int, weight: Tensor | Codes, scale_search: bool = True) -> float:
         """Pack one matrix as a checkpoint stores it: codes of this very format as they are, others dequantised first.

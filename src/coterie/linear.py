@@ -10,9 +10,11 @@ from torch import Tensor
 from . import _native, handles, memory
 from .arithmetic import Arithmetic, check_activations
 from .border import BYTES, COMPUTED, DTYPES, F32, FLOATS, address, check_device, runs_now
+from .checkpoints.codes import Codes
 from .checkpoints.packed_linears import LinearsFile
 from .errors import ArgumentError
 from .formats import PANEL_ROWS, Format, resolve, round_up
+from .packing import pack_codes
 
 
 class Weight(Arithmetic, _native.Linear):
@@ -98,6 +100,20 @@ class Linear:
         if error < 0:
             raise ArgumentError(f"weight: NaN or Inf cannot be held in {self.spec.name}")
         return float(error)
+
+    def pack_codes(self, codes: Codes) -> float:
+        """Pack a weight that is quantised in this very format already, as it is.
+
+        Returns the relative error of what was packed: 0, or that of scales which the format rounds. Raises
+        ArgumentError for codes of another format or shape, or that are NaN.
+        """
+        if codes.spec != self.spec or not codes.held:
+            raise ArgumentError(f"codes: expected {self.spec.described}, found {codes.spec.described}")
+        kept, shape = codes.fitted(), (self.out_features, self.in_features)
+        pack_codes(
+            "weight", self.spec, shape, self.packed.data_ptr(), kept.codes, kept.scale, kept.zero, kept.row_scale
+        )
+        return kept.loss
 
     @classmethod
     def from_packed(cls, file: LinearsFile, name: str, bias: Tensor | None = None, *, mmap: bool = False) -> Linear:

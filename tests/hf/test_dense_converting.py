@@ -110,25 +110,50 @@ def test_gguf(tmp_path):
     assert_same_linears(model, expected)
 
 
-@pytest.mark.parametrize("method", ["fp8 by blocks", "compressed-tensors int4"])
-def test_quantised(tmp_path, method):
-    """What was quantised is dequantised, and packed."""
+def quantised(folder: Path, method: str) -> dict[str, torch.Tensor]:
+    """Writes a qwen3_moe whose experts and attention are quantised; what attention's weights stand for, by name."""
     make, quantization, _ = METHODS[method]
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 32}
-    tiny_models.make("qwen3_moe", **sizes).save_pretrained(tmp_path / "in")
+    tiny_models.make("qwen3_moe", **sizes).save_pretrained(folder)
+    random, dense = torch.Generator().manual_seed(0), {}
 
     def quantise(tensors):
-        random = torch.Generator().manual_seed(0)
         for name in [name for name in tensors if re.search(r"(experts\.\d+|self_attn)\.\w+_proj\.weight", name)]:
-            parts, _ = make(random, *tensors.pop(name).shape)
+            parts, dense[name] = make(random, *tensors.pop(name).shape)
             tensors |= {f"{name.removesuffix('.weight')}.{part}": value.clone() for part, value in parts.items()}
 
-    config = json.loads((broken(tmp_path / "in", quantise) / "config.json").read_text())
-    (tmp_path / "in" / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    convert(tmp_path / "in", tmp_path / "out", dense="int8")
-    model, expected = coterie.from_pretrained(tmp_path / "out"), coterie.from_pretrained(tmp_path / "in", dense="int8")
+    config = json.loads((broken(folder, quantise) / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    return {name: weight for name, weight in dense.items() if "self_attn" in name}
+
+
+KEPT = {
+    "fp8 by blocks": "fp8_block",
+    "compressed-tensors fp8 by rows": "fp8_channel",
+    "compressed-tensors int4": "int4",
+    "compressed-tensors mxfp4": "mxfp4",
+    "ModelOpt nvfp4": "nvfp4",
+}
+
+
+@pytest.mark.parametrize("method", KEPT)
+@pytest.mark.parametrize("kept", [True, False])
+def test_quantised(tmp_path, method, kept):
+    """What is quantised in the format asked for keeps its codes; what is in another is dequantised, and packed."""
+    dense = quantised(tmp_path / "in", method)
+    asked = KEPT[method] if kept else "q8_0"
+    report = convert(tmp_path / "in", tmp_path / "out", dense=asked)
+    model, expected = coterie.from_pretrained(tmp_path / "out"), coterie.from_pretrained(tmp_path / "in", dense=asked)
     assert torch.equal(logits(model), logits(expected))
     assert_same_linears(model, expected)
+    linears = dict(packed_linears(model))
+    for name, weight in dense.items():
+        found = linears[name.removesuffix(".weight")].dequantize()
+        if kept:
+            torch.testing.assert_close(found, weight, rtol=1e-6, atol=0)
+        else:
+            assert 0 < ((found - weight).norm() / weight.norm()).item() < 0.01
+    assert report.linear_errors.count == len(linears) == len(dense) + 1  # and the head, which is plain
 
 
 def test_resumed(tmp_path):

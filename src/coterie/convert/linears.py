@@ -44,7 +44,8 @@ class Dense:
 
 
 class LinearPacking:
-    """Linear layers of a checkpoint, {name when packed: tensor}, packed as `spec` one at a time, and what that cost."""
+    """Linear layers of a checkpoint, {name when packed: tensor}, packed as `spec` one at a time, and what that cost.
+    Those that are quantised as `spec` already keep their codes."""
 
     def __init__(self, folder: Folder, spec: Format, weights: Mapping[str, Written]):
         for name, weight in weights.items():
@@ -61,10 +62,14 @@ class LinearPacking:
 
     def _pack(self, name: str) -> Tensor:
         linear = Linear.empty(*self.layout.shapes[name], format=self.layout.spec)
+        weight = self._weights[name]
+        codes = weight.codes(self._folder, self.layout.spec)
         try:
-            error = linear.pack_weight(self._weights[name].tensor(self._folder))
+            error = linear.pack_codes(codes) if codes else linear.pack_weight(weight.tensor(self._folder))
         except ArgumentError as problem:
             raise CheckpointError(f"{name}: {problem}; --dense-skip leaves layers out") from problem
+        if codes:
+            weight.release(self._folder)
         self.errors.add(name, error)
         return linear.packed
 

@@ -17,6 +17,7 @@ from coterie.checkpoints.scheme import Scheme
 from coterie.checkpoints.schemes import QUANTISED_STACKS, choose
 from coterie.checkpoints.tensorfile import DTYPES, PLAIN_DTYPES, shown
 from coterie.errors import CheckpointError
+from coterie.formats import Format
 
 CHUNK = 16 << 20
 # Beside a quantised weight; a bias stays, and what scales a cache or a result says nothing of weights.
@@ -59,6 +60,18 @@ class Written:
             data[start : start + len(chunk)] = chunk
             start += len(chunk)
         return data.view(dtype).view(self.shape)
+
+    def codes(self, folder: Folder, spec: Format) -> Codes | None:
+        """A weight that is quantised as `spec` already, so that this format holds it as it is; None for others."""
+        if self.scheme is None or self.stacked:
+            return None
+        found = self.scheme.read(folder, self.source.removesuffix(self.scheme.codes.suffix))
+        return found if isinstance(found, Codes) and found.spec == spec and found.held else None
+
+    def release(self, folder: Folder) -> None:
+        """Lets go of the memory that reading its codes took."""
+        for name in self.names(folder):
+            folder.release(name)
 
     def chunks(self, folder: Folder) -> Iterator[Tensor]:
         """Its bytes, uint8, piece by piece; memory that reading took is let go."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from coterie.checkpoints.codes import Codes
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import Format
 from coterie.hf.layout import is_experts
@@ -90,12 +91,19 @@ def chosen_linears(model: PreTrainedModel, spec: Format, skip: Sequence[str] = (
     return chosen
 
 
-def pack_linears(model: PreTrainedModel, names: Sequence[str], spec: Format) -> None:
-    """Packs linear layers of a model as `spec`. Raises CheckpointError for a weight that it cannot hold."""
+def pack_linears(
+    model: PreTrainedModel, names: Sequence[str], spec: Format, codes: Callable[[str], Codes | None]
+) -> None:
+    """Packs linear layers of a model as `spec`; `codes` gives those of a layer that is quantised so already.
+
+    Raises CheckpointError for a weight that the format cannot hold.
+    """
     for name in logging.tqdm(names, desc=f"Packing linear layers as {spec.described}"):
         module = model.get_submodule(name)
         try:
-            packed = Linear.pack(module.weight, module.bias, format=spec)
+            packed = Linear.empty(module.out_features, module.in_features, module.bias, format=spec)
+            stored = codes(name)
+            packed.pack_codes(stored) if stored else packed.pack_weight(module.weight)
         except ArgumentError as error:
             raise CheckpointError(f"{name}: {error}; dense_skip leaves layers out") from error
         attach(module, packed)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.packed_linears import LINEARS_FILE, LinearsFile, open_linears, write_linears
 from coterie.checkpoints.tensorfile import shown
 from coterie.errors import CheckpointError
@@ -42,8 +43,8 @@ class ModelLinears:
                 hide_parameters(module, {"weight"})
                 module.weight._is_hf_initialized = True
 
-    def load(self, mmap: bool) -> None:
-        """Opens the layers that are packed, packs those that are to be."""
+    def load(self, mmap: bool, codes: Callable[[str], Codes | None]) -> None:
+        """Opens the layers that are packed, packs those that are to be: see `pack_linears` for `codes`."""
         if self.spec is None:
             return
         for name, (weight, file) in self.packed.items():
@@ -51,7 +52,7 @@ class ModelLinears:
             attach(module, Linear.from_packed(file, weight, module.bias, mmap=mmap))
             remove_hooks(module)
         if self.left:
-            pack_linears(self._model, self.left, self.spec)
+            pack_linears(self._model, self.left, self.spec, codes)
 
     def saved_nbytes(self, mmap: bool) -> int:
         """Bytes of RAM that packed layers take less than in the model's dtype; mapped ones take none."""

@@ -52,14 +52,15 @@ class Quantised:
         except ArgumentError as error:
             raise CheckpointError(f"{name}: {error}") from error
 
-    def load_rest(self, model: PreTrainedModel, conversions: list[WeightTransform]) -> list[nn.Module]:
+    def load_rest(self, model: PreTrainedModel, conversions: list[WeightTransform]) -> dict[str, Written]:
         """Puts the dequantised weights into `model`, which is without weights yet, and out of its state dict, so that
-        Transformers looks for the others alone. Returns the modules that they are in.
+        Transformers looks for the others alone. Returns them by parameter.
 
         Raises UnsupportedModelError for a weight that Transformers would join with others, CheckpointError for one of
         another shape than the model's.
         """
-        weights, known, modules = {weight.name: weight for weight in self.rest}, model.state_dict().keys(), []
+        weights, known = {weight.name: weight for weight in self.rest}, model.state_dict().keys()
+        loaded: dict[str, Written] = {}
         for tensor, parameter, converter, _ in parameters_in(model, copy.deepcopy(conversions), weights, known):
             if parameter not in known:
                 continue  # of a draft layer, or of a head that this class has not
@@ -83,8 +84,8 @@ class Quantised:
             suffixes = "|".join(map(re.escape, weight.scheme.known if weight.scheme else ()))
             beside = rf"(^|\.){re.escape(name.partition('.')[2] or name)}({suffixes})$"
             model._keys_to_ignore_on_load_unexpected |= {beside}
-            modules.append(module)
-        return modules
+            loaded[parameter] = weight
+        return loaded
 
 
 def open_quantised(path: Path, layouts: dict[str, Layout]) -> Quantised | None:

@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from coterie import cpu, memory
+from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.folder import PACKED_INDEX
 from coterie.checkpoints.packed import UNFINISHED, layer_file, read_layout
 from coterie.checkpoints.packed_read import open_layer
@@ -161,7 +162,7 @@ class CoterieQuantizer(HfQuantizer):
                 experts.move(self._device, moved)
             attach(module, experts, layout)
             remove_hooks(module)
-        self._linears.load(self.quantization_config.mmap)
+        self._linears.load(self.quantization_config.mmap, self._codes)
         become_packed(model)
         logger.info("%s: %s", type(model).__name__, model.extra_repr())
         if self._device.type == "cpu":
@@ -174,8 +175,8 @@ class CoterieQuantizer(HfQuantizer):
         if not self.pre_quantized and self._quantised is None:
             del self._sources, self._files
         elif not self.pre_quantized:
-            for module in self._hidden:
-                remove_hooks(module)
+            for parameter in self._hidden:
+                remove_hooks(model.get_submodule(parameter.rpartition(".")[0]))
             del self._quantised, self._hidden
 
     def _check_format(self, name: str, layout: Layout) -> None:
@@ -203,6 +204,11 @@ class CoterieQuantizer(HfQuantizer):
         if self._quantised is not None:
             return self._quantised.experts(name, config.spec, config.scale_search)
         return self._pack(name, layout)
+
+    def _codes(self, name: str) -> Codes | None:
+        """The codes of a linear layer that is quantised already in the format asked for."""
+        weight = None if self.pre_quantized or self._quantised is None else self._hidden.get(f"{name}.weight")
+        return weight and weight.codes(self._quantised.folder, resolve(self.quantization_config.dense))
 
     def _pack(self, name: str, layout: Layout) -> Experts:
         config = self.quantization_config
