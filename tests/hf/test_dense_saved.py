@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import coterie
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.hf.dense import PackedLinear, packed_linears
+from coterie.hf.weight import PackedWeight
 
 FAMILIES = ["qwen2_moe", "qwen3_next", "deepseek_v3", "mixtral", "gpt_oss", "hunyuan_v1_moe"]
 
@@ -104,6 +105,23 @@ def test_by_transformers(packed):
 def test_a_class_with_another_head(packed):
     model = coterie.from_pretrained(packed, num_labels=3, auto_class=AutoModelForSequenceClassification)
     assert len(list(packed_linears(model))) == 8 and type(model.score) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mmap", [False, True])
+def test_the_memory_that_is_asked_for(tied, mmap, tmp_path, monkeypatch):
+    """That of the model, up to the ends of pages; of a mapped one, that of what is not packed."""
+    tiny_models.make("qwen3_moe", tie_word_embeddings=tied).save_pretrained(tmp_path / "plain")
+    coterie.from_pretrained(tmp_path / "plain", dense="int8").save_pretrained(tmp_path / "packed")
+    asked = []
+    monkeypatch.setattr("coterie.memory.require", lambda needed, what: asked.append(needed))
+    model = coterie.from_pretrained(tmp_path / "packed", mmap=mmap)
+    if mmap:
+        expected = sum(p.nbytes for p in model.parameters() if not isinstance(p, PackedWeight))
+        assert asked[0] == expected
+    else:
+        expected = model.get_memory_footprint(return_buffers=False)
+        assert expected <= asked[0] < expected + 4096 * len(list(packed_linears(model)))
 
 
 # --- what is asked of a packed checkpoint ---

@@ -74,6 +74,8 @@ def cpu(
 
     Of a GGUF file experts keep their codes where a format holds them; Transformers reads the rest, into memory.
 
+    With --dense, linear layers outside the experts are packed too: attention, shared experts, the head.
+
     Reads one expert at a time, so it needs little memory. An interrupted conversion never looks finished, and keeps
     the layers that are: the same command with --resume goes on.
     """

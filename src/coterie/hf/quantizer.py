@@ -241,8 +241,10 @@ class CoterieQuantizer(HfQuantizer):
         for name, _ in list(packed_modules(model)):
             unpack(model.get_submodule(name), dtype, model.device)
         for name, _ in list(packed_linears(model)):
-            detach(model.get_submodule(name), dtype)
-        model.tie_weights()
+            module, shared = model.get_submodule(name), model.all_tied_weights_keys.get(f"{name}.weight")
+            detach(module, dtype)
+            if shared is not None:
+                module.weight = model.get_parameter(shared)
         model.set_experts_implementation(model.get_correct_experts_implementation(None))
         return model
 
