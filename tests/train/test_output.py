@@ -59,11 +59,13 @@ def test_other_files_are_no_run(tmp_path, configure):
 
 
 def test_a_model_in_the_folder_is_a_runs_only_if_it_was_saved_by_one(output):
-    for name in ("config.json", "model-00001-of-00001.safetensors", "experts-00000.safetensors"):
+    packed = {"experts-00000.safetensors", "linears-00000.safetensors", "coterie.safetensors.index.json"}
+    model = {"config.json", "model-00001-of-00001.safetensors", *packed}
+    for name in model:
         (output / name).touch()
-    assert not {"config.json", "experts-00000.safetensors"} & {path.name for path in left_behind(output)}
+    assert not model & {path.name for path in left_behind(output)}
     (output / "adapter_config.json").unlink()
-    assert {"config.json", "experts-00000.safetensors"} <= {path.name for path in left_behind(output)}
+    assert model <= {path.name for path in left_behind(output)}
 
 
 def test_going_on_from_an_earlier_checkpoint(output, configure, monkeypatch):

@@ -18,7 +18,9 @@ CURVE = "loss.png"
 ARGUMENTS = "training_args.bin"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 ADAPTER = re.compile(r"adapter_config\.json|adapter_model.*\.(safetensors|bin)")
-MODEL = re.compile(r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|experts-\d+\.safetensors")
+MODEL = re.compile(
+    r"(generation_)?config\.json|(model.*|coterie)\.safetensors(\.index\.json)?|(experts|linears)-\d+\.safetensors"
+)
 # Any of these says that there was a run; so they are removed last.
 MARKS = re.compile(rf"{CHECKPOINT.pattern}|adapter_config\.json|{re.escape(ARGUMENTS)}|{re.escape(METRICS)}")
 OTHERS = (CURVE, TRACE, SNAPSHOT)
