@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import coterie
 from coterie import tiny
 from coterie.errors import ArgumentError, CheckpointError
-from coterie.hf.dense import PackedLinear, packed_linears
+from coterie.hf.dense import PackedLinear, linear_names, packed_linears
 from coterie.hf.weight import PackedWeight
 
 IDS = torch.arange(5, 37)[None]
@@ -134,6 +134,16 @@ def test_families(family, tmp_path, float32_products):
     plain = coterie.from_pretrained(tmp_path, experts="bf16", dtype=torch.float32)
     assert relative(logits(model, tiny_models.prompt()), logits(plain, tiny_models.prompt())) < 1e-4
     assert any(name == "lm_head" for name, _ in packed_linears(model))
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_routers_stay(family):
+    """Whatever has as many outputs as there are experts, or one; shared experts do not stay."""
+    model = tiny_models.make(family)
+    packed = {name: model.get_submodule(name).out_features for name in linear_names(model)}
+    assert not any(size in (1, 8) for name, size in packed.items() if "linear_attn" not in name)
+    shared = {name for name, part in model.named_modules() if "shared" in name and type(part) is nn.Linear}
+    assert shared - packed.keys() <= {name for name in shared if name.endswith("shared_expert_gate")}
 
 
 def test_dequantize():

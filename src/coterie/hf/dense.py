@@ -110,15 +110,18 @@ def pack_linears(
 
 
 def linear_names(model: PreTrainedModel) -> Iterator[str]:
-    """The linear layers that can be packed: not routers, which stand beside the experts they choose."""
-    beside_experts = {
-        child
-        for module in model.modules()
-        if any(is_experts(child) for child in module.children())
-        for child in module.children()
-    }
+    """The linear layers that can be packed: not routers, which stand beside the experts they choose.
+
+    A router is one linear layer, or has one inside; a shared expert, which stands there too, has several.
+    """
+    routers = set[nn.Module]()
+    for module in model.modules():
+        if any(is_experts(child) for child in module.children()):
+            for child in module.children():
+                inside = [part for part in child.modules() if type(part) is nn.Linear]
+                routers.update(inside if len(inside) == 1 else ())
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and module not in beside_experts:
+        if type(module) is nn.Linear and module not in routers:
             yield name
 
 
