@@ -13,10 +13,12 @@ namespace {
 // Positions of one item of work: with their queries' scores they stay in L2.
 constexpr int64_t kPositions = 256;
 
-// The parts of a head's sum, each over its own largest score, as one.
-void join(const float* largest, const float* total, const float* sums, int64_t parts, int64_t stride, int64_t sum_stride, int64_t width, float* to) {
-  float most = -kNoScore, all = 0.0f;
+// The parts of a head's sum, each over its own largest score, as one. `sink`: its score, or null.
+void join(const float* largest, const float* total, const float* sums, const float* sink, int64_t parts, int64_t stride, int64_t sum_stride, int64_t width,
+          float* to) {
+  float most = sink ? *sink : -kNoScore;
   for (int64_t p = 0; p < parts; p++) most = std::max(most, largest[p * stride]);
+  float all = sink ? std::exp(*sink - most) : 0.0f;
   std::fill(to, to + width, 0.0f);
   for (int64_t p = 0; p < parts; p++) {
     const float share = std::exp(largest[p * stride] - most);
@@ -63,7 +65,7 @@ void attend(const Kernels& kernels, const Attention& a, void* out) {
   const int64_t row_bytes = a.value_dim * (a.dtype == DType::f32 ? 4 : 2);
   for (int64_t h = 0; h < heads; h++) {
     const float* largest = partial + heads * a.value_dim + h;
-    join(largest, largest + heads, partial + h * a.value_dim, parts, part_floats, part_floats, a.value_dim, scratch);
+    join(largest, largest + heads, partial + h * a.value_dim, a.sinks ? a.sinks + h % (a.kv_heads * a.group) : nullptr, parts, part_floats, part_floats, a.value_dim, scratch);
     kernels.store(scratch, a.value_dim, static_cast<uint8_t*>(out) + h * row_bytes, a.dtype);
   }
 }

@@ -18,6 +18,7 @@ struct Attention {
   const uint8_t* mask;                            // [sequences][positions], 0: not looked at; null: all are
   int64_t mask_stride;
   float scale;
+  const float* sinks;                             // [query heads], scores of nothing, which take part in the softmax; null: none
 };
 
 // `out` [sequences][query heads][value_dim], of the inputs' type. The same bits for any number of threads.

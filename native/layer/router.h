@@ -1,4 +1,4 @@
-// Which experts a few tokens go to: softmax of x W^T, the k largest, for the rows of a plain matrix.
+// Which experts a few tokens go to: softmax of x W^T + bias, the k largest, for the rows of a plain matrix.
 #pragma once
 #include "isa/kernels.h"
 
@@ -6,6 +6,7 @@ namespace coterie {
 
 struct Router {
   const uint8_t* weight;  // [experts, cols], contiguous, of the type of x
+  const float* bias;      // [experts], or null
   int64_t experts, cols;  // columns: a multiple of 16
   int64_t top_k;
   bool normalised;        // the weights of the k add up to 1

@@ -132,12 +132,16 @@ def _rounded(x: Tensor, spec: Format) -> Tensor:
     return x.round().clamp(*((1, 255) if spec.encoding.bits == 8 else (0, 15)))
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None = None
+) -> Tensor:
     """softmax(scale * q K^T) V of one token of each sequence, in float64: query [B,Q,1,D], keys [B,G,S,D],
-    values [B,G,S,V], mask bool [B or 1,1,1,S], False: not looked at -> [B,Q,1,V]."""
+    values [B,G,S,V], mask bool [B or 1,1,1,S], False: not looked at, sinks [Q], scores of nothing -> [B,Q,1,V]."""
     group = query.shape[1] // keys.shape[1]
     keys, values = (t.double().repeat_interleave(group, 1) for t in (keys, values))
     scores = scale * query.double() @ keys.transpose(2, 3)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1) @ values
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double().view(1, -1, 1, 1).expand(len(scores), -1, -1, -1)], -1)
+    return scores.softmax(-1)[..., : keys.shape[2]] @ values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_models
 import torch
 
 import coterie
@@ -55,6 +56,32 @@ def test_generated_tokens_are_those_of_sdpa(float32_products):
     assert torch.equal(found, model.generate(PROMPTS, **options, num_beams=1, use_cache=False))
     model.set_attn_implementation("sdpa")
     assert torch.equal(found, model.generate(PROMPTS, **options))
+
+
+def test_a_model_with_sinks_of_its_own(checkpoint, calls, float32_products):
+    model = coterie.from_pretrained(checkpoint("gpt_oss"), experts="bf16", dtype=torch.float32)
+    assert model.config._attn_implementation == attention.NAME_EAGER
+    prompt = tiny_models.prompt()
+    calls.clear()  # it was tried
+    options = {"max_new_tokens": 8, "do_sample": False}
+    found = model.generate(prompt, **options)
+    assert calls and all(out is not None for out in calls)
+    attention.attend_as_before(model)
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(found, model.generate(prompt, **options))
+
+
+def test_attention_that_is_something_else_is_left_alone(checkpoint, monkeypatch):
+    from transformers.models.gpt_oss import modeling_gpt_oss
+
+    plain = modeling_gpt_oss.eager_attention_forward
+
+    def capped(module, query, *arguments, **options):
+        return plain(module, query.tanh(), *arguments, **options)
+
+    monkeypatch.setattr(modeling_gpt_oss, "eager_attention_forward", capped)
+    model = coterie.from_pretrained(checkpoint("gpt_oss"), experts="bf16")
+    assert model.config._attn_implementation == "eager"
 
 
 def test_gradients_go_through_sdpa(calls):

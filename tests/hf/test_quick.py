@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssTopKRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeTopKRouter
@@ -34,6 +34,8 @@ def both(make, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     weight = torch.randn(plain.weight.shape, generator=torch.Generator().manual_seed(1)) * 0.3
     for module in (plain, quick):
         module.weight.data.copy_(weight)
+        if getattr(module, "bias", None) is not None:
+            module.bias.data.copy_(weight[:, 0])
     quicken(quick)
     return plain, quick
 
@@ -63,6 +65,7 @@ def test_norms(kind, epsilon, dtype, isa):
         (Qwen3MoeTopKRouter, {}),
         (OlmoeTopKRouter, {"norm_topk_prob": False}),
         (MixtralTopKRouter, {}),
+        (GptOssTopKRouter, {}),
     ],
 )
 def test_routers(kind, changed, dtype, each_isa):

@@ -52,6 +52,18 @@ def test_beside_plain_torch(shape, dtype, each_isa):
             assert relative(found.float(), out.transpose(1, 2)) < ERROR[dtype], isa
 
 
+@pytest.mark.parametrize("dtype", ERROR)
+def test_sinks_and_masks_that_are_added(dtype, isa):
+    query, keys, values = tensors((2, 12, 2, 300, 64, 48), dtype)
+    sinks = torch.randn(12, generator=torch.Generator().manual_seed(2)).to(dtype) * 3
+    mask = masks(2, 300)[1]
+    added = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    expected = reference.attend(query, keys, values, mask, 0.3, sinks).transpose(1, 2)
+    for sink in (sinks, torch.nn.Parameter(sinks)):
+        assert relative(_native.attend(query, keys, values, added, 0.3, sink).float(), expected) < ERROR[dtype]
+        assert relative(_native.attend(query, keys, values, mask, 0.3, sink).float(), expected) < ERROR[dtype]
+
+
 def test_scores_that_are_far_apart(isa):
     query, keys, values = tensors((1, 4, 1, 600, 64, 64), torch.float32)
     query *= 1000.0
@@ -89,7 +101,8 @@ def test_what_it_does_not_take_is_left_to_torch():
         (query, keys, values[..., ::2], None),
         (query.expand(1, 4, 2, 64), keys, values, None),
         (query, keys, values[:, :, :31], None),
-        (query, keys, values, mask.float()),
+        (query, keys, values, mask.float()),  # ones: a bias
+        (query, keys, values, mask.long()),
         (query, keys, values, mask[..., :31]),
         (query, keys, values, mask.expand(1, 4, 1, 32)),
         (query[0], keys, values, None),

@@ -1,22 +1,27 @@
-"""The attention implementation "coterie" of Transformers' attention interface: SDPA, and for one token of each sequence
-to what is cached, on the CPU, the engine's own, which reads keys and values that query heads share once."""
+"""The attention implementations "coterie" and "coterie_eager" of Transformers' attention interface: one token of each
+sequence attends to what is cached by the engine, on the CPU, which reads keys and values that query heads share once.
+All else is SDPA's, or, for models that it does not serve, their own."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from coterie import _native
 from coterie.border import runs_now
 
-NAME = "coterie"
-SDPA = "sdpa"
-CHANGES = ("softcap", "position_bias", "s_aux")  # options that change what attention is
+NAME, NAME_EAGER = "coterie", "coterie_eager"
+SDPA, EAGER = "sdpa", "eager"
+SINKS = "s_aux"
+CHANGES = ("softcap", "position_bias")  # options that change what attention is
+TOLERANCE = 2**-6
 
 
 def attention_forward(
@@ -28,22 +33,95 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """query [B, heads, T, D], key and value [B, shared heads, S, D or V] -> [B, T, heads, V]; see the interface."""
-    plain = dropout == 0.0 and all(kwargs.get(option) is None for option in CHANGES)
-    if plain and query.shape[2] == 1 and query.is_cpu and not torch.is_grad_enabled() and runs_now():
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = _native.attend(query, key, value, attention_mask, scale)
-        if out is not None:
-            return out, None
+    out = _attend(query, key, value, attention_mask, dropout, scaling, kwargs)
+    if out is not None:
+        return out, None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
 
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The same for models with attention of their own; `attention_mask` is added to the scores."""
+    out = _attend(query, key, value, attention_mask, dropout, scaling, kwargs)
+    if out is not None:
+        return out, None
+    return _eager_of(module)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    options: dict[str, Any],
+) -> Tensor | None:
+    """What the engine gives; None for what it does not take."""
+    if query.shape[2] != 1 or dropout or not query.is_cpu or torch.is_grad_enabled() or not runs_now():
+        return None
+    if any(options.get(option) is not None for option in CHANGES):
+        return None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _native.attend(query, key, value, mask, scale, options.get(SINKS))
+
+
 def attend_here(model: PreTrainedModel) -> None:
-    """Has a model that uses SDPA attend by the engine."""
-    if model.config._attn_implementation == SDPA:
+    """Has a model that uses SDPA, or that SDPA does not serve, attend by the engine."""
+    implementation = model.config._attn_implementation
+    if implementation == SDPA:
         model.set_attn_implementation(NAME)
+    elif implementation == EAGER and not model._supports_sdpa:
+        modules = [module for module in model.modules() if hasattr(module, "num_key_value_groups")]
+        if modules and all(map(_is_known, modules)):
+            model.set_attn_implementation(NAME_EAGER)
+
+
+def attend_as_before(model: PreTrainedModel) -> None:
+    """Takes `attend_here` back."""
+    before = {NAME: SDPA, NAME_EAGER: EAGER}.get(model.config._attn_implementation)
+    if before is not None:
+        model.set_attn_implementation(before)
+
+
+def _eager_of(module: nn.Module) -> Callable:
+    """The function of the file that defines a module, which Transformers calls for "eager"."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a module's own attention, tried with random numbers, is what the engine computes."""
+    eager, sinks, width = _eager_of(module), getattr(module, "sinks", None), getattr(module, "head_dim", 0)
+    if eager is None or not width:
+        return False
+    heads = 2 * module.num_key_value_groups if sinks is None else len(sinks)
+    random = torch.Generator().manual_seed(0)
+    dtype = next(module.parameters()).dtype
+    query = torch.randn(1, heads, 1, width, generator=random).to(dtype)
+    key, value = torch.randn(2, 1, heads // module.num_key_value_groups, 5, width, generator=random).to(dtype)
+    mask = torch.tensor([0.0, torch.finfo(dtype).min, 0.0, 0.0, 0.0], dtype=dtype).view(1, 1, 1, 5)
+    try:
+        with torch.no_grad():
+            expected = eager(module, query, key, value, mask, scaling=0.5, dropout=0.0, **{SINKS: sinks})[0]
+            found = _native.attend(query, key, value, mask, 0.5, sinks)
+    except Exception:
+        return False
+    if found is None or found.shape != expected.shape:
+        return False
+    return ((found - expected).abs().max() < TOLERANCE * expected.abs().max()).item()
 
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(NAME_EAGER, eager_attention_forward)
+AttentionMaskInterface.register(NAME_EAGER, eager_mask)

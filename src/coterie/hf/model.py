@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from coterie.checkpoints.folderwriter import replaced_folder
 from coterie.checkpoints.packed_write import write_layer
 from coterie.errors import ArgumentError
-from coterie.hf import attention
+from coterie.hf.attention import attend_as_before
 from coterie.hf.dense import packed_linears
 from coterie.hf.linears import save_linears
 from coterie.hf.modules import number_layers, packed_modules
@@ -62,8 +62,7 @@ class PackedModel:
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers has it, which knows its own kinds of attention only."""
-        if self.config._attn_implementation == attention.NAME:
-            self.set_attn_implementation(attention.SDPA)
+        attend_as_before(self)
         return super().init_continuous_batching(*args, **kwargs)
 
     def half(self) -> PreTrainedModel:

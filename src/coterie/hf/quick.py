@@ -28,10 +28,10 @@ def quicken(model: nn.Module) -> None:
     for module in list(model.modules()):
         parameters = dict(module.named_parameters(recurse=False))
         weight = parameters.pop("weight", None)
-        if weight is None or parameters or any(module.children()) or weight.dtype not in TOLERANCE:
+        if weight is None or parameters.keys() - {"bias"} or any(module.children()) or weight.dtype not in TOLERANCE:
             continue
         for find in (norm_options, router_options):
-            key = (find, type(module), weight.shape, weight.dtype, *sorted(_settings(module).items()))
+            key = (find, type(module), weight.shape, weight.dtype, *parameters, *sorted(_settings(module).items()))
             if key not in known:
                 known[key] = find(module)
             if known[key] is not None:
@@ -80,7 +80,8 @@ class QuickRouter(nn.Module):
         """x [..., H] -> logits [T, E], weights [T, K], experts [T, K]."""
         if _is_few(x, args, kwargs):
             top_k, normalised, dtype = self.quick
-            found = _native.route(x.reshape(-1, x.shape[-1]), self.weight, top_k, normalised)
+            rows, bias = x.reshape(-1, x.shape[-1]), getattr(self, "bias", None)
+            found = _native.route(rows, self.weight, bias, top_k, normalised)
             if found is not None:
                 logits, weights, experts = found
                 return logits, weights.to(dtype), experts
@@ -90,7 +91,7 @@ class QuickRouter(nn.Module):
 def norm_options(module: nn.Module) -> tuple[float, bool, bool] | None:
     """`QuickNorm.quick` of a module that is an RMSNorm; None for any other."""
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if module.weight.dim() != 1 or not isinstance(epsilon, float):
+    if module.weight.dim() != 1 or not isinstance(epsilon, float) or getattr(module, "bias", None) is not None:
         return None
     weight, x = _tried(module)
     x *= torch.logspace(-4, 1, ROWS)[:, None].to(x.dtype)  # small ones show epsilon
@@ -112,7 +113,8 @@ def router_options(module: nn.Module) -> tuple[int, bool, torch.dtype] | None:
     if module.weight.dim() != 2 or not isinstance(top_k, int) or not 0 < top_k <= len(module.weight):
         return None
     weight, x = _tried(module)
-    answer = _answer(module, weight, x)
+    bias = None if getattr(module, "bias", None) is None else weight[:, 0].contiguous()
+    answer = _answer(module, weight, x, bias)
     shapes = [(ROWS, len(weight)), (ROWS, top_k), (ROWS, top_k)]
     if not isinstance(answer, tuple) or [getattr(t, "shape", None) for t in answer] != shapes:
         return None
@@ -120,7 +122,7 @@ def router_options(module: nn.Module) -> tuple[int, bool, torch.dtype] | None:
     if experts.dtype != torch.int64 or logits.dtype != x.dtype:
         return None
     for normalised in (True, False):
-        found = _native.route(x, weight, top_k, normalised)
+        found = _native.route(x, weight, bias, top_k, normalised)
         if found is None:
             return None
         # Of equal logits either may be taken.
@@ -139,11 +141,12 @@ def _tried(module: nn.Module) -> tuple[Tensor, Tensor]:
     return torch.randn(shape, generator=random).mul(0.1).to(dtype), x.to(dtype)
 
 
-def _answer(module: nn.Module, weight: Tensor, x: Tensor) -> Any:
+def _answer(module: nn.Module, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Any:
     """What the module's own code makes of x; None where it wants something else."""
+    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     try:
         with torch.no_grad():
-            return functional_call(module, {"weight": weight}, (x,))
+            return functional_call(module, parameters, (x,))
     except Exception:
         return None
 
