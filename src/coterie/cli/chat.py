@@ -29,6 +29,9 @@ def chat(
     experts: Annotated[
         str | None, typer.Option(help="Format to pack experts into. [default: int4, or the checkpoint's own]")
     ] = None,
+    dense: Annotated[
+        str, typer.Option(help="Format to pack all other linear layers into, none, or auto: int8 on a CPU.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="Where all but the experts goes: cpu, cuda.")] = "cpu",
     mmap: Annotated[bool, typer.Option("--mmap", help="Use a packed checkpoint's experts where they lie.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 2048,
@@ -56,7 +59,7 @@ def chat(
         from transformers import logging
 
         from coterie.serve.conversation import Conversation
-        from coterie.serve.opening import open_model
+        from coterie.serve.opening import dense_format, open_model
         from coterie.serve.sampling import settings
 
     logging.set_verbosity_error()
@@ -64,7 +67,8 @@ def chat(
     name = None if adapter is None else "default"
     adapters = {} if adapter is None else {"default": adapter}
     with errors.status(f"loading {model}"):
-        opened, tokenizers = open_model(model, adapters, experts=experts, device=device, mmap=mmap)
+        packed = dense_format(model, dense, device)
+        opened, tokenizers = open_model(model, adapters, experts=experts, dense=packed, device=device, mmap=mmap)
     chosen = settings(
         opened.generation_config,
         max_new_tokens=max_tokens,

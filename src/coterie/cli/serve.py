@@ -24,6 +24,9 @@ def serve(
     experts: Annotated[
         str | None, typer.Option(help="Format to pack experts into. [default: int4, or the checkpoint's own]")
     ] = None,
+    dense: Annotated[
+        str, typer.Option(help="Format to pack all other linear layers into, none, or auto: int8 on a CPU.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="Where all but the experts goes: cpu, cuda.")] = "cpu",
     mmap: Annotated[bool, typer.Option("--mmap", help="Use a packed checkpoint's experts where they lie.")] = False,
     batch_tokens: Annotated[
@@ -56,7 +59,7 @@ def serve(
     with errors.status("importing torch and transformers"):
         from transformers import __version__, logging
 
-        from coterie.serve.opening import context_length, open_model
+        from coterie.serve.opening import context_length, dense_format, open_model
 
         try:
             from coterie.serve.server import Server, bind, run
@@ -68,7 +71,8 @@ def serve(
     logging.disable_progress_bar()
     with bind(host, port) as bound:
         with errors.status(f"loading {model}"):
-            opened, tokenizers = open_model(model, adapters, experts=experts, device=device, mmap=mmap)
+            packed = dense_format(model, dense, device)
+            opened, tokenizers = open_model(model, adapters, experts=experts, dense=packed, device=device, mmap=mmap)
         server = Server(name, opened, tokenizers, context_length(opened), batch_tokens)
         line = f"{', '.join([name, *adapters])} at http://{host}:{port}/v1"
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.hf.loading import from_pretrained
@@ -37,6 +37,22 @@ def open_model(
             model.load_adapter(folder, adapter_name=name)
         tokenizers[name] = open_tokenizer(folder) if (folder / "tokenizer_config.json").is_file() else base
     return model.eval(), tokenizers
+
+
+def dense_format(path_or_id: str, asked: str, device: str) -> str | None:
+    """The format that linear layers outside the experts are to be packed in; None: none, or as the checkpoint has them.
+
+    asked: a format, "none", or "auto": int8 for a model on the CPU, where torch's products of one row are slow.
+    """
+    if asked != "auto":
+        return None if asked == "none" else asked
+    if device != "cpu":
+        return None
+    try:
+        stored = getattr(AutoConfig.from_pretrained(path_or_id), "quantization_config", None) or {}
+    except (OSError, ValueError):  # a GGUF file, which has no such config, or what opening the model will refuse
+        stored = {}
+    return None if dict(stored).get("dense") else "int8"
 
 
 def open_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
