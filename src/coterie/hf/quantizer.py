@@ -30,10 +30,10 @@ from coterie.formats import resolve
 from coterie.gpu.choice import chosen
 from coterie.gpu.device import usable
 from coterie.hf.attention import attend_here
-from coterie.hf.cache import grow_in_place
 from coterie.hf.config import METHOD, CoterieConfig
 from coterie.hf.dense import detach, packed_linears
 from coterie.hf.experts import NAME
+from coterie.hf.growing import grow_in_place
 from coterie.hf.layout import Layout
 from coterie.hf.linears import ModelLinears
 from coterie.hf.model import become_packed

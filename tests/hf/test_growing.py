@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 import coterie
 from coterie import tiny
-from coterie.hf.cache import GrowingLayer
+from coterie.hf.growing import GrowingLayer
 
 
 def states(positions: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
