@@ -9,17 +9,17 @@ from transformers import DynamicCache
 
 
 class Decoder:
-    """Decodes after `prompt` [1, P] int64; after `tokens` tokens it goes back to the end of the prompt."""
+    """Decodes greedily after `prompt` [B, P] int64; after `tokens` tokens it goes back to the end of the prompt."""
 
     def __init__(self, model: Any, prompt: torch.Tensor, tokens: int = 32):
         self.model, self.prompt, self.tokens = model, prompt, tokens
         self.cache = DynamicCache(config=model.config)
-        self.next = prompt[:, -1:]
         with torch.inference_mode():
-            model(input_ids=prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            logits = model(input_ids=prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self.next = logits[:, -1].argmax(-1, keepdim=True)
 
     def __call__(self, number: int = 0) -> None:
-        """One token."""
+        """One token of each sequence."""
         if self.cache.get_seq_length() >= self.prompt.shape[1] + self.tokens:
             self.cache.crop(-self.tokens)
         with torch.inference_mode():
