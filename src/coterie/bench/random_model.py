@@ -1,4 +1,4 @@
-"""A model of random weights, shaped like Qwen3-30B-A3B with fewer layers, with Transformers' experts or packed ones."""
+"""A model of random weights, shaped like any that Transformers knows, with Transformers' experts or packed ones."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import copy
 from typing import Any
 
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig
 
 from coterie.errors import ArgumentError
 from coterie.experts import Experts
 from coterie.formats import Format
+from coterie.hf.dense import chosen_linears, pack_linears
+from coterie.hf.empty import unfilled_model
 from coterie.hf.experts import NAME
 from coterie.hf.layout import is_experts, read_layout
+from coterie.hf.model import become_packed, compute_here
 from coterie.hf.modules import attach
 
 POOL = 1 << 24  # random values that all large weights are cut from
@@ -38,17 +41,20 @@ def qwen3_30b(layers: int, vocabulary: int) -> Qwen3MoeConfig:
     )
 
 
-def random_model(config: Qwen3MoeConfig, implementation: str, spec: Format | None = None) -> Any:
+def random_model(config: Any, implementation: str, spec: Format | None = None, dense: Format | None = None) -> Any:
     """The model in bf16 with random weights. Large weights are windows of one pool of random values: quick to fill.
 
     With `spec` the experts are packed, each layer's as soon as it is filled: the same weights, never whole in bf16.
+    With `dense` its linear layers are, too. Then it computes as one that `coterie.from_pretrained` opens.
     """
-    model = _on_meta(config, implementation if spec is None else NAME)
+    model = _unfilled(config, implementation if spec is None else NAME)
     random = torch.Generator().manual_seed(0)
-    pool = (torch.randn(POOL, generator=random) * config.initializer_range).bfloat16()
+    spread = getattr(config.get_text_config(), "initializer_range", 0.02)
+    pool = (torch.randn(POOL, generator=random) * spread).bfloat16()
     for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            weight = module._parameters[name] = torch.nn.Parameter(torch.empty_like(weight, device="cpu"), False)
+        for weight in module._parameters.values():
+            if weight is None:
+                continue
             if "Norm" in type(module).__name__:
                 weight.fill_(1.0)
                 continue
@@ -57,13 +63,12 @@ def random_model(config: Qwen3MoeConfig, implementation: str, spec: Format | Non
                 piece.copy_(pool[start : start + piece.numel()])
         if spec is not None and is_experts(module):
             pack(module, module, spec)
-    _make_rotary(model)
-    return model.eval()
+    return model if spec is None else _finished(model, dense)
 
 
-def packed_twin(model: Any, spec: Format) -> Any:
-    """The same model with packed experts; everything else it shares with `model`."""
-    twin = _on_meta(model.config, NAME)
+def packed_twin(model: Any, spec: Format, dense: Format | None = None) -> Any:
+    """The same model with packed experts and linear layers; everything else it shares with `model`."""
+    twin = _unfilled(model.config, NAME)
     for name, module in twin.named_modules():
         source = model.get_submodule(name)
         if is_experts(source):
@@ -71,8 +76,7 @@ def packed_twin(model: Any, spec: Format) -> Any:
             continue
         for key in module._parameters:
             module._parameters[key] = source._parameters[key]
-    _make_rotary(twin)
-    return twin.requires_grad_(False).eval()
+    return _finished(twin, dense)
 
 
 def pack(module: Any, source: Any, spec: Format) -> None:
@@ -84,21 +88,31 @@ def pack(module: Any, source: Any, spec: Format) -> None:
         layout.intermediate_size,
         format=spec,
         activation=layout.activation,
+        has_gate=layout.has_gate,
     )
-    for e in range(layout.num_experts):
-        for name in layout.weights:
+    biases: dict[str, torch.Tensor] = {}
+    for name in layout.parameters:
+        if name.endswith("_bias"):
+            biases |= layout.split_bias(name, getattr(source, name))
+            continue
+        for e in range(layout.num_experts):
             for projection, weight in layout.split_weight(name, getattr(source, name)[e]).items():
                 experts.pack_projection(projection, e, weight)
+    if biases:
+        experts.set_biases(**biases)
     attach(module, experts, layout)
 
 
-def _on_meta(config: Qwen3MoeConfig, implementation: str) -> Any:
-    with torch.device("meta"):
-        model = Qwen3MoeForCausalLM._from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+def _unfilled(config: Any, implementation: str) -> Any:
+    model = unfilled_model(copy.deepcopy(config), dtype=torch.bfloat16)
     model.set_experts_implementation(implementation)
+    return model.requires_grad_(False).eval()
+
+
+def _finished(model: Any, dense: Format | None) -> Any:
+    """A model whose experts are packed, as loading leaves it."""
+    if dense is not None:
+        pack_linears(model, chosen_linears(model, dense, ()), dense, lambda _: None)
+    become_packed(model)
+    compute_here(model)
     return model
-
-
-def _make_rotary(model: Any) -> None:
-    """Rotary frequencies are computed, not loaded: a model from the meta device needs them made."""
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,11 @@ from coterie.cli.bench_options import (
     print_machine,
     read_counts,
 )
-from coterie.cli.console import console, errors, significant, table
+from coterie.cli.console import console, errors, significant, size, table
+
+if TYPE_CHECKING:
+    from coterie.bench.profile import Profile
+    from coterie.hf.clock import Part
 
 app = typer.Typer(help="Measure speed beside Transformers' own experts.", no_args_is_help=True)
 app.add_typer(bench_train.app, name="train")
@@ -113,28 +117,62 @@ def model(
     experts: Experts = "int4",
     group_size: GroupSize = None,
     zero_point: ZeroPoint = False,
-    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 4,
-    vocabulary: Annotated[int, typer.Option(help="Size of its vocabulary.")] = 32768,
+    dense: Annotated[
+        str | None, typer.Option(help="Linear layers outside the experts packed too, in this format: int8, ...")
+    ] = None,
+    like: Annotated[
+        str, typer.Option(help="qwen3-30b, or a model's folder, its config.json or a hub id: shapes, not weights.")
+    ] = "qwen3-30b",
+    layers: Annotated[int, typer.Option(help="The first layers of it.")] = 4,
+    vocabulary: Annotated[int | None, typer.Option(help="Another size of vocabulary. [default: its own]")] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 512,
-    peer: Peer = "grouped_mm",
+    peer: Annotated[
+        str, typer.Option(help="Transformers' implementation to compare with: grouped_mm, eager, or none.")
+    ] = "grouped_mm",
+    profile: Annotated[bool, typer.Option("--profile", help="Say where the time of a decoded token goes.")] = False,
     seconds: Seconds = 3.0,
     rounds: Rounds = 5,
 ) -> None:
-    """Time prefill and decoding of a model of random weights shaped like Qwen3-30B-A3B, with fewer layers."""
-    with errors.status("building and measuring the model (needs about 12 GB of RAM for 4 layers)"):
-        from coterie.bench.model import bench_model
+    """Time prefill and decoding of a model of random weights, shaped like a real one with fewer layers."""
+    with errors.status("building the model"):
+        from coterie.bench.model import ModelBench
 
-        results = bench_model(experts, group_size, zero_point, layers, vocabulary, prompt, peer, seconds, rounds)
-    report = table(
-        f"{layers} layers of Qwen3-30B-A3B, vocabulary {vocabulary}: {experts}, peer Transformers {peer} bf16",
-        "",
-        "tokens/s",
-        "peer tokens/s",
-        "time ratio",
-    )
+        bench = ModelBench(like, layers, vocabulary, experts, group_size, zero_point, dense, prompt, peer)
+    with errors.status("measuring"):
+        results = [bench.prefill(seconds, rounds), bench.decode(seconds, rounds)]
+    what = f"{bench.layers} of {bench.whole_layers} layers of {like}, vocabulary {bench.vocabulary}, prompt {prompt}"
+    packed = f"experts {experts}, dense {dense or 'bf16'}"
+    has_peer = results[0].ratio is not None
+    beside = (f"{peer} bf16 tokens/s", "time ratio") if has_peer else ()
+    report = table(f"{what}: {packed}", "", "tokens/s", *beside)
     for r in results:
-        report.add_row(
-            r.work, significant(r.tokens_per_second), significant(r.peer_tokens_per_second), significant(r.ratio)
-        )
+        row = [r.tokens_per_second, r.peer_tokens_per_second, r.ratio]
+        report.add_row(r.work, *(significant(value) for value in row if value is not None))
     console.print(report)
-    print_machine(rounds)
+    if profile:
+        with errors.status("profiling"):
+            found = bench.profile()
+        print_profile(found, bench.whole_layers)
+    print_machine(rounds, has_peer)
+
+
+def print_profile(found: Profile, whole_layers: int) -> None:
+    """Where the milliseconds of a decoded token go."""
+
+    def row(name: str, part: Part) -> None:
+        least = part.nbytes / found.bandwidth
+        times = part.seconds, part.products, least, part.attention, part.rest
+        report.add_row(name, *(significant(1e3 * max(0.0, t)) for t in times))
+
+    report = table("ms of a decoded token", "", "all", "products", "at memory speed", "attention", "rest")
+    for number, layer in enumerate(found.layers):
+        row(f"layer {number}", layer)
+    row("head, embedding", found.outside)
+    console.print(report)
+    console.print(
+        f"Products: linear layers and experts; at memory speed: their weights read at {size(found.bandwidth)}/s. "
+        f"Rest, {significant(1e3 * found.rest)} ms a layer: norms, routing, positions, the cache, Python. With "
+        f"{whole_layers} such layers: {significant(1 / found.seconds_of(whole_layers))} tokens/s.",
+        style="dim",
+        highlight=False,
+    )

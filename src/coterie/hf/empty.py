@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from coterie.errors import UnsupportedModelError
 
@@ -15,6 +16,14 @@ def empty_model(config: Any, auto_class: Any = None, **options: Any) -> Any:
     """A model on the meta device: shapes and no storage. Arguments and errors are those of `make_model`."""
     with torch.device("meta"):
         return make_model(config, auto_class, **options)
+
+
+def unfilled_model(config: Any, auto_class: Any = None, **options: Any) -> Any:
+    """A model in RAM whose weights are not set, and take no memory until they are written; its buffers are right."""
+    with no_init_weights():
+        model = make_model(config, auto_class, **options)
+    model.tie_weights()
+    return model
 
 
 def make_model(config: Any, auto_class: Any = None, **options: Any) -> Any:

@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 from coterie.checkpoints.folderwriter import replaced_folder
 from coterie.checkpoints.packed_write import write_layer
 from coterie.errors import ArgumentError
-from coterie.hf.attention import attend_as_before
+from coterie.hf.attention import attend_as_before, attend_here
 from coterie.hf.dense import packed_linears
+from coterie.hf.growing import grow_in_place
 from coterie.hf.linears import save_linears
 from coterie.hf.modules import number_layers, packed_modules
+from coterie.hf.quick import quicken
 from coterie.hf.saving import write_index
 from coterie.hf.weight import PackedWeight
 
@@ -112,3 +114,10 @@ def become_packed(model: PreTrainedModel) -> None:
     if not issubclass(kind, PackedModel):
         names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
         model.__class__ = type(kind.__name__, (PackedModel, kind), names)
+
+
+def compute_here(model: PreTrainedModel) -> None:
+    """Has a model that is in RAM attend, append to its caches, and compute its norms and routers by the engine."""
+    attend_here(model)
+    grow_in_place(model)
+    quicken(model)

@@ -29,14 +29,12 @@ from coterie.experts import Experts
 from coterie.formats import resolve
 from coterie.gpu.choice import chosen
 from coterie.gpu.device import usable
-from coterie.hf.attention import attend_here
 from coterie.hf.config import METHOD, CoterieConfig
 from coterie.hf.dense import detach, packed_linears
 from coterie.hf.experts import NAME
-from coterie.hf.growing import grow_in_place
 from coterie.hf.layout import Layout
 from coterie.hf.linears import ModelLinears
-from coterie.hf.model import become_packed
+from coterie.hf.model import become_packed, compute_here
 from coterie.hf.modules import (
     attach,
     hide_parameters,
@@ -47,7 +45,6 @@ from coterie.hf.modules import (
     unpack,
 )
 from coterie.hf.quantised import Quantised, open_quantised, read_experts
-from coterie.hf.quick import quicken
 from coterie.hf.sizes import loaded_nbytes
 from coterie.hf.sources import Sources
 from coterie.hf.weight import PackedWeight
@@ -166,9 +163,7 @@ class CoterieQuantizer(HfQuantizer):
         become_packed(model)
         logger.info("%s: %s", type(model).__name__, model.extra_repr())
         if self._device.type == "cpu":
-            attend_here(model)
-            grow_in_place(model)
-            quicken(model)
+            compute_here(model)
             cpu.warn_of_spinning()
         self.quantization_config.gguf = model.config.quantization_config.gguf = None
         del self._model, self._layouts, self._moved, self._linears
