@@ -12,7 +12,7 @@ import torch
 
 import coterie
 from coterie.bench.decode import Decoder, Prefill
-from coterie.bench.memory import AnonymousPeak, release, restart_peak, status
+from coterie.bench.memory import release, restart_peak, status
 from coterie.bench.steps import with_lora
 
 ADAPTED = ["q_proj", "v_proj"]  # by LoRA, with the experts
@@ -34,7 +34,7 @@ class Work:
 class Figures:
     """What one piece of work took.
 
-    peak: bytes of RAM of the whole process at its highest, the model included.
+    peak: bytes of RAM of the whole process at its highest, with the model and pages of its files that are mapped.
     tokens: that were computed in `seconds`; 0 for work that is not counted in tokens.
     ratio: for sequences decoded together, tokens per second over those of one sequence.
     """
@@ -54,15 +54,13 @@ class FullSize:
 
     def __init__(self, folder: Path, experts: str, dense: str | None, work: Work):
         self.work = work
-        with AnonymousPeak() as peak:
-            started = time.perf_counter()
-            self.model = coterie.from_pretrained(folder, experts=experts, dense=dense)
-            seconds = time.perf_counter() - started
-        self.loading = Figures(seconds, peak.nbytes)
+        started = time.perf_counter()
+        self.model = coterie.from_pretrained(folder, experts=experts, dense=dense)
+        self.loading = Figures(time.perf_counter() - started, status("VmHWM"))
         release()
 
     def load(self) -> Figures:
-        """From the checkpoint's files to a model that answers. Pages that only map files are not in the peak."""
+        """From the checkpoint's files to a model that answers."""
         return self.loading
 
     def prefill(self) -> Figures:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,32 +53,3 @@ def status(key: str) -> int:
     """Bytes that /proc/self/status says, of VmHWM say."""
     lines = STATUS.read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key + ":"))
-
-
-class AnonymousPeak:
-    """The most memory of its own that this process has in a `with` block: no pages of files, which cost nobody RAM.
-
-    Linux keeps no such peak: a thread looks every 20 ms, which is for work of seconds.
-    """
-
-    def __init__(self) -> None:
-        self.nbytes = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> AnonymousPeak:
-        self._look()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        self._look()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.02):
-            self._look()
-
-    def _look(self) -> None:
-        self.nbytes = max(self.nbytes, status("RssAnon"))
