@@ -8,6 +8,7 @@ done
 for format in bf16 int8 int4; do
   coterie bench model --experts "$format"
 done
+coterie bench model --experts int4 --dense int4 --peer none --profile
 for format in bf16 int4; do
   coterie bench train layer --experts "$format"
 done

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from coterie.cli import bench_train
 from coterie.cli.bench_options import (
@@ -140,11 +141,13 @@ def model(
         bench = ModelBench(like, layers, vocabulary, experts, group_size, zero_point, dense, prompt, peer)
     with errors.status("measuring"):
         results = [bench.prefill(seconds, rounds), bench.decode(seconds, rounds)]
-    what = f"{bench.layers} of {bench.whole_layers} layers of {like}, vocabulary {bench.vocabulary}, prompt {prompt}"
-    packed = f"experts {experts}, dense {dense or 'bf16'}"
     has_peer = results[0].ratio is not None
-    beside = (f"{peer} bf16 tokens/s", "time ratio") if has_peer else ()
-    report = table(f"{what}: {packed}", "", "tokens/s", *beside)
+    console.print(
+        f"[bold]{bench.layers} of {bench.whole_layers} layers of {escape(like)}[/], vocabulary {bench.vocabulary}, "
+        f"prompt {prompt}: experts {experts}, dense {dense or 'bf16'}",
+        highlight=False,
+    )
+    report = table("", "", "tokens/s", *((f"{peer} bf16 tokens/s", "time ratio") if has_peer else ()))
     for r in results:
         row = [r.tokens_per_second, r.peer_tokens_per_second, r.ratio]
         report.add_row(r.work, *(significant(value) for value in row if value is not None))
