@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch.nn import functional as F
 
 from coterie import _native
 from coterie.experts import Experts
 
 NUMA_SIZES = 1, 4096, 14336  # experts, H and I of the layer that is looked at: its matrices are many huge pages
+HEADS, KEY_HEADS, TOKENS, WIDTH = 8, 2, 512, 128  # of the attention that is timed
+ROW_WEIGHT = 16384, 4096  # 134 MB: more than caches hold
 PACKING_ROWS, PACKING_COLUMNS = 1024, 2048  # of the matrix that the packing rate is measured with
 
 
@@ -23,6 +28,34 @@ def read_bandwidth() -> float:
 def dot_rate(format: str) -> float:
     """Operations per second (two a multiply-add) of the variant in use, all threads; `format` is "bf16" or "int8"."""
     return 2 * _native.measure_dot_rate(format == "int8")
+
+
+def attention_rate(seconds: float = 0.2) -> float:
+    """Operations per second (two a multiply-add, masked ones too) of a prompt's attention in bf16, which is torch's."""
+    seed = torch.Generator("cpu").manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, TOKENS, WIDTH, generator=seed, dtype=torch.bfloat16, device="cpu")
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    )
+    attend = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=True)
+    return 4 * HEADS * TOKENS**2 * WIDTH * _calls_per_second(attend, seconds)
+
+
+def row_rate(seconds: float = 0.2) -> float:
+    """Bytes of bf16 weights per second that torch multiplies with one row, as in decoding with layers of its own."""
+    weight = torch.ones(ROW_WEIGHT, dtype=torch.bfloat16, device="cpu")
+    row = torch.ones(1, ROW_WEIGHT[1], dtype=torch.bfloat16, device="cpu")
+    return weight.nbytes * _calls_per_second(partial(F.linear, row, weight), seconds)
+
+
+def _calls_per_second(call: Callable[[], object], seconds: float) -> float:
+    """Of the calls that fit in so many seconds, one at least, after one that is not counted."""
+    call()
+    start, calls = time.perf_counter(), 0
+    while not calls or time.perf_counter() - start < seconds:
+        call()
+        calls += 1
+    return calls / (time.perf_counter() - start)
 
 
 def packing_rate(format: str, seconds: float = 0.2) -> float:

@@ -12,7 +12,7 @@ from made_checkpoints import write_checkpoint
 from quantised_checkpoints import quantised
 
 import coterie
-from coterie import formats, plan, tiny
+from coterie import formats, machine, plan, tiny
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.hf.modules import packed_modules
 from coterie.plan import source as plan_source
@@ -79,6 +79,27 @@ def test_what_is_needed_and_the_bounds():
     products = anatomy.active_rest_parameters - anatomy.head_parameters
     assert found.prefill == pytest.approx(1 / (2 * anatomy.active_expert_parameters / 4e9 + 2 * products / 2e9))
     assert plan.usable(100) == 95
+
+
+def test_what_is_predicted():
+    """Bytes, operations and overheads, each at a rate of its own."""
+    anatomy, spec = inspect(tiny.PATH), formats.resolve("fp8_block")  # multiplied in bf16
+    rates = plan.Rates(bandwidth=1e9, bf16=2e9, int8=4e9, row=0.5e9, attention=3e9, layer=0.01, forward=0.02)
+    found = plan.estimate(anatomy, spec, 10**10, rates)
+    packed = anatomy.experts_read_nbytes(spec) + anatomy.cache_nbytes
+    seconds = packed / 1e9 + 2 * anatomy.active_rest_parameters / 0.5e9 + 4 * 0.01 + 0.02
+    assert found.decode == pytest.approx(1 / seconds)
+    products = anatomy.active_expert_parameters + anatomy.active_rest_parameters - anatomy.head_parameters
+    attention = 4 * (2 * 2 * 4 * 32) * plan.PROMPT**2  # layers, products, heads of 32
+    assert (anatomy.layers, anatomy.prompt_operations) == (4, attention)
+    seconds = plan.PROMPT * 2 * products / 2e9 + attention / 3e9 + 4 * 0.01 + 0.02
+    assert found.prefill == pytest.approx(plan.PROMPT / seconds)
+
+
+def test_overhead_and_rates_are_measured():
+    layer, forward = plan.overhead()
+    assert 0 <= layer < 1 and 0 <= forward < 1 and layer + forward > 1e-5
+    assert machine.attention_rate(0.01) > 1e8 and machine.row_rate(0.01) > 1e8
 
 
 def test_a_format_that_does_not_divide_the_columns_is_said_so(tmp_path):

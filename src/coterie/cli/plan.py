@@ -1,4 +1,4 @@
-"""coterie plan: will a model fit here, how fast can it be, and what does fine-tuning or converting it take."""
+"""coterie plan: will a model fit here, how fast will it be, and what does fine-tuning or converting it take."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from coterie.cli.console import console, count, errors, significant, size, table
 
 if TYPE_CHECKING:
     from coterie.formats import Format
-    from coterie.plan import Anatomy, Dense, Source
+    from coterie.plan import Anatomy, Dense, Rates, Source
 
 
 def plan(
@@ -38,7 +38,7 @@ def plan(
     sequence_len: Annotated[int, typer.Option(help="With --train: tokens of a sequence.")] = 1024,
     micro_batch_size: Annotated[int, typer.Option(help="With --train: sequences of a forward pass.")] = 1,
 ) -> None:
-    """Say whether this version opens a model, whether it fits in memory, and how fast it can be at most.
+    """Say whether this version opens a model, whether it fits in memory, and, predicted, how fast it will be.
 
     Builds the model without weights from its config, so it works before a download.
     """
@@ -59,14 +59,20 @@ def plan(
     print_verdict(source, anatomy)
 
     with errors.status("measuring memory and arithmetic"):
+        memory_rate = given.get("bandwidth") or machine.read_bandwidth()
         rates = planning.Rates(
-            given.get("bandwidth") or machine.read_bandwidth(), machine.dot_rate("bf16"), machine.dot_rate("int8")
+            memory_rate,
+            machine.dot_rate("bf16"),
+            machine.dot_rate("int8"),
+            min(memory_rate, machine.row_rate()),
+            machine.attention_rate(),
+            *planning.overhead(),
         )
         packing = {spec.name: machine.packing_rate(spec.name) for spec in formats}
     usable = planning.usable(available)
     what = "planned for, as given" if ram else f"available, of {size(here.total)} here"
     console.print(f"RAM: {size(available)} {what}; {size(usable)} after a margin of 5%.", highlight=False)
-    report = table("", "experts in", "experts", "RAM needed", "", "decode ≤", "prefill ≤")
+    report = table("", "experts in", "experts", "RAM needed", "", "decode", "prefill")
     impossible = []
     for spec in formats:
         e = planning.estimate(anatomy, spec, usable, rates, linears)
@@ -87,14 +93,12 @@ def plan(
         rest = f"{linears.count} linear layers in {linears.spec.described} ({size(linears.nbytes)}), "
         rest += f"what remains in bf16 ({size(anatomy.rest_nbytes - linears.saved - linears.nbytes)})"
     console.print(
-        f"RAM needed: experts, {rest}, the KV cache of {context} tokens "
-        f"({size(anatomy.cache_nbytes)}), and {size(planning.RESERVE)} for Python and buffers. Tokens a "
-        f"second are bounds: decode reads what a token needs once, at {size(rates.bandwidth)}/s; prefill computes the "
-        f"weights' products alone, at {significant(rates.bf16 / 1e9)} GFLOP/s in bf16, "
-        f"{significant(rates.int8 / 1e9)} GOP/s in int8.",
+        f"RAM needed: experts, {rest}, the KV cache of {context} tokens ({size(anatomy.cache_nbytes)}), and "
+        f"{size(planning.RESERVE)} for Python and buffers.",
         style="dim",
         highlight=False,
     )
+    print_rates(rates, context)
     if linears and linears.saved > 0 and source.dense is None:
         console.print(
             f"Linear layers that are packed while a model loads take {size(linears.saved)} more until they are: "
@@ -107,6 +111,22 @@ def plan(
         print_conversion(source, anatomy, formats, packing, given.get("disk") or planning.DISK, linears)
     if train:
         print_training(source, anatomy, formats, usable, linears, lora_r, micro_batch_size, sequence_len)
+
+
+def print_rates(rates: Rates, context: int) -> None:
+    """What the predicted speeds are made of."""
+    from coterie import plan as planning
+
+    console.print(
+        f"Tokens a second are predictions, from what was measured here. Decode, one sequence after {context} tokens: "
+        f"packed weights and the cache are read at {size(rates.bandwidth)}/s, bf16 layers at "
+        f"{size(rates.row or rates.bandwidth)}/s, and each layer takes {significant(1e3 * rates.layer)} ms besides. "
+        f"Prefill, {planning.PROMPT} tokens: {significant(rates.bf16 / 1e9)} GFLOP/s in bf16, "
+        f"{significant(rates.int8 / 1e9)} GOP/s in int8, {significant(rates.attention / 1e9)} GFLOP/s in attention; "
+        "norms and routing are not counted. `coterie bench model` measures both.",
+        style="dim",
+        highlight=False,
+    )
 
 
 def print_verdict(source: Source, anatomy: Anatomy) -> None:

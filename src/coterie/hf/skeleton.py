@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -19,6 +20,7 @@ from coterie.hf.empty import make_model
 from coterie.hf.layout import Layout
 
 TRACE = "coterie_trace"
+OF_WEIGHTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
 CACHES = ("cache", "past_key_values")  # what an output calls its cache, since Transformers 5.24 and before
 
 
@@ -59,6 +61,22 @@ def trace(model: Any, context: int) -> tuple[int, dict[nn.Module, int]]:
         output = _run(model, record, input_ids=ids, use_cache=True)
     cache = next(value for name, value in output.items() if name in CACHES)
     return _tensor_nbytes(cache, set()), per_token
+
+
+def attention_operations(model: Any, tokens: int) -> int:
+    """Operations, two a multiply-add, of a prompt's tokens with each other: products in which no weight takes part.
+
+    model: on the meta device, in eval mode.
+    """
+
+    def skip(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return torch.empty_like(hidden)
+
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        _run(model, skip, input_ids=ids, use_cache=True)
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for operator, count in counts.items() if operator not in OF_WEIGHTS)
 
 
 def saved_for_backward(config: Any, layouts: dict[str, Layout], batch: int, tokens: int) -> int:

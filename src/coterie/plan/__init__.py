@@ -4,15 +4,17 @@ The model is built by Transformers on the meta device and run there once, so wha
 no table of models, and no formula for any kind of attention.
 """
 
-from coterie.plan.anatomy import Anatomy, ExpertLayer, LinearLayer, inspect
+from coterie.plan.anatomy import PROMPT, Anatomy, ExpertLayer, LinearLayer, inspect
 from coterie.plan.conversion import DISK, Conversion, conversion
 from coterie.plan.dense import Dense, dense, sensible
 from coterie.plan.estimate import RESERVE, Estimate, Rates, estimate, usable
+from coterie.plan.overhead import overhead
 from coterie.plan.source import Source, open_source
 from coterie.plan.training import TrainAnatomy, Training, train_estimate, train_inspect
 
 __all__ = [
     "DISK",
+    "PROMPT",
     "RESERVE",
     "Anatomy",
     "Conversion",
@@ -29,6 +31,7 @@ __all__ = [
     "estimate",
     "inspect",
     "open_source",
+    "overhead",
     "sensible",
     "train_estimate",
     "train_inspect",

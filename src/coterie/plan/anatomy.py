@@ -17,6 +17,7 @@ from coterie.hf.modules import read_layouts
 from coterie.hf.sizes import expert_nbytes, expert_parameters, rest_of
 
 TRACED_CONTEXT = 8192  # a longer cache is extrapolated from its growth here
+PROMPT = 512  # tokens of the prompt whose speed is predicted
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class Anatomy:
     context: int
     cache_nbytes: int  # KV cache of one sequence of `context` tokens
     linears: tuple[LinearLayer, ...] = ()
+    layers: int = 0
+    prompt_operations: int = 0  # of PROMPT tokens with each other, in attention
 
     @property
     def expert_parameters(self) -> int:
@@ -124,6 +127,8 @@ def inspect(config: Any, context: int = 4096) -> Anatomy:
         head_parameters=head_parameters,
         context=context,
         cache_nbytes=cache,
+        layers=config.get_text_config().num_hidden_layers,
+        prompt_operations=skeleton.attention_operations(model, PROMPT),
         linears=tuple(
             LinearLayer(
                 name,

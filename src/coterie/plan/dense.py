@@ -18,13 +18,15 @@ class Dense:
     """Linear layers packed as `spec`, `count` of them; bytes.
 
     nbytes: packed. saved: RAM, of what they take in bf16; a head that shares its weight with the embedding only adds to
-    that. read_saved: of what a token reads. prompt_parameters: those that every token of a prompt is multiplied with.
+    that. read: what a token reads of them, packed. read_saved: what it reads less than in bf16. prompt_parameters:
+    those that every token of a prompt is multiplied with.
     """
 
     spec: Format
     count: int
     nbytes: int
     saved: int
+    read: int
     read_saved: int
     prompt_parameters: int
 
@@ -34,7 +36,7 @@ def dense(anatomy: Anatomy, spec: Format, skip: Sequence[str] = ()) -> Dense:
 
     Raises ArgumentError for columns that the group size does not divide.
     """
-    count = nbytes = saved = read_saved = prompt = 0
+    count = nbytes = saved = read = read_saved = prompt = 0
     for layer in anatomy.linears:
         if any(re.search(pattern, layer.name) for pattern in skip):
             continue
@@ -43,9 +45,10 @@ def dense(anatomy: Anatomy, spec: Format, skip: Sequence[str] = ()) -> Dense:
         count += 1
         nbytes += packed
         saved += (0 if layer.shared else plain) - packed
+        read += packed if layer.read else 0
         read_saved += plain - packed if layer.read else 0
         prompt += layer.rows * layer.columns if layer.read and not layer.head else 0
-    return Dense(spec, count, nbytes, saved, read_saved, prompt)
+    return Dense(spec, count, nbytes, saved, read, read_saved, prompt)
 
 
 def sensible(anatomy: Anatomy, spec: Format) -> Dense | None:

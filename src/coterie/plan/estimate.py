@@ -1,12 +1,13 @@
-"""Whether a model fits in memory, and the most that its speed can be."""
+"""Whether a model fits in memory, and how fast it will be, predicted."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from coterie.errors import ArgumentError
 from coterie.formats import Format
-from coterie.plan.anatomy import Anatomy
+from coterie.plan.anatomy import PROMPT, Anatomy
 from coterie.plan.dense import Dense
 
 RESERVE = 10**9  # bytes of RAM for Python, torch and the activations of a short prompt
@@ -15,24 +16,33 @@ MARGIN = 0.05  # of the available memory is left alone: what others take meanwhi
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What a machine does in a second: bytes read from RAM, and operations (two a multiply-add)."""
+    """What a machine does in a second: bytes read from RAM, and operations (two a multiply-add).
+
+    row: bytes of bf16 layers that torch multiplies with one row; None: at `bandwidth`. attention: operations of a
+    prompt's attention. layer, forward: seconds that each layer, and each forward besides, take whatever their size.
+    """
 
     bandwidth: float
     bf16: float
     int8: float
+    row: float | None = None
+    attention: float = math.inf
+    layer: float = 0.0
+    forward: float = 0.0
 
-    def experts(self, spec: Format) -> float:
-        """The rate of the dot products that experts of a format are computed with."""
-        return self.bf16 if spec.name == "bf16" else self.int8
+    def of(self, spec: Format) -> float:
+        """The rate of the dot products that weights of a format are multiplied with."""
+        return self.int8 if spec.encoding.int8_activations else self.bf16
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One way to hold a model, in bytes; the speeds are bounds, in tokens per second.
+    """One way to hold a model, in bytes; the speeds are predictions, in tokens per second.
 
     problem: why the experts cannot be packed so; None where they can.
-    decode: one sequence, every byte that a token needs read once at full bandwidth.
-    prefill: every product of the weights at full speed, and nothing else (attention, routing, norms) counted.
+    decode: one sequence, every byte that a token needs read once, and what layers take besides.
+    prefill: a prompt of PROMPT tokens, its products at full speed, its attention, and what layers take besides; norms
+        and routing, which grow with the tokens, are not counted.
     """
 
     format: str
@@ -54,22 +64,24 @@ def estimate(anatomy: Anatomy, spec: Format, ram: int, rates: Rates, dense: Dens
     `dense` says, in `ram` usable bytes."""
     experts = anatomy.experts_nbytes(spec)
     needed = experts + anatomy.rest_nbytes + anatomy.cache_nbytes + RESERVE
-    read = anatomy.experts_read_nbytes(spec) + anatomy.rest_read_nbytes + anatomy.cache_nbytes
+    packed, plain = anatomy.experts_read_nbytes(spec) + anatomy.cache_nbytes, anatomy.rest_read_nbytes
     rest = anatomy.active_rest_parameters - anatomy.head_parameters
-    products = anatomy.active_expert_parameters / rates.experts(spec)
+    products = anatomy.active_expert_parameters / rates.of(spec)
     if dense is not None:
         needed -= dense.saved
-        read -= dense.read_saved
+        packed += dense.read
+        plain -= dense.read + dense.read_saved
         rest -= dense.prompt_parameters
-        products += dense.prompt_parameters / rates.experts(dense.spec)
-    seconds = 2 * (products + rest / rates.bf16)
+        products += dense.prompt_parameters / rates.of(dense.spec)
+    besides = anatomy.layers * rates.layer + rates.forward
+    seconds = 2 * PROMPT * (products + rest / rates.bf16) + anatomy.prompt_operations / rates.attention + besides
     return Estimate(
         format=spec.name,
         experts=experts,
         ram=needed,
         ram_short=max(0, needed - ram),
-        decode=rates.bandwidth / read,
-        prefill=1 / seconds,
+        decode=1 / (packed / rates.bandwidth + plain / (rates.row or rates.bandwidth) + besides),
+        prefill=PROMPT / seconds,
         problem=_problem(anatomy, spec),
     )
 
