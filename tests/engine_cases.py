@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from streams import floats, matrix_of, take_apart
+from streams import HALVES, floats, matrix_of, minima, take_apart
 from torch import Tensor
 
 from coterie import Experts, reference
@@ -17,8 +17,9 @@ ACTIVATION_GROUP = 256  # columns of an activation that share one int8 scale
 BF16_ACTIVATIONS = ("avx512_bf16", "amx", "amx_emulated")  # the others compute bf16 weights with float32 activations
 TILES = ("amx", "amx_emulated")
 DECODED_FROM, DECODED_FROM_IN_TILES = 16, 8  # rows of an expert from which 4-bit groups are decoded to int8
-# 4-bit codes as whole numbers: the largest magnitude, and what one is worth.
-LARGEST = {"int4": 8.0, "q4_0": 8.0, "iq4_nl": 127.0, "mxfp4": 12.0, "nvfp4": 12.0}
+# Codes as whole numbers: the largest magnitude, and what one is worth.
+LARGEST = {"int4": 8.0, "q4_0": 8.0, "iq4_nl": 127.0, "mxfp4": 12.0, "nvfp4": 12.0, "q6_k": 32.0, "q5_0": 16.0,
+           "iq4_xs": 127.0}
 UNITS = {"mxfp4": 0.5, "nvfp4": 0.5}
 TILE_ROWS = {"scalar": 4}  # rows, else 6, up to which other weights are not decoded to bf16
 
@@ -41,7 +42,7 @@ def options(spec: Format) -> dict:
 
 def matrix_shapes(spec: Format) -> list[tuple[int, int]]:
     """Rows and columns of matrices whose last block is narrow, where the groups of both directions allow it."""
-    free = not spec.group_size or spec.encoding.tile_rows > 1
+    free = not spec.group_size or spec.encoding.pads
     rows = (1, 70, 130) if free else (spec.group_size, 5 * spec.group_size, 7 * spec.group_size)
     return list(zip(rows, (128, 256, 384), strict=True))
 
@@ -111,11 +112,15 @@ def int8_grid(x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def decoded(experts: Experts) -> dict[str, Tensor]:
-    """Grouped 4-bit weights as the engine multiplies them by many rows: codes times the ratio of their group's
-    scale to the largest of 256 columns of the row, rounded to int8."""
+    """Grouped weights of fewer than 8 bits as the engine multiplies them by many rows: codes times the ratio of their
+    group's scale to the largest of 256 columns of the row, rounded to int8."""
     spec, found = experts.spec, {}
     unit = UNITS.get(spec.name, 1.0)
+    if spec.encoding.record and HALVES[spec.name] > 1:
+        return {name: torch.stack([decoded_with_minima(experts, name, e) for e in range(experts.num_experts)])
+                for name in experts.projections}
     steps = torch.tensor(15.0 if spec.zero_point else LARGEST[spec.name]) / 127
+    width = spec.scale_columns
     for name in experts.projections:
         rows, cols = experts.shape(name)
         matrices = []
@@ -123,22 +128,43 @@ def decoded(experts: Experts) -> dict[str, Tensor]:
             parts = take_apart(spec, rows, cols, matrix_of(experts, name, e))
             scale, row_scale = floats(spec, parts), parts.row_scale
             assert scale is not None
-            per = ACTIVATION_GROUP // spec.group_size
+            per = ACTIVATION_GROUP // width
             scale = torch.nn.functional.pad(scale, (0, -scale.shape[1] % per)).unflatten(1, (-1, per))
             step = scale.abs().amax(-1, keepdim=True) * steps
             inverse = torch.where(step > 0, 128 / step, 0)
             ratio = (scale * inverse).round()
-            ratio = ratio.flatten(1)[:, : cols // spec.group_size, None]
-            scale = scale.flatten(1)[:, : cols // spec.group_size, None]
-            values = experts.dequantize_projection(name, e).unflatten(1, (-1, spec.group_size))
+            ratio = ratio.flatten(1)[:, : -(-cols // width), None]
+            scale = scale.flatten(1)[:, : -(-cols // width), None]
+            values = torch.nn.functional.pad(experts.dequantize_projection(name, e), (0, -cols % width))
+            values = values.unflatten(1, (-1, width))
             if row_scale is not None:
                 values = torch.where(row_scale[:, None, None] != 0, values / row_scale[:, None, None], 0)
             codes = torch.where(scale != 0, values / scale / unit, 0).round()
-            step = step.expand(-1, -1, per).flatten(1)[:, : cols // spec.group_size, None] * unit
-            matrix = (((codes * ratio + 64) / 128).floor() * step).flatten(1)
+            step = step.expand(-1, -1, per).flatten(1)[:, : -(-cols // width), None] * unit
+            matrix = (((codes * ratio + 64) / 128).floor() * step).flatten(1)[:, :cols]
             matrices.append(matrix if row_scale is None else matrix * row_scale[:, None])
         found[name] = torch.stack(matrices)
     return found
+
+
+def decoded_with_minima(experts: Experts, name: str, expert: int) -> Tensor:
+    """The same where a minimum is taken off: it is rounded like the ratio."""
+    spec, (rows, cols) = experts.spec, experts.shape(name)
+    parts = take_apart(spec, rows, cols, matrix_of(experts, name, expert))
+    per = ACTIVATION_GROUP // spec.scale_columns
+    scale, minimum = (
+        torch.nn.functional.pad(v, (0, -v.shape[1] % per)).unflatten(1, (-1, per))
+        for v in (floats(spec, parts), minima(spec, parts))
+    )
+    most = torch.maximum(minimum.abs(), (scale * (2**spec.encoding.bits - 1) - minimum).abs()).amax(-1, keepdim=True)
+    step = most / 127
+    inverse = torch.where(step > 0, 128 / step, 0)
+
+    def columns(v: Tensor) -> Tensor:
+        return v.expand_as(scale).flatten(1).repeat_interleave(spec.scale_columns, 1)[:, :cols]
+
+    whole = parts.codes * columns((scale * inverse).round()) - columns((minimum * inverse).round())
+    return ((whole + 64) / 128).floor() * columns(step)
 
 
 def rounds_weights(spec: Format, isa: str, rows: int) -> bool:
@@ -174,7 +200,7 @@ def engine_truth(experts: Experts, isa: str, x: Tensor, ids: Tensor, weights: Te
             continue
         matrices = dense_of(experts)
         from_rows = DECODED_FROM_IN_TILES if isa in TILES else DECODED_FROM
-        if integer and spec.encoding.bits == 4 and spec.group_size and len(t) >= from_rows:
+        if integer and spec.encoding.bits < 8 and spec.group_size and len(t) >= from_rows:
             matrices = decoded(experts)
         if not integer and rounds_weights(spec, isa, len(t)):
             matrices = {name: matrix.bfloat16().float() for name, matrix in matrices.items()}

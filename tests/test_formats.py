@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_cases import FORMATS, matrix_shapes, name_of, options
-from streams import floats, matrix_of, take_apart
+from streams import floats, matrix_of, minima, take_apart
 
 from coterie import Experts
 from coterie.errors import ArgumentError
@@ -47,6 +47,14 @@ def test_bytes_of_a_matrix():
     assert Format("int4", 32, True).matrix_nbytes(64, 64) == 2048 + 256 + 128
     assert Format("int4", 0, True).matrix_nbytes(64, 64) == 2048 + 256 + 64
     assert Format("fp8_block", 128).matrix_nbytes(65, 129) == (64 + 16) * 256 + 2 * 2 * 64
+    assert Format("q4_k", 256).matrix_nbytes(64, 512) == 64 * 512 * 9 // 16
+    assert Format("q5_k", 256).matrix_nbytes(64, 256) == 64 * 256 * 11 // 16
+    assert Format("q4_1", 32).matrix_nbytes(64, 64) == 64 * 64 * 5 // 8
+    assert Format("q5_0", 32).matrix_nbytes(64, 64) == 64 * 64 * 11 // 16
+    assert Format("q5_1", 32).matrix_nbytes(64, 64) == 64 * 64 * 3 // 4
+    assert Format("q2_k", 256).matrix_nbytes(64, 256) == 64 * 256 * 21 // 64
+    assert Format("iq4_xs", 256).matrix_nbytes(64, 256) == 64 * 256 * 17 // 32
+    assert Format("q6_k", 256).matrix_nbytes(17, 257) == 32 * 512 * 105 // 128
     assert Format("nvfp4", 16).matrix_nbytes(64, 64) == 2048 + 64 * 4 + 64 * 4
 
 
@@ -77,10 +85,12 @@ def value_of(spec, parts):
         values = parts.codes.view(torch.float8_e4m3fn).float()
     elif spec.name in ("mxfp4", "nvfp4"):
         values = torch.tensor([*E2M1, *(-v for v in E2M1)])[parts.codes.long()]
-    elif spec.name == "iq4_nl":
+    elif spec.name in ("iq4_nl", "iq4_xs"):
         values = torch.tensor(IQ4)[parts.codes.long()]
     else:
-        zero = 128 if spec.encoding.bits == 8 else 8
+        zero = {"q4_k": 0, "q6_k": 32, "q5_k": 0, "q4_1": 0, "q5_0": 16, "q5_1": 0, "q2_k": 0}.get(
+            spec.name, 128 if spec.encoding.bits == 8 else 8
+        )
         if parts.zero is not None:
             zero = parts.zero.float()
             zero = zero.repeat_interleave(spec.group_size, 1) if spec.group_size else zero[:, None]
@@ -88,7 +98,10 @@ def value_of(spec, parts):
     scale, row_scale = floats(spec, parts), parts.row_scale
     factor = torch.ones(()) if row_scale is None else row_scale[:, None]
     if scale is not None:
-        factor = factor * scale.repeat_interleave(spec.group_size, 1)[:, : values.shape[1]]
+        factor = factor * scale.repeat_interleave(spec.scale_columns, 1)[:, : values.shape[1]]
+    off = minima(spec, parts)
+    if off is not None:
+        return values * factor - off.repeat_interleave(spec.scale_columns, 1)[:, : values.shape[1]]
     return values * factor
 
 

@@ -1,5 +1,6 @@
 // What the codes of weights are: how many bits, which values they stand for, how a value is rounded to one, and how a line of them is read.
 #pragma once
+#include <bit>
 #include <type_traits>
 
 #include "formats/lanes.h"
@@ -9,10 +10,12 @@ namespace {
 
 // kPadding: a code that stands for zero, or any where none does, which groups do not ask for.
 // A line of codes as 32-bit words holds, for each of 16 rows, one word; its bytes are columns k0 k2 k1 k3 (formats/layout.h).
+// kHighBits: upper bits of a code that stand in a line of their own, the first of a run. kSplit: codes are read four columns at a time.
 
 // Stored as they are.
 struct Bf16Codes {
-  static constexpr int kBits = 16, kPairs = 1;
+  static constexpr int kBits = 16, kHighBits = 0, kPairs = 1;
+  static constexpr bool kSplit = false;
   static constexpr bool kInteger = false;
   static constexpr int kOffset = 0;
   static constexpr uint16_t kPadding = 0;
@@ -22,7 +25,8 @@ struct Bf16Codes {
 
 // Bytes q + 128, q from -127 to 127.
 struct ByteCodes {
-  static constexpr int kBits = 8, kPairs = 2;
+  static constexpr int kBits = 8, kHighBits = 0, kPairs = 2;
+  static constexpr bool kSplit = false;
   static constexpr bool kInteger = true;
   static constexpr int kOffset = 128;
   static constexpr uint16_t kPadding = 128;
@@ -37,14 +41,15 @@ struct ByteCodes {
     return Isa::add(Isa::to_float(Isa::template field<shift, 255>(words)), Isa::set1(-128.0f));
   }
   template <class Isa, int>
-  static typename Isa::I bytes(const uint8_t* line) {
+  static typename Isa::I bytes(const uint8_t* line, int64_t) {
     return Isa::load_integers(line);
   }
 };
 
 // Nibbles q from 0 to 15 that stand for q - 8, or for q - zero where zero points are stored.
 struct NibbleCodes {
-  static constexpr int kBits = 4, kPairs = 4;
+  static constexpr int kBits = 4, kHighBits = 0, kPairs = 4;
+  static constexpr bool kSplit = false;
   static constexpr bool kInteger = true;
   static constexpr int kOffset = 8;
   static constexpr uint16_t kPadding = 8;
@@ -59,16 +64,61 @@ struct NibbleCodes {
   static typename Isa::F column(typename Isa::I words, typename Isa::F minus_zero) {
     return Isa::add(Isa::to_float(Isa::template field<shift, 15>(words)), minus_zero);
   }
-  // The first or second four columns as unsigned bytes: the value's units, plus kOffset.
+  // Four columns of a run, whose lines lie `stride` bytes apart, as unsigned bytes: the value's units, plus kOffset.
   template <class Isa, int half>
-  static typename Isa::I bytes(const uint8_t* line) {
+  static typename Isa::I bytes(const uint8_t* line, int64_t) {
     return half ? Isa::high_nibbles(line) : Isa::low_nibbles(line);
+  }
+};
+
+// Nibbles that stand for themselves: a minimum is taken off.
+struct PlainNibbleCodes : NibbleCodes {
+  static constexpr int kOffset = 0;
+  static constexpr uint16_t kPadding = 0;
+  static constexpr float kMost = 15;
+  static constexpr int8_t kTable[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+};
+
+// Whole numbers less an offset, as bf16.
+template <int count, int offset>
+struct WordsOf {
+  alignas(64) uint16_t value[count] = {};
+  constexpr WordsOf() {
+    for (int i = 0; i < count; i++) value[i] = static_cast<uint16_t>(std::bit_cast<uint32_t>(static_cast<float>(i - offset)) >> 16);
+  }
+};
+
+// Whole numbers of 2, 5 or 6 bits, less an offset: a line of the upper bits where there are more than 4, then lines of the lower two or four.
+template <int Bits, int Offset>
+struct SplitCodes {
+  static constexpr int kLowBits = Bits < 4 ? 2 : 4, kBits = Bits, kHighBits = Bits - kLowBits, kPairs = 16 / (kHighBits ? kHighBits : kBits);
+  static constexpr bool kInteger = true, kSplit = true;
+  static constexpr int kOffset = Offset;
+  static constexpr uint16_t kPadding = Offset;
+  static constexpr float kUnit = 1.0f;
+  static constexpr float kMost = (1 << Bits) - 1;
+  static constexpr WordsOf<(Bits < 5 ? 32 : 1 << Bits), Offset> kWords{};
+  static float value(uint16_t code, int) { return static_cast<float>(code - Offset); }
+  static bool valid(uint16_t code) { return code < 1 << Bits; }
+  static Words round(Vector x, Vector zero) { return without_round(nearest(x + zero, 0.0f, kMost)); }
+  static Vector rounded(Vector x, Vector zero) { return nearest(x + zero, 0.0f, kMost) - (zero + kRound); }
+
+  template <class Isa, int quad>
+  static typename Isa::I bytes(const uint8_t* run, int64_t stride) {
+    constexpr int kQuads = 8 / kLowBits;  // of a line
+    constexpr uint32_t kLower = ((1u << kLowBits) - 1) * 0x01010101u, kUpper = ((1u << kHighBits) - 1) * (0x01010101u << kLowBits);
+    const auto lower = Isa::template field<quad % kQuads * kLowBits, kLower>(Isa::load_integers(run + ((kHighBits > 0) + quad / kQuads) * stride));
+    if constexpr (kHighBits == 0)
+      return lower;
+    else
+      return Isa::either(lower, Isa::template field<quad * kHighBits - kLowBits, kUpper>(Isa::load_integers(run)));
   }
 };
 
 // 4-bit floats e2m1: sign, two bits of exponent, one of mantissa. Kept as whole numbers of halves.
 struct E2m1Codes {
-  static constexpr int kBits = 4, kPairs = 4;
+  static constexpr int kBits = 4, kHighBits = 0, kPairs = 4;
+  static constexpr bool kSplit = false;
   static constexpr bool kInteger = true;
   static constexpr int kOffset = 12;
   static constexpr uint16_t kPadding = 0;
@@ -96,14 +146,15 @@ struct E2m1Codes {
     return Isa::lookup(Isa::template field<shift, 15>(words), kTable);
   }
   template <class Isa, int half>
-  static typename Isa::I bytes(const uint8_t* line) {
+  static typename Isa::I bytes(const uint8_t* line, int64_t) {
     return Isa::lookup_bytes(half ? Isa::high_nibbles(line) : Isa::low_nibbles(line), kBytes);
   }
 };
 
 // Entries of ggml's table for 4-bit codes that are not linear, close together around zero; none is zero.
 struct Iq4Codes {
-  static constexpr int kBits = 4, kPairs = 4;
+  static constexpr int kBits = 4, kHighBits = 0, kPairs = 4;
+  static constexpr bool kSplit = false;
   static constexpr bool kInteger = true;
   static constexpr int kOffset = 127;
   static constexpr uint16_t kPadding = 0;
@@ -132,14 +183,15 @@ struct Iq4Codes {
     return Isa::lookup(Isa::template field<shift, 15>(words), kTable);
   }
   template <class Isa, int half>
-  static typename Isa::I bytes(const uint8_t* line) {
+  static typename Isa::I bytes(const uint8_t* line, int64_t) {
     return Isa::lookup_bytes(half ? Isa::high_nibbles(line) : Isa::low_nibbles(line), kBytes);
   }
 };
 
 // 8-bit floats e4m3 without infinities: sign, four bits of exponent, three of mantissa.
 struct E4m3Codes {
-  static constexpr int kBits = 8, kPairs = 2;
+  static constexpr int kBits = 8, kHighBits = 0, kPairs = 2;
+  static constexpr bool kSplit = false;
   static constexpr bool kInteger = false;
   static constexpr int kOffset = 0;
   static constexpr uint16_t kPadding = 0;
@@ -185,9 +237,16 @@ inline void lines_of(const uint8_t* line, typename Isa::I (&to)[Codes::kPairs]) 
     Isa::e4m3_lines(line, to);
 }
 
+// f(0), f(1), ... f(count - 1), as constants.
+template <int count, int i = 0, class F>
+inline void each_index(const F& f) {
+  f(std::integral_constant<int, i>{});
+  if constexpr (i + 1 < count) each_index<count, i + 1>(f);
+}
+
 // The columns of a line in natural order, two by two: take(index of the pair, first, second). Zero: zero points are stored.
 template <class Isa, class Codes, bool Zero, class Take>
-inline void each_pair(const uint8_t* line, typename Isa::F minus_zero, const Take& take) {
+inline void each_pair_of_line(const uint8_t* line, typename Isa::F minus_zero, const Take& take) {
   if constexpr (kAsLines<Isa, Codes>) {
     typename Isa::I pairs[Codes::kPairs];
     lines_of<Isa, Codes>(line, pairs);
@@ -210,7 +269,22 @@ inline void each_pair(const uint8_t* line, typename Isa::F minus_zero, const Tak
   }
 }
 
-// The same for the instructions that multiply them.
+// The same of a run, whose lines lie `stride` bytes apart.
+template <class Isa, class Codes, bool Zero, class Take>
+inline void each_pair(const uint8_t* run, int64_t stride, typename Isa::F minus_zero, const Take& take) {
+  if constexpr (!Codes::kSplit)
+    each_pair_of_line<Isa, Codes, Zero>(run, minus_zero, take);
+  else
+    each_index<Codes::kPairs / 2>([&](auto index) {
+      constexpr int quad = decltype(index)::value;
+      const auto words = Codes::template bytes<Isa, quad>(run, stride);
+      const auto column = [&](auto bytes) { return Isa::add(Isa::to_float(bytes), minus_zero); };
+      take(2 * quad, column(Isa::template field<0, 255>(words)), column(Isa::template field<16, 255>(words)));
+      take(2 * quad + 1, column(Isa::template field<8, 255>(words)), column(Isa::template field<24, 255>(words)));
+    });
+}
+
+// Pairs of a line for the instructions that multiply them.
 template <class Isa, class Codes>
 inline void pairs_of_line(const uint8_t* line, typename Isa::Pair (&to)[Codes::kPairs]) {
   if constexpr (Codes::kBits == 16) {
@@ -220,7 +294,22 @@ inline void pairs_of_line(const uint8_t* line, typename Isa::Pair (&to)[Codes::k
     lines_of<Isa, Codes>(line, pairs);
     for (int i = 0; i < Codes::kPairs; i++) to[i] = Isa::pair(pairs[i]);
   } else {
-    each_pair<Isa, Codes, false>(line, Isa::set1(-8.0f), [&](int i, auto first, auto second) { to[i] = Isa::pair_of(first, second); });
+    each_pair_of_line<Isa, Codes, false>(line, Isa::set1(-Codes::kOffset), [&](int i, auto first, auto second) { to[i] = Isa::pair_of(first, second); });
+  }
+}
+
+// The first and second columns of a quad of a run whose codes are split, likewise, and its third and fourth.
+template <class Isa, class Codes, int quad>
+inline void pairs_of_quad(const uint8_t* run, int64_t stride, typename Isa::Pair (&to)[2]) {
+  const auto words = Codes::template bytes<Isa, quad>(run, stride);
+  if constexpr (Isa::kLooksUpLines) {
+    typename Isa::I pairs[2];
+    Isa::lookup_words(words, Codes::kWords.value, pairs);
+    for (int i = 0; i < 2; i++) to[i] = Isa::pair(pairs[i]);
+  } else {
+    const auto column = [&](auto bytes) { return Isa::add(Isa::to_float(bytes), Isa::set1(-Codes::kOffset)); };
+    to[0] = Isa::pair_of(column(Isa::template field<0, 255>(words)), column(Isa::template field<16, 255>(words)));
+    to[1] = Isa::pair_of(column(Isa::template field<8, 255>(words)), column(Isa::template field<24, 255>(words)));
   }
 }
 
@@ -232,7 +321,7 @@ inline void store_line(const uint8_t* line, uint8_t* to, int64_t stride) {
     lines_of<Isa, Codes>(line, pairs);
     for (int i = 0; i < Codes::kPairs; i++) Isa::store_integers(to + i * stride, pairs[i]);
   } else {
-    each_pair<Isa, Codes, false>(line, Isa::set1(-8.0f), [&](int i, auto first, auto second) { Isa::store_pairs(to + i * stride, first, second); });
+    each_pair_of_line<Isa, Codes, false>(line, Isa::set1(-Codes::kOffset), [&](int i, auto first, auto second) { Isa::store_pairs(to + i * stride, first, second); });
   }
 }
 

@@ -14,19 +14,41 @@ template <class CodesOf, class ScaleOf, int Step, bool Zero, bool RowScale, clas
 struct Encoding {
   using Codes = CodesOf;
   using Scale = ScaleOf;
-  using Family = FamilyOf;  // how weights are rounded to it: `choose`, for kWidth rows of a group
+  using Family = FamilyOf;  // how weights are rounded to it: `choose`, for kWidth rows of a group, or of a step where its scales are a record
   static constexpr int kStep = Step;
   static constexpr bool kStepScale = Scale::kRowBytes + Scale::kBlockBytes > 0;
   static constexpr bool kRowScale = RowScale;
   static constexpr bool kZero = Zero, kStepZero = Zero && kStepScale, kRowZero = Zero && !kStepScale;
-  static constexpr int kLineColumns = 32 / Codes::kBits;
+  static constexpr int kRunColumns = 32 / (Codes::kHighBits ? Codes::kHighBits : Codes::kBits), kRunLines = kRunColumns * Codes::kBits / 32;
+  static constexpr int kScales = Scale::kCount;  // of a row in a step
+  static_assert(Step == 0 || Step / kScales % kRunColumns == 0, "the columns of a scale are whole runs");
+  static constexpr bool kMinimum = Scale::kMinimum;
+  static constexpr bool kNarrow = Codes::kBits < 8 && kStepScale;
+  static constexpr bool kRecord = Scale::kRecord;
+  // Products need the sums of activations.
+  static constexpr bool kSums = kZero || kMinimum;
   // Codes with stored zero points are no pairs without them.
   static constexpr bool kFused = !Zero;
 
-  // What stands behind the codes of a step, at `tail`, and at the end of a block of `panels`, for a panel.
+  // What stands beside the codes of a step, at `tail`, and at the end of a block of `panels`, for a panel.
   static const uint8_t* step_scale(const uint8_t* tail, int panel) { return tail + panel * kPanelRows * Scale::kRowBytes; }
   static const uint8_t* step_zero(const uint8_t* tail, int panels, int panel) {
     return tail + Scale::kBlockBytes + panels * kPanelRows * Scale::kRowBytes + panel * kPanelRows;
+  }
+  // Number `group` of a panel's scales in a step, and the minimum that is taken off, 0 where there are none.
+  template <class Isa>
+  static typename Isa::F scale(const uint8_t* tail, int panel, int group) {
+    if constexpr (kRecord)
+      return typename Scale::template Panel<Isa>(step_scale(tail, panel)).scale(group);
+    else
+      return Scale::template load<Isa>(step_scale(tail, panel));
+  }
+  template <class Isa>
+  static typename Isa::F minimum(const uint8_t* tail, int panel, int group) {
+    if constexpr (kMinimum)
+      return typename Scale::template Panel<Isa>(step_scale(tail, panel)).minimum(group);
+    else
+      return Isa::zero();
   }
   static const uint8_t* row_scale(const uint8_t* end, int panel) { return end + panel * kPanelRows * 4; }
   static const uint8_t* row_zero(const uint8_t* end, int panels, int panel) { return end + panels * kPanelRows * 4 + panel * kPanelRows; }
@@ -40,9 +62,10 @@ struct Choice {
   bool exact;                // products of weights and small integers are exact in float32: weights were bf16 or fp16
 };
 
-// Rows of a group, the columns that share a scale, become codes round(w / scale, zero), which stand for scale * rounded(w / scale, zero).
+// Rows of a group, the columns that share a scale, become codes round(w / scale, zero), which stand for scale * rounded(w / scale, zero). Where there are
+// minima, w is w + minimum, and what the codes stand for less minimum.
 struct Grid {
-  Vector scale, zero;
+  Vector scale, zero, minimum{};
 
   Vector inverse() const { return quotient(1.0f, scale); }
 };

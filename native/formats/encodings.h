@@ -8,10 +8,18 @@
 #include "formats/int4.h"
 #include "formats/int8.h"
 #include "formats/iq4_nl.h"
+#include "formats/iq4_xs.h"
 #include "formats/mxfp4.h"
 #include "formats/mxfp8.h"
 #include "formats/nvfp4.h"
+#include "formats/q2_k.h"
 #include "formats/q4_0.h"
+#include "formats/q4_1.h"
+#include "formats/q4_k.h"
+#include "formats/q5_0.h"
+#include "formats/q5_1.h"
+#include "formats/q5_k.h"
+#include "formats/q6_k.h"
 #include "formats/q8_0.h"
 
 namespace coterie {
@@ -19,7 +27,8 @@ namespace {
 
 template <class... Family>
 struct Families {};
-using AllFamilies = Families<Bf16, Int8, Int4, Fp8Block, Fp8Channel, Mxfp4, Mxfp8, Nvfp4, Q4_0, Q8_0, Iq4Nl>;
+using AllFamilies = Families<Bf16, Int8, Int4, Fp8Block, Fp8Channel, Mxfp4, Mxfp8, Nvfp4, Q4_0, Q8_0, Iq4Nl, Q4K, Q6K, Q5K, Q4_1, Q5_0, Q5_1,
+                             Iq4Xs, Q2K>;
 
 template <class F, class First, class... Rest>
 decltype(auto) with_family(Families<First, Rest...>, int number, const Layout& layout, const F& f) {
@@ -45,12 +54,16 @@ inline Layout layout_of(int encoding, int64_t rows, int64_t cols, int64_t group,
   with_encoding(l, [&](auto encoding) {
     using E = decltype(encoding);
     l.step = E::kStep ? E::kStep : group ? group : kColumnAlign;
-    l.line_columns = E::kLineColumns;
+    l.step_scales = E::kScales;
+    l.records = E::kRecord;
+    l.run_columns = E::kRunColumns;
+    l.run_lines = E::kRunLines;
     l.step_row_bytes = E::Scale::kRowBytes + E::kStepZero;
     l.step_block_bytes = E::Scale::kBlockBytes;
     l.block_row_bytes = 4 * E::kRowScale + E::kRowZero;
+    l.narrow = E::kNarrow;
     l.needs_largest = E::Scale::kBlockBytes > 0 || (E::kStepScale && E::kRowScale);
-    l.code_offset = E::kZero ? 1 : E::Codes::kOffset;  // the kernel multiplies stored zero points by it
+    l.code_offset = E::kSums ? 1 : E::Codes::kOffset;
   });
   return l;
 }

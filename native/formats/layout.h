@@ -14,7 +14,8 @@ constexpr int kScaleTileRows = 128;  // rows that share a scale where one is kep
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A matrix is blocks of 64 rows; a block is steps and, behind them, what its rows have once; a step is a few columns: lines of codes, those of the
-// block's panels side by side, and behind them what its columns share. Made by layout_of in formats/encodings.h.
+// block's panels side by side, and behind them, or before, what its columns share. Lines whose codes belong together are a run: one, or several where the upper bits
+// of codes stand in a line of their own. Made by layout_of in formats/encodings.h.
 struct Layout {
   int encoding;      // its number in formats/encodings.h
   int64_t rows, cols;
@@ -22,10 +23,13 @@ struct Layout {
   bool zero_point;   // stored ones
 
   int64_t step;          // columns of a step
-  int line_columns;      // columns of a line of codes: 2, 4 or 8
+  int step_scales;       // scales of a row in a step
+  bool records;          // a row's scales are a record, which stands before the codes
+  int run_columns, run_lines;
   int step_row_bytes;    // behind the codes of a step, for each row
   int step_block_bytes;  // behind the codes of a step, for the block
   int block_row_bytes;   // at the end of a block, for each row
+  bool narrow;           // codes of fewer than 8 bits with scales in steps
   bool needs_largest;    // to be packed from floats: the largest magnitudes of tiles of the matrix, first
   int code_offset;       // what is added to codes to make them the unsigned bytes that int8 activations are multiplied with
 
@@ -37,7 +41,10 @@ struct Layout {
     return static_cast<int>(left < kBlockPanels ? left : kBlockPanels);
   }
 
-  int64_t step_code_bytes(int panels) const { return step / line_columns * kLine * panels; }
+  int64_t step_code_bytes(int panels) const { return step / run_columns * run_lines * kLine * panels; }
+  // Where in a step its codes are, and what its columns share.
+  int64_t codes_at(int panels) const { return records ? panels * kPanelRows * step_row_bytes : 0; }
+  int64_t shared_at(int panels) const { return records ? 0 : step_code_bytes(panels); }
   int64_t step_bytes(int panels) const { return step_code_bytes(panels) + panels * kPanelRows * step_row_bytes + step_block_bytes; }
   int64_t steps() const { return padded_cols() / step; }
   int64_t block_bytes(int panels) const { return steps() * step_bytes(panels) + panels * kPanelRows * block_row_bytes; }

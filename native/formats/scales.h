@@ -1,17 +1,26 @@
 // Scales that stand in a step behind its codes: one a row in 16, 8 or 0 bits, or one float for all rows of the block.
-// `stored`: a scale as it will be read again; `store` takes such scales.
+// `stored`: a scale as it will be read again; `store` takes such scales. A row may have several in a step, or a minimum: they are a record of its bytes.
 #pragma once
 #include "formats/codes.h"
 
 namespace coterie {
 namespace {
 
-struct NoScale {
+// One scale for the columns of a step, or none.
+struct OneScale {
+  static constexpr int kCount = 1;
+  static constexpr bool kRecord = false, kMinimum = false;
+};
+
+// Where byte i of what a lane has in a step is among that of its panel: numbers of 16 bits come first, each of 16 rows side by side, then bytes likewise.
+constexpr int record_byte(int halves, int lane, int i) { return i < 2 * halves ? i / 2 * 2 * kLanes + lane * 2 + i % 2 : i * kLanes + lane; }
+
+struct NoScale : OneScale {
   static constexpr int kRowBytes = 0, kBlockBytes = 0;
 };
 
-struct Bf16Scale {
-  static constexpr int kRowBytes = 2, kBlockBytes = 0;
+struct Bf16Scale : OneScale {
+  static constexpr int kRowBytes = 2, kHalves = 1, kBlockBytes = 0;
   static bool valid(const uint8_t*) { return true; }
   // Of a number.
   static Vector stored(Vector scale) {
@@ -30,8 +39,8 @@ struct Bf16Scale {
   }
 };
 
-struct F16Scale {
-  static constexpr int kRowBytes = 2, kBlockBytes = 0;
+struct F16Scale : OneScale {
+  static constexpr int kRowBytes = 2, kHalves = 1, kBlockBytes = 0;
   static constexpr float kMost = 65504.0f;
   static bool valid(const uint8_t* from) { return (from[1] & 0x7c) != 0x7c; }
   // Of a number: to the nearest, ties to even, saturating.
@@ -59,8 +68,8 @@ struct F16Scale {
 };
 
 // Powers of two, 2^(byte - 127); 255 is NaN.
-struct E8m0Scale {
-  static constexpr int kRowBytes = 1, kBlockBytes = 0;
+struct E8m0Scale : OneScale {
+  static constexpr int kRowBytes = 1, kHalves = 0, kBlockBytes = 0;
   static bool valid(const uint8_t* from) { return *from != 255; }
   // Of a power of two.
   static Vector stored(Vector scale) { return scale; }
@@ -72,8 +81,8 @@ struct E8m0Scale {
   }
 };
 
-struct E4m3Scale {
-  static constexpr int kRowBytes = 1, kBlockBytes = 0;
+struct E4m3Scale : OneScale {
+  static constexpr int kRowBytes = 1, kHalves = 0, kBlockBytes = 0;
   static bool valid(const uint8_t* from) { return E4m3Codes::valid(*from); }
   static Vector stored(Vector scale) { return E4m3Codes::rounded(scale, Vector{}); }
   static void store(Vector scale, uint8_t* to) { store_narrow<uint8_t>(to, E4m3Codes::round(scale, Vector{})); }
@@ -85,7 +94,7 @@ struct E4m3Scale {
 };
 
 // One f32 for the block, 16 times, so that it is loaded as those of a panel are.
-struct BlockScale {
+struct BlockScale : OneScale {
   static constexpr int kRowBytes = 0, kBlockBytes = kLanes * 4;
   static bool valid(const uint8_t*) { return true; }
   static Vector stored(Vector scale) { return scale; }
@@ -101,6 +110,153 @@ struct BlockScale {
   static typename Isa::F load(const uint8_t* panel) {
     return Isa::load(reinterpret_cast<const float*>(panel));
   }
+};
+
+// GGUF's for 256 columns with minima: two f16s, and for each 32 columns whole numbers of 6 bits by which they are multiplied for scale and minimum.
+// Of the 12 bytes behind the f16s the first four have the lower bits of scales 0 to 3, the next those of minima 0 to 3, and the last the lower four bits
+// of scales and, above them, of minima 4 to 7, whose upper two are those of the first eight bytes.
+struct ScalesAndMinima {
+  static constexpr int kRowBytes = 16, kHalves = 2, kBlockBytes = 0, kCount = 8, kFactor = 63;
+  static constexpr bool kRecord = true, kMinimum = true;
+  static bool valid(const uint8_t* record) { return F16Scale::valid(record) && F16Scale::valid(record + 2); }
+  static float value(const uint8_t* record, int group) {
+    const uint8_t* b = record + 4;
+    return F16Scale::value(record) * static_cast<float>(group < 4 ? b[group] & 63 : (b[group + 4] & 15) | b[group - 4] >> 6 << 4);
+  }
+  static float minimum(const uint8_t* record, int group) {
+    const uint8_t* b = record + 4;
+    return F16Scale::value(record + 2) * static_cast<float>(group < 4 ? b[group + 4] & 63 : b[group + 4] >> 4 | b[group] >> 6 << 4);
+  }
+  // Of a panel, for lanes from `lane` on.
+  static void store(Vector scale, Vector minimum, const Words (&of_scale)[kCount], const Words (&of_minimum)[kCount], uint8_t* panel, int lane) {
+    store_narrow<uint16_t>(panel + lane * 2, F16Scale::round(scale));
+    store_narrow<uint16_t>(panel + 2 * kLanes + lane * 2, F16Scale::round(minimum));
+    uint8_t* const to = panel + 4 * kLanes + lane;
+    for (int g = 0; g < 4; g++) {
+      store_narrow<uint8_t>(to + g * kLanes, of_scale[g] | of_scale[g + 4] >> 4 << 6);
+      store_narrow<uint8_t>(to + (g + 4) * kLanes, of_minimum[g] | of_minimum[g + 4] >> 4 << 6);
+      store_narrow<uint8_t>(to + (g + 8) * kLanes, (of_scale[g + 4] & 15) | (of_minimum[g + 4] & 15) << 4);
+    }
+  }
+  template <class Isa>
+  struct Panel {
+    typename Isa::F unit, unit_of_minima;
+    const uint8_t* first;
+
+    explicit Panel(const uint8_t* panel) : unit(Isa::load_f16(panel)), unit_of_minima(Isa::load_f16(panel + 2 * kLanes)), first(panel + 4 * kLanes) {}
+    [[gnu::always_inline]] typename Isa::I bytes(int i) const { return Isa::load_byte_integers(first + i * kLanes); }
+    [[gnu::always_inline]] typename Isa::F scale(int group) const {
+      return Isa::mul(unit, Isa::to_float(group < 4 ? Isa::template field<0, 63>(bytes(group))
+                                                    : Isa::either(Isa::template field<0, 15>(bytes(group + 4)), Isa::template field<2, 48>(bytes(group - 4)))));
+    }
+    [[gnu::always_inline]] typename Isa::F minimum(int group) const {
+      return Isa::mul(unit_of_minima, Isa::to_float(group < 4 ? Isa::template field<0, 63>(bytes(group + 4))
+                                                              : Isa::either(Isa::template field<4, 15>(bytes(group + 4)), Isa::template field<2, 48>(bytes(group)))));
+    }
+  };
+};
+
+// GGUF's for 32 columns: an f16, and an f16 that is added.
+struct ScaleAndStart {
+  static constexpr int kRowBytes = 4, kHalves = 2, kBlockBytes = 0, kCount = 1;
+  static constexpr bool kRecord = true, kMinimum = true;
+  static bool valid(const uint8_t* record) { return F16Scale::valid(record) && F16Scale::valid(record + 2); }
+  static float value(const uint8_t* record, int) { return F16Scale::value(record); }
+  static float minimum(const uint8_t* record, int) { return -F16Scale::value(record + 2); }
+  static void store(Vector scale, Vector minimum, uint8_t* panel, int lane) {
+    store_narrow<uint16_t>(panel + lane * 2, F16Scale::round(scale));
+    store_narrow<uint16_t>(panel + 2 * kLanes + lane * 2, F16Scale::round(-minimum));
+  }
+  template <class Isa>
+  struct Panel {
+    const uint8_t* from;
+
+    explicit Panel(const uint8_t* panel) : from(panel) {}
+    [[gnu::always_inline]] typename Isa::F scale(int) const { return Isa::load_f16(from); }
+    [[gnu::always_inline]] typename Isa::F minimum(int) const { return Isa::mul(Isa::load_f16(from + 2 * kLanes), Isa::set1(-1.0f)); }
+  };
+};
+
+// GGUF's for 256 columns: an f16, two bytes with the upper two bits and four with the lower four of whole numbers of 6 bits, less 32, by which it is
+// multiplied for each 32 columns.
+struct SixBitScales {
+  static constexpr int kRowBytes = 8, kHalves = 1, kBlockBytes = 0, kCount = 8;
+  static constexpr bool kRecord = true, kMinimum = false;
+  static bool valid(const uint8_t* record) { return F16Scale::valid(record); }
+  static float value(const uint8_t* record, int group) {
+    const int lower = record[4 + group / 2] >> group % 2 * 4 & 15, upper = record[2 + group / 4] >> group % 4 * 2 & 3;
+    return F16Scale::value(record) * static_cast<float>((lower | upper << 4) - 32);
+  }
+  // Of a panel, for lanes from `lane` on; factors are 32 more than they stand for.
+  static void store(Vector scale, const Words (&factor)[kCount], uint8_t* panel, int lane) {
+    store_narrow<uint16_t>(panel + lane * 2, F16Scale::round(scale));
+    uint8_t* const to = panel + 2 * kLanes + lane;
+    for (int i = 0; i < 2; i++)
+      store_narrow<uint8_t>(to + i * kLanes, factor[4 * i] >> 4 | factor[4 * i + 1] >> 4 << 2 | factor[4 * i + 2] >> 4 << 4 | factor[4 * i + 3] >> 4 << 6);
+    for (int i = 0; i < 4; i++) store_narrow<uint8_t>(to + (2 + i) * kLanes, (factor[2 * i] & 15) | (factor[2 * i + 1] & 15) << 4);
+  }
+  template <class Isa>
+  struct Panel {
+    typename Isa::F unit;
+    const uint8_t* first;
+
+    explicit Panel(const uint8_t* panel) : unit(Isa::load_f16(panel)), first(panel + 2 * kLanes) {}
+    [[gnu::always_inline]] typename Isa::F scale(int group) const {
+      const auto lower = Isa::load_byte_integers(first + (2 + group / 2) * kLanes), upper = Isa::load_byte_integers(first + group / 4 * kLanes);
+      const auto whole = Isa::either(group % 2 ? Isa::template field<4, 15>(lower) : Isa::template field<0, 15>(lower),
+                                     group % 4 == 0   ? Isa::template field<-4, 48>(upper)
+                                     : group % 4 == 1 ? Isa::template field<-2, 48>(upper)
+                                     : group % 4 == 2 ? Isa::template field<0, 48>(upper)
+                                                      : Isa::template field<2, 48>(upper));
+      return Isa::mul(unit, Isa::add(Isa::to_float(whole), Isa::set1(-32.0f)));
+    }
+  };
+};
+
+// GGUF's for 256 columns with minima: two f16s, and for each 16 columns a byte with two whole numbers by which they are multiplied for scale and minimum.
+struct NibblesAndMinima {
+  static constexpr int kRowBytes = 20, kHalves = 2, kBlockBytes = 0, kCount = 16, kFactor = 15;
+  static constexpr bool kRecord = true, kMinimum = true;
+  static bool valid(const uint8_t* record) { return F16Scale::valid(record) && F16Scale::valid(record + 2); }
+  static float value(const uint8_t* record, int group) { return F16Scale::value(record) * static_cast<float>(record[4 + group] & 15); }
+  static float minimum(const uint8_t* record, int group) { return F16Scale::value(record + 2) * static_cast<float>(record[4 + group] >> 4); }
+  // Of a panel, for lanes from `lane` on.
+  static void store(Vector scale, Vector minimum, const Words (&of_scale)[kCount], const Words (&of_minimum)[kCount], uint8_t* panel, int lane) {
+    store_narrow<uint16_t>(panel + lane * 2, F16Scale::round(scale));
+    store_narrow<uint16_t>(panel + 2 * kLanes + lane * 2, F16Scale::round(minimum));
+    for (int g = 0; g < kCount; g++) store_narrow<uint8_t>(panel + (4 + g) * kLanes + lane, of_scale[g] | of_minimum[g] << 4);
+  }
+  template <class Isa>
+  struct Panel {
+    typename Isa::F unit, unit_of_minima;
+    const uint8_t* first;
+
+    explicit Panel(const uint8_t* panel) : unit(Isa::load_f16(panel)), unit_of_minima(Isa::load_f16(panel + 2 * kLanes)), first(panel + 4 * kLanes) {}
+    [[gnu::always_inline]] typename Isa::I both(int group) const { return Isa::load_byte_integers(first + group * kLanes); }
+    [[gnu::always_inline]] typename Isa::F scale(int group) const { return Isa::mul(unit, Isa::to_float(Isa::template field<0, 15>(both(group)))); }
+    [[gnu::always_inline]] typename Isa::F minimum(int group) const { return Isa::mul(unit_of_minima, Isa::to_float(Isa::template field<4, 15>(both(group)))); }
+  };
+};
+
+// GGUF's for 256 columns: an f16, and for each 16 columns a signed byte by which it is multiplied.
+struct ByteScales {
+  static constexpr int kRowBytes = 18, kHalves = 1, kBlockBytes = 0, kCount = 16;
+  static constexpr bool kRecord = true, kMinimum = false;
+  static bool valid(const uint8_t* record) { return F16Scale::valid(record); }
+  static float value(const uint8_t* record, int group) { return F16Scale::value(record) * static_cast<float>(static_cast<int8_t>(record[2 + group])); }
+  // Of a panel, for lanes from `lane` on; factors are 128 more than they stand for.
+  static void store(Vector scale, const Words (&factor)[kCount], uint8_t* panel, int lane) {
+    store_narrow<uint16_t>(panel + lane * 2, F16Scale::round(scale));
+    for (int g = 0; g < kCount; g++) store_narrow<uint8_t>(panel + (2 + g) * kLanes + lane, factor[g] ^ 128);
+  }
+  template <class Isa>
+  struct Panel {
+    typename Isa::F unit;
+    const uint8_t* first;
+
+    explicit Panel(const uint8_t* panel) : unit(Isa::load_f16(panel)), first(panel + 2 * kLanes) {}
+    [[gnu::always_inline]] typename Isa::F scale(int group) const { return Isa::mul(unit, Isa::load_signed_bytes(first + group * kLanes)); }
+  };
 };
 
 }  // namespace

@@ -7,6 +7,10 @@
 namespace coterie {
 namespace {
 
+struct Affine {
+  float scale, minimum;
+};
+
 // Where the parts of one row of a block are.
 template <class E>
 struct Row {
@@ -22,13 +26,11 @@ struct Row {
   }
 
   int64_t step(int64_t column) const { return start + column / layout.step * layout.step_bytes(panels); }
-  int64_t tail(int64_t column) const { return step(column) + layout.step_code_bytes(panels); }
-  int64_t code(int64_t column) const {
-    const int64_t in_step = column % layout.step, in_line = in_step % E::kLineColumns;
-    const int64_t word = step(column) + (in_step / E::kLineColumns * panels + panel) * kLine + lane * 4;
-    return E::Codes::kBits == 16 ? word + in_line * 2 : word + kQuadOrder[in_line % 4];
+  int64_t tail(int64_t column) const { return step(column) + layout.shared_at(panels); }
+  int64_t run(int64_t column) const {
+    return step(column) + layout.codes_at(panels) + (column % layout.step / E::kRunColumns * E::kRunLines * panels + panel) * kLine + lane * 4;
   }
-  int64_t step_scale(int64_t column) const { return tail(column) + (E::Scale::kRowBytes ? (panel * kPanelRows + lane) * E::Scale::kRowBytes : 0); }
+  int64_t tail_of_panel(int64_t column) const { return tail(column) + panel * kPanelRows * E::Scale::kRowBytes; }
   int64_t zero(int64_t column) const {
     const int64_t at = panel * kPanelRows + lane;
     return E::kStepZero ? tail(column) + panels * kPanelRows * E::Scale::kRowBytes + at : end + panels * kPanelRows * 4 + at;
@@ -36,15 +38,49 @@ struct Row {
   int64_t row_scale() const { return end + (panel * kPanelRows + lane) * 4; }
 };
 
+// Where the bits of column i of a run are: lines of lower bits, behind one of upper bits where codes are split.
 template <class E>
-uint16_t code_at(const uint8_t* at, int64_t column) {
+struct Place {
+  static constexpr int kHigh = E::Codes::kHighBits, kLow = E::Codes::kBits - kHigh, kColumns = 32 / kLow;
+  static constexpr int kLowMask = (1 << kLow) - 1, kHighMask = (1 << kHigh) - 1;
+  int line, byte, low_shift, high_shift;
+
+  explicit Place(int64_t i)
+      : line(static_cast<int>(i / kColumns) + (kHigh > 0)), byte(kQuadOrder[i % 4]), low_shift(static_cast<int>(i % kColumns / 4) * kLow),
+        high_shift(static_cast<int>(i / 4) * kHigh) {}
+};
+
+template <class E>
+uint16_t code_at(const uint8_t* run, int64_t stride, int64_t column) {
   if constexpr (E::Codes::kBits == 16) {
     uint16_t half;
-    memcpy(&half, at, 2);
+    memcpy(&half, run + column * 2, 2);
     return half;
+  } else {
+    using P = Place<E>;
+    const P at(column);
+    const int low = run[at.line * stride + at.byte] >> at.low_shift & P::kLowMask;
+    return static_cast<uint16_t>(low | (run[at.byte] >> at.high_shift & P::kHighMask) << P::kLow);
   }
-  if constexpr (E::Codes::kBits == 4) return *at >> (column % 8 < 4 ? 0 : 4) & 15;
-  return *at;
+}
+
+// What scales weights in a column's step, and what is taken off.
+template <class E>
+Affine affine_at(const uint8_t* matrix, const Row<E>& row, int64_t column) {
+  using Scale = typename E::Scale;
+  Affine found{1.0f, 0.0f};
+  if constexpr (Scale::kBlockBytes > 0) found.scale = Scale::value(matrix + row.tail(column));
+  if constexpr (Scale::kRowBytes > 0) {
+    uint8_t record[Scale::kRowBytes];
+    for (int i = 0; i < Scale::kRowBytes; i++) record[i] = matrix[row.tail_of_panel(column) + record_byte(Scale::kHalves, row.lane, i)];
+    [[maybe_unused]] const int group = static_cast<int>(column % row.layout.step * E::kScales / row.layout.step);
+    if constexpr (E::kRecord)
+      found.scale = Scale::value(record, group);
+    else
+      found.scale = Scale::value(record);
+    if constexpr (E::kMinimum) found.minimum = Scale::minimum(record, group);
+  }
+  return found;
 }
 
 template <class E>
@@ -53,57 +89,64 @@ void unpack(const Layout& layout, const uint8_t* matrix, int64_t begin, int64_t 
     const Row<E> row(layout, r);
     float row_scale = 1.0f;
     if constexpr (E::kRowScale) memcpy(&row_scale, matrix + row.row_scale(), 4);
+    const int64_t width = layout.step / E::kScales;
+    Affine affine{};
     for (int64_t k = 0; k < layout.cols; k++) {
+      if (k % width == 0) affine = affine_at<E>(matrix, row, k);
       int zero = E::Codes::kOffset;
       if constexpr (E::kZero) zero = matrix[row.zero(k)];
-      float value = E::Codes::value(code_at<E>(matrix + row.code(k), k), zero);
-      float scale = row_scale;
-      if constexpr (E::kStepScale) scale *= E::Scale::value(matrix + row.step_scale(k));
-      to[r * layout.cols + k] = E::kStepScale || E::kRowScale ? scale * value : value;
+      const uint16_t code = code_at<E>(matrix + row.run(k), row.panels * kLine, k % layout.step % E::kRunColumns);
+      const float value = E::Codes::value(code, zero);
+      to[r * layout.cols + k] = E::kStepScale || E::kRowScale ? row_scale * affine.scale * value - affine.minimum : value;
     }
   }
 }
 
 template <class E>
 bool pack(const Layout& layout, const Codes& source, int64_t begin, int64_t end, uint8_t* matrix) {
+  using Scale = typename E::Scale;
   constexpr int kCodeBytes = E::Codes::kBits == 16 ? 2 : 1;
   const int64_t steps = (layout.cols + layout.step - 1) / layout.step;
   bool valid = true;
   for (int64_t r = begin; r < end && valid; r++) {
     const Row<E> row(layout, r);
-    uint16_t padding = E::kStepZero ? 0 : E::Codes::kPadding;  // columns beyond the matrix stand for zero
+    uint16_t padding = E::kStepZero ? 0 : E::Codes::kPadding;  // columns beyond the matrix stand for zero, where no minimum is taken off
     if constexpr (E::kRowScale) memcpy(matrix + row.row_scale(), source.row_scale + r, 4);
     if constexpr (E::kRowZero) matrix[row.zero(0)] = static_cast<uint8_t>(padding = source.zero[r]);
     const uint8_t* const codes = source.codes + r * layout.cols * kCodeBytes;
     for (int64_t s = 0; s < layout.steps(); s++) {
       const int64_t first = s * layout.step;
       if (first < layout.cols) {
-        if constexpr (E::kStepScale) {
-          constexpr int kBytes = E::Scale::kBlockBytes ? 4 : E::Scale::kRowBytes;
-          const uint8_t* scale = source.scale + ((E::Scale::kBlockBytes ? r / kScaleTileRows : r) * steps + s) * kBytes;
-          valid &= E::Scale::valid(scale);
-          if constexpr (E::Scale::kBlockBytes > 0)
-            E::Scale::store(E::Scale::value(scale), matrix + row.step_scale(first));
-          else
-            memcpy(matrix + row.step_scale(first), scale, kBytes);
+        if constexpr (Scale::kBlockBytes > 0) {
+          const uint8_t* scale = source.scale + (r / kScaleTileRows * steps + s) * 4;
+          valid &= Scale::valid(scale);
+          Scale::store(Scale::value(scale), matrix + row.tail(first));
+        }
+        if constexpr (Scale::kRowBytes > 0) {
+          const uint8_t* record = source.scale + (r * steps + s) * Scale::kRowBytes;
+          valid &= Scale::valid(record);
+          for (int i = 0; i < Scale::kRowBytes; i++) matrix[row.tail_of_panel(first) + record_byte(Scale::kHalves, row.lane, i)] = record[i];
         }
         if constexpr (E::kStepZero) matrix[row.zero(first)] = source.zero[r * steps + s];
       }
-      uint8_t* to = matrix + row.code(first);
-      for (int64_t k = first; k < first + layout.step; k += E::kLineColumns, to += row.panels * kLine) {
-        uint16_t line[E::kLineColumns];
-        for (int i = 0; i < E::kLineColumns; i++) {
-          line[i] = padding;
-          if (k + i >= layout.cols) continue;
-          if constexpr (E::Codes::kBits == 16)
-            memcpy(&line[i], codes + (k + i) * 2, 2);
-          else
-            valid &= E::Codes::valid(line[i] = codes[k + i]);
+      for (int64_t k = first; k < first + layout.step; k += E::kRunColumns) {
+        uint8_t lines[E::kRunLines][4] = {};
+        for (int i = 0; i < E::kRunColumns; i++) {
+          uint16_t code = padding;
+          if (k + i < layout.cols) {
+            memcpy(&code, codes + (k + i) * kCodeBytes, kCodeBytes);
+            if constexpr (E::Codes::kBits < 16) valid &= E::Codes::valid(code &= 255);
+          }
+          if constexpr (E::Codes::kBits == 16) {
+            memcpy(&lines[0][i * 2], &code, 2);
+          } else {
+            using P = Place<E>;
+            const P at(i);
+            lines[at.line][at.byte] |= static_cast<uint8_t>((code & P::kLowMask) << at.low_shift);
+            if constexpr (P::kHigh > 0) lines[0][at.byte] |= static_cast<uint8_t>(code >> P::kLow << at.high_shift);
+          }
         }
-        if constexpr (E::Codes::kBits == 16)
-          memcpy(to, line, sizeof line);
-        else
-          for (int i = 0; i < 4; i++) to[kQuadOrder[i]] = static_cast<uint8_t>(E::Codes::kBits == 8 ? line[i] : line[i] | line[(i + 4) % E::kLineColumns] << 4);
+        for (int line = 0; line < E::kRunLines; line++) memcpy(matrix + row.run(k) + line * row.panels * kLine, lines[line], 4);
       }
     }
   }

@@ -7,7 +7,8 @@ namespace coterie {
 // The float32 values that blocks [begin, end) stand for; `to` is [rows, cols], row-major.
 void unpack_blocks(const Layout& layout, const uint8_t* matrix, int64_t begin, int64_t end, float* to);
 
-// Codes, scales and zero points of somebody else's, row-major: codes one to an element, scales as the encoding stores them.
+// Codes, scales and zero points of somebody else's, row-major: codes one to an element, scales as the encoding stores them, those of a row in a step
+// together.
 struct Codes {
   const uint8_t* codes;   // [rows, cols], a byte or, for 16 bits, two
   const uint8_t* scale;   // [rows, or tiles of 128 rows][steps of the unpadded columns]; null where there are none in steps

@@ -13,11 +13,11 @@
 namespace coterie {
 namespace {
 
-// Rows from which decoding 4-bit codes to bytes once costs less than unpacking them in every tile.
+// Rows from which decoding narrow codes to bytes once costs less than unpacking them in every tile.
 constexpr int64_t kDecodeFrom = 16;
 // Whether decoded codes are multiplied first and scaled then: where scales are few, that costs less than scaling weights, and rounds nothing.
 template <class E>
-constexpr bool kKeepsScales = E::kFused && (!E::kStepScale || E::kStep >= 128);
+constexpr bool kKeepsScales = E::kFused && (!E::kStepScale || (E::kStep >= 128 && !E::kRecord));
 // Rows whose gate products wait for those of up.
 constexpr int64_t kPairRows = 128;
 
@@ -34,7 +34,7 @@ struct Engine {
     const Rows<M> rows(x, index, std::is_same_v<E, Bytes>);
     const int64_t share = lines / ((block.panels + NP - 1) / NP);
     Ahead ahead{next};
-    ahead.spread(share, x.cols / E::kLineColumns);
+    ahead.spread(share, x.cols / E::kRunColumns);
     int panel = 0;
     for (; panel + NP <= block.panels; panel += NP, ahead.from += share * kLine)
       tile<E, M, NP>(layout, block, panel, x, rows, out + panel * kPanelRows, ahead, add);
@@ -81,11 +81,10 @@ struct Engine {
                              uint8_t* scratch, const uint8_t* next, const Finish& finish) {
     with_encoding(layout, [&](auto encoding) {
       using E = decltype(encoding);
-      constexpr bool kNarrow = E::Codes::kBits == 4 && E::kStepScale;
       const int64_t lines = layout.block_bytes(block.panels) / kLine;
       if (x.integer) {
-        if constexpr (kNarrow)
-          if (gathered || (layout.step < kActivationGroup && all >= kDecodeFrom)) {
+        if constexpr (E::kNarrow)
+          if (gathered || all >= kDecodeFrom) {
             decode_bytes<Isa, E>(layout, block, scratch);
             return tiles<Bytes>(layout, {scratch, block.panels}, x, tokens, gathered, next, lines, finish);
           }

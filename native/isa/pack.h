@@ -119,17 +119,17 @@ inline void largest_of_tiles(const Layout& layout, int64_t tile, const void* sou
 // Where a panel's codes and scales go.
 struct PanelPlace {
   int panels, panel;  // of the block, and which of them
-  int64_t step_bytes, step_code_bytes;
+  int64_t step_bytes, codes_at, shared_at;
   uint8_t *steps, *end;
 
   PanelPlace(const Layout& layout, int64_t number, uint8_t* matrix)
       : panels(layout.panels_of(number / kBlockPanels)), panel(static_cast<int>(number % kBlockPanels)), step_bytes(layout.step_bytes(panels)),
-        step_code_bytes(layout.step_code_bytes(panels)), steps(matrix + layout.block_start(number / kBlockPanels)),
+        codes_at(layout.codes_at(panels)), shared_at(layout.shared_at(panels)), steps(matrix + layout.block_start(number / kBlockPanels)),
         end(steps + layout.steps() * step_bytes) {}
 
-  uint8_t* line(int64_t step) const { return steps + step * step_bytes + panel * kLine; }
+  uint8_t* line(int64_t step) const { return steps + step * step_bytes + codes_at + panel * kLine; }
   int64_t line_stride() const { return panels * kLine; }
-  uint8_t* tail(int64_t step) const { return steps + step * step_bytes + step_code_bytes; }
+  uint8_t* tail(int64_t step) const { return steps + step * step_bytes + shared_at; }
   int row(int lane) const { return panel * kLanes + lane; }
   int rows() const { return panels * kLanes; }
 };
@@ -143,17 +143,44 @@ struct PanelSums {
 // Some columns of kWidth rows. The squares of what rounding changes are added to `difference`.
 template <class E>
 inline void pack_columns(const float* values, int64_t count, const Grid& grid, Vector inverse, uint8_t* line, int64_t stride, Vector& difference) {
-  for (int64_t k = 0; k < count; k += E::kLineColumns, line += stride) {
-    Words words{};  // layout.h has the order of their bytes
+  constexpr int kHigh = E::Codes::kHighBits, kLow = E::Codes::kBits - kHigh, kLineColumns = 32 / kLow;
+  for (int64_t k = 0; k < count; k += E::kRunColumns) {
+    [[maybe_unused]] Words upper{};  // of the run
+    uint8_t* const first = line;
+    if (kHigh > 0) line += stride;
+    for (int n = 0; n < E::kRunColumns; n += kLineColumns, line += stride) {
+      Words words{};  // layout.h has the order of their bytes
 #pragma GCC unroll 8
-    for (int i = 0; i < E::kLineColumns; i++) {
-      const Vector w = load<Vector>(values + (k + i / 4 * 4 + kQuadOrder[i % 4]) * kLanes), x = w * inverse;
-      words |= E::Codes::round(x, grid.zero) << (i % 4 * 8 + i / 4 * 4);
-      const Vector off = w - grid.scale * E::Codes::rounded(x, grid.zero);
-      difference += off * off;
+      for (int i = 0; i < kLineColumns; i++) {
+        Vector w = load<Vector>(values + (k + n + i / 4 * 4 + kQuadOrder[i % 4]) * kLanes);
+        if (E::kMinimum) w += grid.minimum;
+        const Vector x = w * inverse;
+        const Words code = E::Codes::round(x, grid.zero);
+        words |= (kHigh > 0 ? code & ((1u << kLow) - 1) : code) << (i % 4 * 8 + i / 4 * kLow);
+        if (kHigh > 0) upper |= code >> kLow << (i % 4 * 8 + (n + i) / 4 * kHigh);
+        const Vector off = w - grid.scale * E::Codes::rounded(x, grid.zero);
+        difference += off * off;
+      }
+      store(line, words);
     }
-    store(line, words);
+    if (kHigh > 0) store(first, upper);
   }
+}
+
+// kWidth rows, from `lane` on, of a step whose scales are a record. `values`: of its columns and those rows.
+template <class E>
+inline void pack_step(const float* values, int64_t step, int lane, const Choice& choice, const PanelPlace& to, PanelSums& sums) {
+  constexpr int64_t kWide = E::kStep / E::kScales;
+  Reach reaches[E::kScales];
+  for (int g = 0; g < E::kScales; g++) {
+    reaches[g] = reach_of(values + g * kWide * kLanes, kWide, sums.squares);
+    sums.magnitude = reaches[g].magnitude > sums.magnitude ? reaches[g].magnitude : sums.magnitude;
+  }
+  Grid grids[E::kScales];
+  E::Family::template choose<E>(values, choice.search, reaches, grids, to.tail(step) + to.panel * kPanelRows * E::Scale::kRowBytes, lane);
+  for (int g = 0; g < E::kScales; g++)
+    pack_columns<E>(values + g * kWide * kLanes, kWide, grids[g], grids[g].inverse(),
+                    to.line(step) + g * (kWide / E::kRunColumns) * E::kRunLines * to.line_stride() + lane * 4, to.line_stride(), sums.difference);
 }
 
 // kWidth rows, from `lane` on, of the columns [begin, begin + count), which share a scale. `values`: of those columns and rows.
@@ -194,8 +221,12 @@ inline bool pack_panel_as(const Layout& layout, int64_t panel, const void* sourc
   for (int64_t begin = 0; begin < cols; begin += chunk) {
     load_lanes(layout, panel, source, dtype, stride, begin, chunk, scratch);
     for (int64_t k = 0; k < chunk; k += group)
-      for (int lane = 0; lane < kLanes; lane += kWidth)
-        pack_group<E>(layout, scratch + k * kLanes + lane, begin + k, group, lane, choice, to, sums[lane / kWidth]);
+      for (int lane = 0; lane < kLanes; lane += kWidth) {
+        if constexpr (E::kRecord)
+          pack_step<E>(scratch + k * kLanes + lane, (begin + k) / E::kStep, lane, choice, to, sums[lane / kWidth]);
+        else
+          pack_group<E>(layout, scratch + k * kLanes + lane, begin + k, group, lane, choice, to, sums[lane / kWidth]);
+      }
   }
   if constexpr (E::kRowScale && E::kStepScale)
     for (int lane = 0; lane < kLanes; lane += kWidth) store(to.end + to.row(lane) * 4, splat(E::Family::matrix_scale(choice)));

@@ -14,8 +14,8 @@ struct Amx : Avx512Bf16 {
   static constexpr int64_t kFloatMacs = 32;  // `dots` measures the AVX512 rate
 
   static bool supports(const Layout& layout, bool integer) {
-    if (!integer || layout.line_columns == 8) return !integer || layout.step_row_bytes;  // they are decoded
-    return layout.step % kTileCols == 0;
+    if (!integer || layout.narrow) return true;  // they are decoded
+    return layout.run_columns == 4 && layout.step % kTileCols == 0;
   }
 
   // Accumulators 0-3 (row half, panel), activations 4-5 (row half), weights 6-7 (panel).
@@ -91,7 +91,7 @@ struct Amx : Avx512Bf16 {
       at += there / 4 * stride;
       for (int q = 0; q < 2; q++) {
         F ws = Avx512::set1(1.0f);
-        if constexpr (E::kStepScale) ws = E::Scale::template load<Avx512>(E::step_scale(at - panel * kLine, panel + q * second));
+        if constexpr (E::kStepScale) ws = E::template scale<Avx512>(at - panel * kLine, panel + q * second, 0);
         for (int m = 0; m < count; m++) {
           const int64_t i = index[m];
           const I sum = Avx512::add(_mm512_load_si512(sums[m] + q * kPanelRows), Avx512::integer_set1(offset[i * units + u]));
@@ -115,7 +115,7 @@ struct Amx : Avx512Bf16 {
   // Rows first..first+count (count <= 32) of `x`, contiguous at `data`, times a block: out[m][64].
   template <class E>
   static void multiply_tiles(const Layout& layout, const Block& block, const Staged& x, const uint8_t* data, const int32_t* index, int count, float* out) {
-    if constexpr (E::Codes::kBits != 4 && (E::Codes::kInteger || std::is_same_v<E, Pairs>)) {
+    if constexpr (E::Codes::kBits >= 8 && (E::Codes::kInteger || std::is_same_v<E, Pairs>)) {
       configure(count < 16 ? count : 16, count - 16);
       for (int panel = 0; panel < block.panels; panel += 2)
         count > 16 ? two_panels<E, true>(layout, block, panel, x, data, index, count, out + panel * kPanelRows)

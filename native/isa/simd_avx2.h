@@ -62,6 +62,10 @@ struct Avx2 {
   static F load_f16(const uint8_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 16)))};
   }
+  static F load_signed_bytes(const uint8_t* p) {
+    const __m128i v = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)))};
+  }
   static F load_bytes(const uint8_t* p) {
     const __m128i v = _mm_loadu_si128((const __m128i*)p);
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)))};
@@ -76,6 +80,7 @@ struct Avx2 {
     for (uint32_t x : t) r += x;
     return static_cast<int32_t>(r);
   }
+  static F nearest(F v) { return to_float({_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}); }
   static F to_float(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
   static I load_integers(const uint8_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
@@ -87,8 +92,10 @@ struct Avx2 {
   template <int shift, uint32_t mask>
   static I field(I v) {
     const __m256i m = _mm256_set1_epi32(mask);
-    return {_mm256_and_si256(_mm256_srli_epi32(v.a, shift), m), _mm256_and_si256(_mm256_srli_epi32(v.b, shift), m)};
+    auto moved = [](__m256i x) { return shift < 0 ? _mm256_slli_epi32(x, shift < 0 ? -shift : 0) : _mm256_srli_epi32(x, shift < 0 ? 0 : shift); };
+    return {_mm256_and_si256(moved(v.a), m), _mm256_and_si256(moved(v.b), m)};
   }
+  static I either(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
   static __m256i rounded_to_bf16(__m256 v) {  // in the upper halves; the lower ones are not cleared
     const __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     return _mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7fff));
@@ -193,27 +200,22 @@ struct Avx2 {
     return {half(v.a), half(v.b)};
   }
 
-  // Bytes of a line, less their zero, times ratios in units of 1/128, plus 128.
+  // Bytes of a line times whole ratios, plus whole starts, in units of 1/128: results are bytes again.
   struct Rescale {
-    I ratios, centre;
-    Rescale(F ratio, const uint8_t* zero, int offset) {
-      auto twice = [](__m256i r) { return _mm256_or_si256(_mm256_and_si256(r, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32(r, 16)); };
-      ratios = {twice(_mm256_cvtps_epi32(ratio.a)), twice(_mm256_cvtps_epi32(ratio.b))};
-      const I z = zero ? load_byte_integers(zero) : integer_set1(offset);
-      auto high = [](__m256i v) { return _mm256_or_si256(_mm256_slli_epi32(v, 8), _mm256_slli_epi32(v, 24)); };
-      centre = {high(z.a), high(z.b)};
+    I ratios, starts;
+    Rescale(F ratio, F start) : ratios{twice(ratio.a), twice(ratio.b)}, starts{twice(start.a), twice(start.b)} {}
+    static __m256i twice(__m256 v) {
+      const __m256i i = _mm256_cvtps_epi32(v);
+      return _mm256_or_si256(_mm256_and_si256(i, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32(i, 16));
     }
     void operator()(I bytes, uint8_t* to) const {
-      half(bytes.a, ratios.a, centre.a, to);
-      half(bytes.b, ratios.b, centre.b, to + 32);
+      half(bytes.a, ratios.a, starts.a, to);
+      half(bytes.b, ratios.b, starts.b, to + 32);
     }
-    // (q << 8) * ratio >> 15, rounded: q times the true ratio.
-    static void half(__m256i bytes, __m256i ratios, __m256i centre, uint8_t* to) {
-      auto scaled = [&](__m256i high) { return _mm256_mulhrs_epi16(_mm256_sub_epi16(high, centre), ratios); };
-      const __m256i low = _mm256_set1_epi16(0xff);
-      const __m256i even = scaled(_mm256_slli_epi16(bytes, 8)), odd = scaled(_mm256_andnot_si256(low, bytes));
-      const __m256i merged = _mm256_or_si256(_mm256_and_si256(even, low), _mm256_slli_epi16(odd, 8));
-      _mm256_storeu_si256((__m256i*)to, _mm256_xor_si256(merged, _mm256_set1_epi8(int8_t(0x80))));
+    static void half(__m256i bytes, __m256i ratios, __m256i starts, uint8_t* to) {
+      auto scaled = [&](__m256i words) { return _mm256_add_epi16(_mm256_mullo_epi16(words, ratios), starts); };
+      const __m256i low = _mm256_set1_epi16(0xff), even = scaled(_mm256_and_si256(bytes, low)), odd = scaled(_mm256_srli_epi16(bytes, 8));
+      _mm256_storeu_si256((__m256i*)to, _mm256_or_si256(_mm256_srli_epi16(even, 7), _mm256_andnot_si256(low, _mm256_slli_epi16(odd, 1))));
     }
   };
   struct QuadOf1 {

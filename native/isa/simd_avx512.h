@@ -55,19 +55,22 @@ struct Avx512 {
   }
   static F load_bf16(const uint8_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16)); }
   static F load_f16(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static F load_signed_bytes(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
   static F load_bytes(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 
   static I integer_zero() { return _mm512_setzero_si512(); }
   static I integer_set1(int32_t x) { return _mm512_set1_epi32(x); }
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static int32_t reduce_add(I v) { return _mm512_reduce_add_epi32(v); }
+  static F nearest(F v) { return _mm512_cvtepi32_ps(_mm512_cvtps_epi32(v)); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static I load_integers(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static void store_integers(uint8_t* p, I v) { _mm512_storeu_si512(p, v); }
   template <int shift, uint32_t mask>
   static I field(I v) {
-    return _mm512_and_si512(_mm512_srli_epi32(v, shift), _mm512_set1_epi32(mask));
+    return _mm512_and_si512(shift < 0 ? _mm512_slli_epi32(v, shift < 0 ? -shift : 0) : _mm512_srli_epi32(v, shift < 0 ? 0 : shift), _mm512_set1_epi32(mask));
   }
+  static I either(I a, I b) { return _mm512_or_si512(a, b); }
   static I rounded_to_bf16(F v) {  // in the upper halves; the lower ones are not cleared
     const I u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     return _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
@@ -128,21 +131,18 @@ struct Avx512 {
   // a / v, zero where v is zero.
   static F ratio(float a, F v) { return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(v, zero(), _CMP_NEQ_OQ), set1(a), v); }
 
-  // Bytes of a line, less their zero, times ratios in units of 1/128, plus 128.
+  // Bytes of a line times whole ratios, plus whole starts, in units of 1/128: results are bytes again.
   struct Rescale {
-    I ratios, centre;
-    Rescale(F ratio, const uint8_t* zero, int offset) {
-      const I r = _mm512_cvtps_epi32(ratio);
-      ratios = _mm512_or_si512(_mm512_and_si512(r, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(r, 16));
-      const I z = zero ? load_byte_integers(zero) : integer_set1(offset);
-      centre = _mm512_or_si512(_mm512_slli_epi32(z, 8), _mm512_slli_epi32(z, 24));
+    I ratios, starts;
+    Rescale(F ratio, F start) : ratios(twice(ratio)), starts(twice(start)) {}
+    static I twice(F v) {
+      const I i = _mm512_cvtps_epi32(v);
+      return _mm512_or_si512(_mm512_and_si512(i, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(i, 16));
     }
-    // (q << 8) * ratio >> 15, rounded: q times the true ratio.
-    I scaled(I high) const { return _mm512_mulhrs_epi16(_mm512_sub_epi16(high, centre), ratios); }
+    I scaled(I words) const { return _mm512_add_epi16(_mm512_mullo_epi16(words, ratios), starts); }
     void operator()(I bytes, uint8_t* to) const {
-      const I even = scaled(_mm512_slli_epi16(bytes, 8)), odd = scaled(_mm512_and_si512(bytes, _mm512_set1_epi16(static_cast<int16_t>(0xff00))));
-      const I merged = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x00ff), even, _mm512_slli_epi16(odd, 8), 0xca);
-      _mm512_storeu_si512(to, _mm512_xor_si512(merged, _mm512_set1_epi8(int8_t(0x80))));
+      const I low = _mm512_set1_epi16(0x00ff), even = scaled(_mm512_and_si512(bytes, low)), odd = scaled(_mm512_srli_epi16(bytes, 8));
+      _mm512_storeu_si512(to, _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(even, 7), _mm512_slli_epi16(odd, 1), 0xca));
     }
   };
 

@@ -66,6 +66,16 @@ struct Avx512Bf16 : Avx512 {
     to[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4), entries);
     to[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(w, 12), entries);
   }
+  // A table of 32 or 64 words: those of a line's even and of its odd bytes.
+  template <int count>
+  static void lookup_words(I bytes, const uint16_t (&table)[count], I (&to)[2]) {
+    auto look_up = [&](I index) {
+      const I first = _mm512_load_si512(table);
+      return count == 32 ? _mm512_permutexvar_epi16(index, first) : _mm512_permutex2var_epi16(first, index, _mm512_load_si512(table + count - 32));
+    };
+    to[0] = look_up(bytes);
+    to[1] = look_up(_mm512_srli_epi16(bytes, 8));
+  }
   // Either byte of the bf16 of 64 codes by a table of 128 entries, which the codes' signs do not take part in.
   static void e4m3_lines(const uint8_t* line, I (&to)[2]) {
     auto look_up = [](I codes, const uint8_t* table) {

@@ -59,6 +59,7 @@ struct Scalar {
     return each<F>([&](int i) { return bf16_to_float(h[i]); });
   }
   static F load_f16(const uint8_t* p) { return each<F>([&](int i) { return F16Scale::value(p + 2 * i); }); }
+  static F load_signed_bytes(const uint8_t* p) { return each<F>([&](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); }); }
   static F load_bytes(const uint8_t* p) { return each<F>([&](int i) { return static_cast<float>(p[i]); }); }
 
   static I integer_zero() { return integer_set1(0); }
@@ -77,8 +78,12 @@ struct Scalar {
   }
   template <int shift, uint32_t mask>
   static I field(const I& v) {
-    return each<I>([&](int i) { return static_cast<int32_t>((static_cast<uint32_t>(v.v[i]) >> shift) & mask); });
+    return each<I>([&](int i) {
+      const uint32_t word = static_cast<uint32_t>(v.v[i]);
+      return static_cast<int32_t>((shift < 0 ? word << (shift < 0 ? -shift : 0) : word >> (shift < 0 ? 0 : shift)) & mask);
+    });
   }
+  static I either(const I& a, const I& b) { return each<I>([&](int i) { return a.v[i] | b.v[i]; }); }
   static void store_pairs(uint8_t* to, const F& first, const F& second) {
     uint32_t line[kLanes];
     for (int i = 0; i < kLanes; i++) line[i] = float_to_bf16(first.v[i]) | static_cast<uint32_t>(float_to_bf16(second.v[i])) << 16;
@@ -133,19 +138,20 @@ struct Scalar {
   // a / v, zero where v is zero.
   static F ratio(float a, const F& v) { return each<F>([&](int i) { return v.v[i] != 0.0f ? a / v.v[i] : 0.0f; }); }
 
-  // Bytes of a line, less their zero, times ratios in units of 1/128, plus 128.
+  static F nearest(const F& v) { return each<F>([&](int i) { return (v.v[i] + kRound) - kRound; }); }
+  // Bytes of a line times whole ratios, plus whole starts, in units of 1/128: results are bytes again.
   struct Rescale {
-    int ratio[kLanes], centre[kLanes];
-    Rescale(const F& ratios, const uint8_t* zero, int offset) {
+    int ratio[kLanes], start[kLanes];
+    Rescale(const F& ratios, const F& starts) {
       for (int i = 0; i < kLanes; i++) {
-        ratio[i] = static_cast<int>((ratios.v[i] + kRound) - kRound);
-        centre[i] = zero ? zero[i] : offset;
+        ratio[i] = static_cast<int>(ratios.v[i]);
+        start[i] = static_cast<int>(starts.v[i]);
       }
     }
     void operator()(const I& bytes, uint8_t* to) const {
       uint8_t from[kLine];
       memcpy(from, bytes.v, sizeof from);
-      for (int i = 0; i < kLine; i++) to[i] = static_cast<uint8_t>((((from[i] - centre[i / 4]) * ratio[i / 4] + 64) >> 7) + 128);
+      for (int i = 0; i < kLine; i++) to[i] = static_cast<uint8_t>((from[i] * ratio[i / 4] + start[i / 4]) >> 7);
     }
   };
   struct QuadOf1 {

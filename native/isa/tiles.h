@@ -49,13 +49,32 @@ struct Totals {
   void put(int m, int p, const typename Isa::F& v) { kInRegisters ? void(at[m * kInRegisters][p * kInRegisters] = v) : Isa::store(result(m, p), v); }
 };
 
+// Scales of a step and the minima that are taken off, of records: made once, and read for each group of columns.
+template <class Isa, class E, int NP>
+struct StepScales {
+  static constexpr int kGroups = E::kRecord ? E::kScales : 0;
+  alignas(64) float scale[kGroups + 1][NP][kPanelRows], minimum[E::kMinimum ? kGroups + 1 : 1][NP][kPanelRows];
+
+  void read(const uint8_t* tail, int panel) {
+    if constexpr (kGroups > 0)
+      for (int p = 0; p < NP; p++) {
+        const typename E::Scale::template Panel<Isa> from(E::step_scale(tail, panel + p));
+#pragma GCC unroll 16
+        for (int g = 0; g < kGroups; g++) {
+          Isa::store(scale[g][p], from.scale(g));
+          if constexpr (E::kMinimum) Isa::store(minimum[g][p], from.minimum(g));
+        }
+      }
+  }
+};
+
 // out[m][16 p + lane] = (with `add`: +=) sum over columns of weight * activation, in f32, for M rows and NP panels from `panel` on.
 template <class Isa, class E, int M, int NP>
 __attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& block, int panel, const Rows<M>& rows, int64_t cols, float* out,
                                           const Ahead& ahead, bool add) {
   constexpr int kPairs = E::Codes::kPairs;
-  const int64_t stride = block.panels * kLine, steps = E::kStepScale ? layout.steps() : 1;
-  const int64_t lines = (E::kStep ? E::kStep : E::kStepScale ? layout.step : cols) / E::kLineColumns;
+  const int64_t stride = block.panels * kLine, groups = E::kStepScale ? layout.steps() * E::kScales : 1;
+  const int64_t runs = (E::kStep ? E::kStep / E::kScales : E::kStepScale ? layout.step : cols) / E::kRunColumns;
   const uint8_t* at = block.data + panel * kLine;
   const Rows<M> x = rows;
   typename Isa::F acc[M][NP];
@@ -67,20 +86,47 @@ __attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& blo
     explicit Nothing(float*) {}
   };
   std::conditional_t<E::kStepScale, Totals<Isa, M, NP>, Nothing> totals(out);
-  for (int64_t s = 0, line = 0; s < steps; s++) {
+  StepScales<Isa, E, NP> several;
+  typename Isa::F sums[M];  // of activations, where minima are taken off
+  for (int m = 0; m < M; m++) sums[m] = Isa::zero();
+  for (int64_t g = 0, run = 0; g < groups; g++) {
+    const int group = static_cast<int>(g % E::kScales);
+    if (E::kRecord && group == 0) {
+      several.read(at - panel * kLine, panel);
+      at += block.panels * kPanelRows * E::Scale::kRowBytes;
+    }
 #pragma GCC unroll 1
-    for (int64_t n = 0; n < lines; n++, line++, at += stride) {
-      ahead.template line<Isa>(line);
+    for (int64_t n = 0; n < runs; n++, run++, at += E::kRunLines * stride) {
+      ahead.template line<Isa>(run);
+      const auto activations = [&](int m, int i) { return Isa::broadcast_pair(x.data[m] + (run * kPairs + i) * 2 * Isa::kFloatBytes); };
+      if constexpr (E::kMinimum)
+#pragma GCC unroll 16
+        for (int i = 0; i < kPairs; i++)
+#pragma GCC unroll 8
+          for (int m = 0; m < M; m++) sums[m] = Isa::dot(sums[m], Isa::pair_of(Isa::set1(1.0f), Isa::set1(1.0f)), activations(m, i));
       if constexpr (kPairs == 1 && !kPanelMajor<Isa>) {
         typename Isa::Pair w[NP][1];
 #pragma GCC unroll 4
         for (int p = 0; p < NP; p++) pairs_of_line<Isa, typename E::Codes>(at + p * kLine, w[p]);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-          auto v = Isa::broadcast_pair(x.data[m] + line * 2 * Isa::kFloatBytes);
+          auto v = activations(m, 0);
 #pragma GCC unroll 4
           for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p][0], v);
         }
+      } else if constexpr (E::Codes::kSplit) {
+        each_index<kPairs / 2>([&](auto index) {
+          constexpr int quad = decltype(index)::value;
+#pragma GCC unroll 4
+          for (int p = 0; p < NP; p++) {
+            typename Isa::Pair w[2];
+            pairs_of_quad<Isa, typename E::Codes, quad>(at + p * kLine, stride, w);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+              for (int i = 0; i < 2; i++) acc[m][p] = Isa::dot(acc[m][p], w[i], activations(m, 2 * quad + i));
+          }
+        });
       } else {
 #pragma GCC unroll 4
         for (int p = 0; p < NP; p++) {
@@ -90,7 +136,7 @@ __attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& blo
           for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
             for (int i = 0; i < kPairs; i++)
-              acc[m][p] = Isa::dot(acc[m][p], w[i], Isa::broadcast_pair(x.data[m] + (line * kPairs + i) * 2 * Isa::kFloatBytes));
+              acc[m][p] = Isa::dot(acc[m][p], w[i], activations(m, i));
         }
       }
     }
@@ -98,15 +144,24 @@ __attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& blo
       const uint8_t* const tail = at - panel * kLine;
 #pragma GCC unroll 4
       for (int p = 0; p < NP; p++) {
-        auto scale = E::Scale::template load<Isa>(E::step_scale(tail, panel + p));
-        if (E::Codes::kUnit != 1.0f) scale = Isa::mul(scale, Isa::set1(E::Codes::kUnit));
+        typename Isa::F scale, minimum;
+        if constexpr (E::kRecord) {
+          scale = Isa::load(several.scale[group][p]);
+          if constexpr (E::kMinimum) minimum = Isa::mul(Isa::load(several.minimum[group][p]), Isa::set1(-1.0f));
+        } else {
+          scale = E::template scale<Isa>(tail, panel + p, 0);
+          if (E::Codes::kUnit != 1.0f) scale = Isa::mul(scale, Isa::set1(E::Codes::kUnit));
+        }
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-          totals.put(m, p, Isa::fma(acc[m][p], scale, totals.get(m, p)));
+          const auto before = E::kMinimum ? Isa::fma(minimum, sums[m], totals.get(m, p)) : totals.get(m, p);
+          totals.put(m, p, Isa::fma(acc[m][p], scale, before));
           acc[m][p] = Isa::zero();
         }
       }
-      at += block.panels * kPanelRows * E::Scale::kRowBytes + E::Scale::kBlockBytes;
+      if (E::kMinimum)
+        for (int m = 0; m < M; m++) sums[m] = Isa::zero();
+      if (!E::kRecord) at += block.panels * kPanelRows * E::Scale::kRowBytes + E::Scale::kBlockBytes;
       totals.settle();
     }
   }
@@ -130,42 +185,48 @@ __attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& blo
 template <class Isa, class E, int M, int NP>
 __attribute__((noinline)) void quads_tile(const Block& block, int panel, const Rows<M>& rows, int64_t cols, int64_t any_unit, float* out,
                                           const Ahead& ahead) {
-  constexpr int kLineCols = E::kLineColumns, kStep = 4 * Isa::kIntegerBytes;
+  constexpr int kRun = E::kRunColumns, kScales = E::kScales, kQuad = 4 * Isa::kIntegerBytes;
   const int panels = block.panels;
-  const int64_t stride = panels * kLine, unit = E::kStep ? E::kStep : any_unit, lines = cols / kLineCols;
+  const int64_t stride = panels * kLine, unit = E::kStep ? E::kStep / kScales : any_unit, runs = cols / kRun;
   const uint8_t* at = block.data + panel * kLine;
-  const uint8_t* const end_of_steps = block.data + lines * stride;  // where no scales stand between
+  const uint8_t* const end_of_steps = block.data + runs * E::kRunLines * stride;  // where no scales stand between
   const Rows<M> x = rows;
   Totals<Isa, M, NP> totals(out);
   typename Isa::F zeros[NP];
+  StepScales<Isa, E, NP> several;
   if constexpr (E::kRowZero)
     for (int p = 0; p < NP; p++) zeros[p] = Isa::load_bytes(E::row_zero(end_of_steps, panels, panel + p));
-  for (int64_t u = 0, line = 0; line < lines; u++) {
+  for (int64_t u = 0, run = 0; run < runs; u++) {
+    const int group = static_cast<int>(u % kScales);
+    if (E::kRecord && group == 0) {
+      several.read(at - panel * kLine, panel);
+      at += panels * kPanelRows * E::Scale::kRowBytes;
+    }
     typename Isa::I acc[M][NP];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      auto start = E::kZero ? Isa::integer_zero() : Isa::integer_set1(x.offset[m][u]);
+      auto start = E::kSums ? Isa::integer_zero() : Isa::integer_set1(x.offset[m][u]);
 #pragma GCC unroll 4
       for (int p = 0; p < NP; p++) acc[m][p] = start;
     }
-    const int64_t end = line + unit / kLineCols < lines ? line + unit / kLineCols : lines;
+    const int64_t end = run + unit / kRun < runs ? run + unit / kRun : runs;
 #pragma GCC unroll 1
     do {
-      ahead.template line<Isa>(line);
-      auto half = [&](auto index) {
+      ahead.template line<Isa>(run);
+      each_index<kRun / 4>([&](auto index) {
         constexpr int i = decltype(index)::value;
-        auto activations = [&](int m) { return Isa::broadcast_quad(x.data[m] + line * (kLineCols * Isa::kIntegerBytes) + i * kStep); };
+        auto activations = [&](int m) { return Isa::broadcast_quad(x.data[m] + run * (kRun * Isa::kIntegerBytes) + i * kQuad); };
         if constexpr (kPanelMajor<Isa>) {
 #pragma GCC unroll 4
           for (int p = 0; p < NP; p++) {
-            const auto w = Isa::quad_of(E::Codes::template bytes<Isa, i>(at + p * kLine));
+            const auto w = Isa::quad_of(E::Codes::template bytes<Isa, i>(at + p * kLine, stride));
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) acc[m][p] = Isa::dot(acc[m][p], w, activations(m));
           }
         } else {
           typename Isa::Quad w[NP];
 #pragma GCC unroll 4
-          for (int p = 0; p < NP; p++) w[p] = Isa::quad_of(E::Codes::template bytes<Isa, i>(at + p * kLine));
+          for (int p = 0; p < NP; p++) w[p] = Isa::quad_of(E::Codes::template bytes<Isa, i>(at + p * kLine, stride));
 #pragma GCC unroll 8
           for (int m = 0; m < M; m++) {
             const auto v = activations(m);
@@ -173,33 +234,37 @@ __attribute__((noinline)) void quads_tile(const Block& block, int panel, const R
             for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p], v);
           }
         }
-      };
-      half(std::integral_constant<int, 0>{});
-      if constexpr (kLineCols == 8) half(std::integral_constant<int, 1>{});
-      line++;
-      at += stride;
-    } while (line < end);
-    typename Isa::F ws[NP];
+      });
+      run++;
+      at += E::kRunLines * stride;
+    } while (run < end);
+    typename Isa::F ws[NP], minima[NP];
     const uint8_t* const tail = at - panel * kLine;
 #pragma GCC unroll 4
     for (int p = 0; p < NP; p++) {
-      if constexpr (E::kStepScale) {
-        ws[p] = E::Scale::template load<Isa>(E::step_scale(tail, panel + p));
+      if constexpr (E::kRecord) {
+        ws[p] = Isa::load(several.scale[group][p]);
+        if constexpr (E::kMinimum) minima[p] = Isa::load(several.minimum[group][p]);
+      } else if constexpr (E::kStepScale) {
+        ws[p] = E::template scale<Isa>(tail, panel + p, 0);
         if (E::Codes::kUnit != 1.0f) ws[p] = Isa::mul(ws[p], Isa::set1(E::Codes::kUnit));
       }
       if constexpr (E::kStepZero) zeros[p] = Isa::load_bytes(E::step_zero(tail, panels, panel + p));
     }
-    if constexpr (E::kStepScale) at += panels * kPanelRows * (E::Scale::kRowBytes + E::kStepZero);
+    if (E::kStepScale && !E::kRecord) at += panels * kPanelRows * (E::Scale::kRowBytes + E::kStepZero);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       auto xs = Isa::set1(x.scale[m][static_cast<uint64_t>(u * unit) / kActivationGroup]);
       typename Isa::F sum;
-      if (E::kZero) sum = Isa::set1(static_cast<float>(x.offset[m][u]));
+      if (E::kSums) sum = Isa::set1(static_cast<float>(x.offset[m][u]));
 #pragma GCC unroll 4
       for (int p = 0; p < NP; p++) {
         auto v = Isa::to_float(acc[m][p]);
         if (E::kZero) v = Isa::fma(zeros[p], sum, v);
-        totals.put(m, p, Isa::fma(v, E::kStepScale ? Isa::mul(xs, ws[p]) : xs, totals.get(m, p)));
+        if (E::kMinimum)
+          totals.put(m, p, Isa::fma(Isa::fma(v, ws[p], Isa::mul(minima[p], sum)), xs, totals.get(m, p)));
+        else
+          totals.put(m, p, Isa::fma(v, E::kStepScale ? Isa::mul(xs, ws[p]) : xs, totals.get(m, p)));
       }
     }
     totals.settle();

@@ -20,7 +20,7 @@ void transpose_block(const Layout& layout, const uint8_t* matrix, int64_t column
       const bool last = number + 1 == layout.blocks();
       const Block next = block_at(layout, matrix, last ? number : number + 1);
       const int64_t step = Encoding::kStep ? Encoding::kStep : layout.step, step_bytes = layout.step_bytes(next.panels);
-      const uint8_t* const ahead = next.data + column / step * step_bytes + column % step / Encoding::kLineColumns * next.panels * kLine;
+      const uint8_t* const ahead = next.data + column / step * step_bytes + column % step / Encoding::kRunColumns * Encoding::kRunLines * next.panels * kLine;
       const int64_t lines = last ? 0 : kColumnAlign * step_bytes / step / kLine, squares = block.panels * kBlockPanels;
       const uint8_t* from = decoded;
       if constexpr (std::is_same_v<Encoding, Pairs>)

@@ -46,7 +46,7 @@ Staged StagedBuffer::integers(const Kernels& kernels, int64_t rows, const Layout
   Staged s{};
   s.integer = true;
   s.cols = weights.padded_cols();
-  s.unit = weights.step_row_bytes ? weights.step : kActivationGroup;
+  s.unit = weights.step_row_bytes ? weights.step / weights.step_scales : kActivationGroup;
   s.row_bytes = s.cols * kernels.integer_bytes;
   s.data = data_.at_least(rows * s.row_bytes + kLine);
   s.scale = reinterpret_cast<float*>(scale_.at_least(rows * s.groups() * 4));

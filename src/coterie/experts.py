@@ -102,7 +102,8 @@ class Experts:
 
         Args:
             format: ``bf16``, ``int8``, ``int4``, ``fp8_block``, ``fp8_channel``, ``mxfp4``, ``mxfp8``,
-                ``nvfp4``, ``q4_0``, ``q8_0`` or ``iq4_nl``.
+                ``nvfp4``, or GGUF's ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q8_0``, ``q2_k``,
+                ``q4_k``, ``q5_k``, ``q6_k``, ``iq4_nl``, ``iq4_xs``.
             group_size: columns that share a scale (int8, int4: 32, 64, 128; 0 = per row); None: the format's default,
                 32 for int4, per row for int8.
             zero_point: int4 with a zero point per scale.
@@ -186,7 +187,8 @@ class Experts:
         Args:
             codes: [rows, cols]; 4-bit ones one to a byte. int8: q + 128; fp8: float8_e4m3fn.
             scale: of groups [rows, groups], in the format's own dtype (e8m0 as uint8); fp8_block: float32
-                [rows / 128, cols / 128], rounded up.
+                [rows / 128, cols / 128], rounded up; of GGUF's formats with several scales or minima, records, uint8
+                [rows, groups, bytes] (docs/format.md).
             zero: zero points, uint8 [rows, groups], or [rows] with one scale per row.
             row_scale: float32 [rows], or one number for the matrix, where the format has such.
 

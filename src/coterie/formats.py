@@ -18,6 +18,21 @@ def round_up(n: int, to: int) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """The scales that a row has in a group of columns, as bytes; `checkpoints/records.py` says what they stand for.
+
+    Attributes:
+        nbytes: of it.
+        numbers: f16 numbers with which it begins: one for the scales; another for minima, where such are taken off.
+        parts: of the group, that have a scale each.
+    """
+
+    nbytes: int
+    numbers: int
+    parts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding:
     """How weights are coded.
 
@@ -30,6 +45,7 @@ class Encoding:
         int8_activations: whether it can be multiplied with activations rounded to int8.
         tile_rows: rows that share a scale.
         row_scales: whether rows, or the matrix, have a float32 scale.
+        record: in which a group has its scales where its columns have several; None: one scale.
     """
 
     bits: int
@@ -40,12 +56,25 @@ class Encoding:
     int8_activations: bool = False
     tile_rows: int = 1
     row_scales: bool = False
+    record: Record | None = None
+
+    @property
+    def pads(self) -> bool:
+        """Whether columns that are no whole number of groups are padded."""
+        return self.tile_rows > 1 or self.record is not None
 
 
 # What the codes of iq4_nl stand for.
 IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes of a 4-bit float
 U8, E4M3 = torch.uint8, torch.float8_e4m3fn
+# GGUF's scales for 256 columns: numbers of 6 bits with minima for each 32 columns, or alone; signed bytes, or numbers
+# of 4 bits with minima, for each 16; and a scale and a minimum for 32.
+WITH_MINIMA = Record(nbytes=16, numbers=2, parts=8)
+OF_SIX_BITS = Record(nbytes=8, numbers=1, parts=8)
+OF_BYTES = Record(nbytes=18, numbers=1, parts=16)
+OF_NIBBLES = Record(nbytes=20, numbers=2, parts=16)
+WITH_START = Record(nbytes=4, numbers=2, parts=1)
 
 # In the order of native/formats/encodings.h.
 ENCODINGS = {
@@ -62,6 +91,14 @@ ENCODINGS = {
     "q4_0": Encoding(bits=4, codes=U8, scales=torch.float16, group_sizes=(32,), int8_activations=True),
     "q8_0": Encoding(bits=8, codes=U8, scales=torch.float16, group_sizes=(32,), int8_activations=True),
     "iq4_nl": Encoding(bits=4, codes=U8, scales=torch.float16, group_sizes=(32,), int8_activations=True),
+    "q4_k": Encoding(bits=4, codes=U8, scales=U8, group_sizes=(256,), int8_activations=True, record=WITH_MINIMA),
+    "q6_k": Encoding(bits=6, codes=U8, scales=U8, group_sizes=(256,), int8_activations=True, record=OF_BYTES),
+    "q5_k": Encoding(bits=5, codes=U8, scales=U8, group_sizes=(256,), int8_activations=True, record=WITH_MINIMA),
+    "q4_1": Encoding(bits=4, codes=U8, scales=U8, group_sizes=(32,), int8_activations=True, record=WITH_START),
+    "q5_0": Encoding(bits=5, codes=U8, scales=torch.float16, group_sizes=(32,), int8_activations=True),
+    "q5_1": Encoding(bits=5, codes=U8, scales=U8, group_sizes=(32,), int8_activations=True, record=WITH_START),
+    "iq4_xs": Encoding(bits=4, codes=U8, scales=U8, group_sizes=(256,), int8_activations=True, record=OF_SIX_BITS),
+    "q2_k": Encoding(bits=2, codes=U8, scales=U8, group_sizes=(256,), int8_activations=True, record=OF_NIBBLES),
 }
 FORMATS = tuple(ENCODINGS)
 
@@ -72,7 +109,7 @@ class Format:
 
     Attributes:
         name: one of FORMATS.
-        group_size: columns that share one scale; 0 for one scale per row, or none.
+        group_size: columns that share one scale, or one record of scales; 0 for one scale per row, or none.
         zero_point: whether codes have a zero point per scale instead of a fixed one.
     """
 
@@ -91,6 +128,12 @@ class Format:
         return self.name + groups + (" with zero points" if self.zero_point else "")
 
     @property
+    def scale_columns(self) -> int:
+        """Columns that share one scale; 0 for one scale per row, or none."""
+        record = self.encoding.record
+        return self.group_size if record is None else self.group_size // record.parts
+
+    @property
     def row_scales(self) -> bool:
         """Whether each row has a float32 scale."""
         return self.encoding.row_scales or (self.encoding.scales is not None and not self.group_size)
@@ -107,7 +150,7 @@ class Format:
 
     def check_columns(self, projection: str, cols: int) -> None:
         """Raise ArgumentError when the group size does not divide ``cols``."""
-        if self.group_size and cols % self.group_size and self.encoding.tile_rows == 1:
+        if self.group_size and cols % self.group_size and not self.encoding.pads:
             others = [size for size in sorted(self.encoding.group_sizes) if size]
             choice = f"use group_size=0 (one scale per row) or one of {others} that divides it"
             raise ArgumentError(

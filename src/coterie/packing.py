@@ -27,10 +27,11 @@ def pack_codes(
     format does not have, and for codes and scales that are NaN; what is at `target` is of no use then.
     """
     rows, cols = shape
-    groups = -(-cols // spec.group_size) if spec.group_size else 0
+    groups, record = -(-cols // spec.group_size) if spec.group_size else 0, spec.encoding.record
+    scales = (-(-rows // spec.encoding.tile_rows), groups, *((record.nbytes,) if record else ()))
     parts = (
         ("codes", codes, spec.encoding.codes, shape),
-        ("scale", scale, spec.encoding.scales if groups else None, (-(-rows // spec.encoding.tile_rows), groups)),
+        ("scale", scale, spec.encoding.scales if groups else None, scales),
         ("zero", zero, torch.uint8 if spec.zero_point else None, (rows, groups) if groups else (rows,)),
         ("row_scale", row_scale, torch.float32 if spec.row_scales else None, (rows,)),
     )

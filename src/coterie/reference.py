@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import Activation
-from .formats import E2M1, IQ4, Format
+from .formats import E2M1, IQ4, Format, Record
 from .lora import ExpertLora
 
 _Factors = tuple[Tensor | None, Tensor | None, float]
@@ -79,9 +79,12 @@ def quantise(w: Tensor, spec: Format) -> Tensor:
     (widened to hold 0) to 0..15. Grouped scales are rounded to bf16. fp8: ``max|w| / 448`` per row, or per tile of 128
     rows and columns. mxfp4, mxfp8: a power of two per group, by the OCP microscaling rule. nvfp4: ``max|w| / 6`` per
     group, rounded to e4m3 in units of ``max|W| / 2688``. q4_0 and q8_0: as int4 and int8, with scales rounded to f16;
-    iq4_nl: the extreme value maps to -127.
+    q5_0: as q4_0, the extreme value mapping to -16; iq4_nl: to -127. Formats with records: see
+    :func:`_quantise_records`.
     """
     w, name = w.float(), spec.name
+    if spec.encoding.record:
+        return _quantise_records(w, spec, spec.encoding.record)
     if name == "bf16":
         return w.bfloat16().float()
     n, k = w.shape
@@ -95,10 +98,12 @@ def quantise(w: Tensor, spec: Format) -> Tensor:
         least, largest = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
         scale = (largest - least) / 15
         zero = torch.where(scale > 0, (-least / scale.clamp(min=1e-38)).round().clamp(0, 15), zero + 8)
+    elif name == "q5_0":
+        scale, zero = _extreme(g) / -16, zero + 16
     elif name in ("int4", "q4_0"):
-        scale, zero = g.gather(-1, g.abs().argmax(-1, keepdim=True)) / -8, zero + 8
+        scale, zero = _extreme(g) / -8, zero + 8
     elif name == "iq4_nl":
-        scale = g.gather(-1, g.abs().argmax(-1, keepdim=True)) / -127
+        scale = _extreme(g) / -127
     elif name == "fp8_block":
         tiles = torch.nn.functional.pad(most, (0, 0, 0, 0, 0, -n % 128)).unflatten(0, (-1, 128)).amax(1, keepdim=True)
         scale = tiles.expand(-1, 128, -1, -1).flatten(0, 1)[:n] / 448
@@ -112,8 +117,48 @@ def quantise(w: Tensor, spec: Format) -> Tensor:
         scale = (most / 6 / matrix).to(torch.float8_e4m3fn).float() * matrix
     if spec.group_size and spec.encoding.scales in (torch.bfloat16, torch.float16):
         scale = scale.to(spec.encoding.scales).float()
-    inverse = torch.where(scale != 0, 1 / scale, torch.zeros_like(scale))
-    return (_rounded(g * inverse + zero, spec) - zero).mul(scale).flatten(1)[:, :k]
+    return (_rounded(g * _inverse(scale) + zero, spec) - zero).mul(scale).flatten(1)[:, :k]
+
+
+def _quantise_records(w: Tensor, spec: Format, record: Record) -> Tensor:
+    """Groups of which each part has a scale, a whole number times one of the group in f16; q4_1, q5_1: f16 itself.
+
+    q2_k, q4_k, q5_k, q4_1, q5_1: the range of a part, widened to hold 0, to all codes, above a minimum that is stored
+    like the scale; the largest scale and minimum of a group are 63 of its own, of q2_k 15. q6_k: the extreme value of a
+    part maps to -32, the extreme scale of a group is -128 of its own. iq4_xs: to -127, and -32.
+    """
+    most = 2**spec.encoding.bits - 1
+    g = torch.nn.functional.pad(w, (0, -w.shape[1] % spec.group_size))
+    g = g.unflatten(1, (-1, spec.group_size // spec.scale_columns, spec.scale_columns))
+    if record.numbers == 2:
+        least, largest = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
+        scale, minimum = (largest - least) / most, -least
+        factor = 15 if spec.name == "q2_k" else 63
+        scale, minimum = (_multiples(v, factor) if record.parts > 1 else v.half().float() for v in (scale, minimum))
+        codes = ((g + minimum) * _inverse(scale)).round().clamp(0, most)
+        values = scale * codes - minimum
+    elif spec.name == "q6_k":
+        scale = _multiples(_extreme(g) / -32, -128)
+        values = scale * ((g * _inverse(scale) + 32).round().clamp(0, most) - 32)
+    else:
+        scale = _multiples(_extreme(g) / -127, -32)
+        values = scale * _rounded(g * _inverse(scale), spec)
+    return values.flatten(1)[:, : w.shape[1]]
+
+
+def _extreme(g: Tensor, dim: int = -1) -> Tensor:
+    return g.gather(dim, g.abs().argmax(dim, keepdim=True))
+
+
+def _multiples(v: Tensor, most: int) -> Tensor:
+    """Whole numbers times one f16 of a group, whose extreme one is `most` times as much, [n, groups, parts, 1]."""
+    unit = (_extreme(v, 2) / most).half().float()
+    low, high = (most, -most - 1) if most < 0 else (0, most)
+    return unit * ((v * _inverse(unit) - low).round() + low).clamp(low, high)
+
+
+def _inverse(v: Tensor) -> Tensor:
+    return torch.where(v != 0, 1 / v, torch.zeros_like(v))
 
 
 def _rounded(x: Tensor, spec: Format) -> Tensor:
@@ -126,10 +171,10 @@ def _rounded(x: Tensor, spec: Format) -> Tensor:
         code = torch.bucketize(x.abs(), middle)  # ties go down ...
         code += (x.abs() == torch.cat([middle, torch.tensor([torch.inf])])[code]) & (code % 2 == 1)  # ... or to even
         return values[code].copysign(x)
-    if spec.name == "iq4_nl":
+    if spec.name in ("iq4_nl", "iq4_xs"):
         values = torch.tensor(IQ4)
         return values[torch.bucketize(x, (values[1:] + values[:-1]) / 2)]  # ties go down
-    return x.round().clamp(*((1, 255) if spec.encoding.bits == 8 else (0, 15)))
+    return x.round().clamp(spec.encoding.bits == 8, 2**spec.encoding.bits - 1)
 
 
 def attend(

@@ -22,7 +22,7 @@ BATCHES = [
 
 
 def shapes_of(spec: Format) -> list[tuple[int, int, int]]:
-    if not spec.group_size or spec.encoding.tile_rows > 1:
+    if not spec.group_size or spec.encoding.pads:
         return AWKWARD + GROUPED[1:]
     return GROUPED + (HALF_GROUPS if spec.group_size <= 32 else [(2, 64, 192)] if spec.group_size == 64 else [])
 

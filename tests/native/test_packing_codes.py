@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_cases import FORMATS, matrix_shapes, name_of, options
-from streams import floats, matrix_of, take_apart
+from streams import floats, matrix_of, random_records, take_apart
 
 from coterie import Experts
 from coterie.errors import ArgumentError
@@ -30,7 +30,9 @@ def source_of(spec, rows, cols, seed=0):
         given["codes"] = codes.clamp(min=1 if spec.name in ("int8", "q8_0") else 0).view(encoding.codes)
     if groups and encoding.scales is not None:
         shape = (-(-rows // encoding.tile_rows), groups)
-        if encoding.scales == torch.uint8:
+        if encoding.record:
+            given["scale"] = random_records(spec, rows, groups, random)
+        elif encoding.scales == torch.uint8:
             given["scale"] = torch.randint(100, 140, shape, generator=random, dtype=torch.uint8)
         else:
             given["scale"] = (torch.rand(shape, generator=random) + 0.1).to(encoding.scales)
@@ -52,7 +54,9 @@ def test_codes_come_back(spec, number):
     parts = take_apart(spec, rows, cols, matrix_of(experts, "up", 0))
     assert torch.equal(parts.codes, given["codes"].view(torch.int16 if spec.name == "bf16" else torch.uint8))
     scale = given.get("scale")
-    if scale is not None:
+    if scale is not None and spec.encoding.record:
+        assert torch.equal(parts.scale, scale)
+    elif scale is not None:
         scale = scale.repeat_interleave(spec.encoding.tile_rows, 0)[:rows]
         expected = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
         assert torch.equal(floats(spec, parts), expected)
@@ -69,7 +73,8 @@ def test_codes_of_packed_floats_make_the_same_bytes(spec):
     parts = take_apart(spec, rows, cols, matrix_of(packed, "up", 0))
     encoding, given = spec.encoding, {"codes": parts.codes.contiguous().view(spec.encoding.codes)}
     if parts.scale is not None:
-        given["scale"] = parts.scale[:: encoding.tile_rows].contiguous().view(encoding.scales).squeeze(-1)
+        scale = parts.scale[:: encoding.tile_rows].contiguous().view(encoding.scales)
+        given["scale"] = scale if encoding.record else scale.squeeze(-1)
     given |= {"zero": parts.zero} if parts.zero is not None else {}
     given |= {"row_scale": parts.row_scale} if parts.row_scale is not None else {}
     again.pack_codes("up", 0, **given)
@@ -99,6 +104,10 @@ def test_one_scale_for_the_matrix():
         (Format("q8_0", 32), {"codes": torch.zeros(96, 256, dtype=torch.uint8)}, "out of q8_0's range"),
         (Format("q4_0", 32), {"scale": torch.full((96, 8), torch.inf, dtype=torch.float16)}, "out of q4_0's range"),
         (Format("iq4_nl", 32), {"codes": torch.full((96, 256), 16, dtype=torch.uint8)}, "out of iq4_nl's range"),
+        (Format("q4_k", 256), {"scale": torch.zeros(96, 1, dtype=torch.uint8)}, r"scale: expected shape \[96, 1, 16\]"),
+        (Format("q4_k", 256), {"scale": torch.full((96, 1, 16), 127, dtype=torch.uint8)}, "out of q4_k's range"),
+        (Format("q6_k", 256), {"scale": torch.full((96, 1, 18), 255, dtype=torch.uint8)}, "out of q6_k's range"),
+        (Format("q6_k", 256), {"codes": torch.full((96, 256), 64, dtype=torch.uint8)}, "out of q6_k's range"),
         (Format("fp8_channel"), {"codes": torch.full((96, 256), torch.nan).to(torch.float8_e4m3fn)}, "is NaN"),
         (Format("fp8_block", 128), {"scale": torch.ones(2, 2)}, r"scale: expected shape \[1, 2\]"),
     ],

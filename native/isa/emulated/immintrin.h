@@ -151,6 +151,11 @@ inline __m512i mm512_permutexvar_epi16(__m512i index, __m512i a) {
   return each<__m512i, uint16_t>([&](int i) { return x[o[i] % 32]; });
 }
 
+inline __m512i mm512_permutex2var_epi16(__m512i a, __m512i index, __m512i b) {
+  Lanes<uint16_t> x = lanes<uint16_t>(a), o = lanes<uint16_t>(index), y = lanes<uint16_t>(b);
+  return each<__m512i, uint16_t>([&](int i) { return o[i] & 32 ? y[o[i] % 32] : x[o[i] % 32]; });
+}
+
 inline __m512i mm512_permutex2var_epi8(__m512i a, __m512i index, __m512i b) {
   Lanes<uint8_t> x = lanes<uint8_t>(a), o = lanes<uint8_t>(index), y = lanes<uint8_t>(b);
   return each<__m512i, uint8_t>([&](int i) { return o[i] & 64 ? y[o[i] % 64] : x[o[i] % 64]; });
@@ -257,7 +262,7 @@ inline __m512i mm512_sub_epi16(__m512i a, __m512i b) { return integers<uint16_t>
 inline __m512i mm512_and_si512(__m512i a, __m512i b) { return integers<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return x & y; }); }
 inline __m512i mm512_or_si512(__m512i a, __m512i b) { return integers<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return x | y; }); }
 inline __m512i mm512_xor_si512(__m512i a, __m512i b) { return integers<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return x ^ y; }); }
-inline __m512i mm512_mulhrs_epi16(__m512i a, __m512i b) { return integers<int16_t>(a, b, [](int x, int y) { return ((x * y >> 14) + 1) >> 1; }); }
+inline __m512i mm512_mullo_epi16(__m512i a, __m512i b) { return integers<uint16_t>(a, b, [](unsigned x, unsigned y) { return x * y; }); }
 inline __m512i mm512_slli_epi32(__m512i v, int n) { return integers<uint32_t>(v, v, [&](uint32_t x, uint32_t) { return x << n; }); }
 inline __m512i mm512_srli_epi32(__m512i v, int n) { return integers<uint32_t>(v, v, [&](uint32_t x, uint32_t) { return x >> n; }); }
 inline __m512i mm512_slli_epi16(__m512i v, int n) { return integers<uint16_t>(v, v, [&](unsigned x, unsigned) { return x << n; }); }
@@ -358,8 +363,9 @@ inline __m256i mm256_dpbusd_avx_epi32(__m256i acc, __m256i u, __m256i s) { retur
 #define _mm512_max_epi32 ::coterie_emulated::mm512_max_epi32
 #define _mm512_max_ps ::coterie_emulated::mm512_max_ps
 #define _mm512_mul_ps ::coterie_emulated::mm512_mul_ps
-#define _mm512_mulhrs_epi16 ::coterie_emulated::mm512_mulhrs_epi16
+#define _mm512_mullo_epi16 ::coterie_emulated::mm512_mullo_epi16
 #define _mm512_or_si512 ::coterie_emulated::mm512_or_si512
+#define _mm512_permutex2var_epi16 ::coterie_emulated::mm512_permutex2var_epi16
 #define _mm512_permutex2var_epi8 ::coterie_emulated::mm512_permutex2var_epi8
 #define _mm512_permutexvar_epi16 ::coterie_emulated::mm512_permutexvar_epi16
 #define _mm512_permutexvar_ps ::coterie_emulated::mm512_permutexvar_ps

@@ -8,22 +8,27 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from coterie.checkpoints.records import scales_of
 from coterie.formats import E2M1, IQ4, Format
 
 SIGNED = (*E2M1, *(-value for value in E2M1))
 # The values of 4-bit codes, by format.
-VALUES = {"mxfp4": SIGNED, "nvfp4": SIGNED, "iq4_nl": IQ4}
+VALUES = {"mxfp4": SIGNED, "nvfp4": SIGNED, "iq4_nl": IQ4, "iq4_xs": IQ4}
 # The code of 0, where there are no zero points.
-MIDDLE = {"int4": 8, "int8": 128, "q4_0": 8, "q8_0": 128}
+MIDDLE = {
+    "int4": 8, "int8": 128, "q4_0": 8, "q8_0": 128, "q4_k": 0, "q6_k": 32, "q5_k": 0, "q4_1": 0, "q5_0": 16, "q5_1": 0,
+    "q2_k": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Codes:
     """A quantised matrix [rows, cols] of format `spec`.
 
-    codes [rows, cols] in the encoding's own dtype, 4-bit ones one to a byte; scale [rows, groups], or of tiles
-    [rows / tile_rows, groups], rounded up; row_scale float32 [rows]; zero, uint8, [rows, groups], or [rows] where rows
-    have a scale. None: the format has no such part. A scale may be finer than the encoding's own: see `fitted`.
+    codes [rows, cols] in the encoding's own dtype, those of fewer than 8 bits one to a byte; scale [rows, groups], or
+    of tiles [rows / tile_rows, groups], rounded up, or records of scales uint8 [rows, groups, bytes]; row_scale float32
+    [rows]; zero, uint8, [rows, groups], or [rows] where rows have a scale. None: the format has no such part. A scale
+    may be finer than the encoding's own: see `fitted`.
     columns: where each column belongs, where those of a group are no neighbours in the matrix; codes has them together.
     loss: the relative error of the weights that fitting them into the encoding made.
     """
@@ -43,11 +48,15 @@ class Codes:
 
     def dequantize(self) -> Tensor:
         """Float32 [rows, cols]: the scales' product, rounded, times the code's value, as the kernels have it."""
-        rows = self.codes.shape[0]
+        rows, minimum = self.codes.shape[0], None
         scale = torch.ones(rows, 1, device="cpu") if self.row_scale is None else self.row_scale[:, None]
-        if self.scale is not None:
+        if self.scale is not None and self.spec.encoding.record:
+            scale, minimum = scales_of(self.spec, self.scale)
+        elif self.scale is not None:
             scale = scale * number(self.scale).repeat_interleave(self.spec.encoding.tile_rows, 0)[:rows]
         dense = self._values().mul_(self._columns(scale))
+        if minimum is not None:
+            dense.sub_(self._columns(minimum))
         return dense if self.columns is None else torch.empty_like(dense).index_copy_(1, self.columns, dense)
 
     def fitted(self) -> Codes:
@@ -89,9 +98,9 @@ class Codes:
         return self.codes.float()
 
     def _columns(self, groups: Tensor) -> Tensor:
-        """What belongs to each column, out of what belongs to each group [rows, groups]."""
+        """What belongs to each column, out of what belongs to all that share a scale [rows, groups]."""
         cols = self.codes.shape[1]
-        return groups.repeat_interleave(self.spec.group_size or cols, 1)[:, :cols]
+        return groups.repeat_interleave(self.spec.scale_columns or cols, 1)[:, :cols]
 
 
 def number(scale: Tensor) -> Tensor:

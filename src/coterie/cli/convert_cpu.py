@@ -27,7 +27,7 @@ def cpu(
     quant_method: Annotated[
         str | None,
         typer.Option(
-            help="Format: int4, int8, bf16, fp8_block, fp8_channel, mxfp4, mxfp8, nvfp4, q4_0, q8_0 or iq4_nl. "
+            help="Format: int4, int8, bf16, fp8_block, fp8_channel, mxfp4, mxfp8, nvfp4, or GGUF's (q4_k, q6_k ...). "
             "[default: the checkpoint's own if it is quantised, else int4]"
         ),
     ] = None,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from coterie.checkpoints.codes import MIDDLE, number
+from coterie.checkpoints.records import scales_of
 from coterie.formats import Format
 
 
@@ -15,8 +16,10 @@ from coterie.formats import Format
 class Matrices:
     """Matrices [rows, cols] of n experts in format `spec`.
 
-    codes: bfloat16 or uint8 [n, rows, cols]; of 4 bits [n, rows, cols / 2], the even column in a byte's low half.
-    scale: in the encoding's dtype, [n, rows, groups], or of tiles [n, rows / tile_rows, groups], rounded up.
+    codes: bfloat16 or uint8 [n, rows, cols], one to a byte; of 4 bits [n, rows, cols / 2], the
+        even column in a byte's low half.
+    scale: in the encoding's dtype, [n, rows, groups], or of tiles [n, rows / tile_rows, groups], rounded up, or records
+        [n, rows, groups, bytes].
     zero: uint8 [n, rows, groups]. row_scale: float32 [n, rows]. None: the format has no such part.
     pairs: what a byte of two 4-bit codes stands for, two bfloat16 in an int32, [256].
     """
@@ -43,9 +46,14 @@ class Matrices:
         if scale is None:
             out.copy_(values)
             return
-        width = self.spec.group_size or self.cols
+        width = self.spec.scale_columns or self.cols
         whole = self.cols // width
         end = whole * width
+        minimum = self._minima(index)
+        if minimum is not None:
+            columns = [part.repeat_interleave(width, -1)[..., : self.cols] for part in (scale, minimum)]
+            torch.sub(values * columns[0], columns[1], out=out)
+            return
         zero = None if self.zero is None else self.zero.index_select(0, index)
         if whole:
             grouped = values[..., :end].unflatten(-1, (whole, width))
@@ -53,7 +61,7 @@ class Matrices:
                 grouped.sub_(zero[..., None])
             torch.mul(grouped, scale[..., :whole, None], out=out[..., :end].unflatten(-1, (whole, width)))
         if end < self.cols:  # the last tile is narrow
-            torch.mul(values[..., end:], scale[..., whole:], out=out[..., end:])
+            torch.mul(values[..., end:], scale[..., whole : whole + 1], out=out[..., end:])
 
     def parts(self, i: int) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Codes, scale, zero and row_scale of expert i in RAM, as `Experts.pack_codes` takes them."""
@@ -77,11 +85,20 @@ class Matrices:
             return codes.view(torch.float8_e4m3fn).to(torch.bfloat16)
         return codes if self.spec.encoding.bits == 16 else codes.to(torch.bfloat16).sub_(MIDDLE[self.spec.name])
 
+    def _minima(self, index: Tensor) -> Tensor | None:
+        """What is taken off, float32 [m, rows, groups]."""
+        record = self.spec.encoding.record
+        if record is None or record.numbers == 1 or self.scale is None:
+            return None
+        return scales_of(self.spec, self.scale.index_select(0, index))[1]
+
     def _scales(self, index: Tensor) -> Tensor | None:
         """Float32 [m, rows, groups]; one group where only rows have a scale."""
         rows = None if self.row_scale is None else self.row_scale.index_select(0, index)[..., None]
         if self.scale is None:
             return rows
+        if self.spec.encoding.record:
+            return scales_of(self.spec, self.scale.index_select(0, index))[0]
         stored, tile = self.scale.dtype, self.spec.encoding.tile_rows
         scale = number(self.scale.view(torch.uint8).index_select(0, index).view(stored))
         if tile > 1:

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from coterie.checkpoints.codes import MIDDLE, VALUES
-from coterie.formats import PANEL_ROWS, Format, round_up
+from coterie.formats import PANEL_ROWS, Format, Record, round_up
 from coterie.gpu.matrices import Matrices
 
 BLOCK_PANELS, LINE, QUAD = 4, 64, (0, 2, 1, 3)
+# Of codes of so many bits, the lower ones: what there is above them stands in lines of its own.
+SPLIT = {2: 2, 5: 4, 6: 4}
 
 
 def unpacked(spec: Format, rows: int, cols: int, data: Tensor) -> Matrices:
@@ -17,7 +19,8 @@ def unpacked(spec: Format, rows: int, cols: int, data: Tensor) -> Matrices:
     encoding = spec.encoding
     step = spec.group_size or LINE
     steps, lines = round_up(cols, max(LINE, step)) // step, step * encoding.bits // 32
-    width = encoding.scales.itemsize if spec.group_size and encoding.scales is not None else 0  # of a scale in a step
+    single = spec.group_size and encoding.scales is not None and not encoding.record
+    width = encoding.scales.itemsize if single else 0  # of a scale in a step
     whole, rest = divmod(round_up(rows, PANEL_ROWS) // PANEL_ROWS, BLOCK_PANELS)
     codes, scale, zero, row_scale = [], [], [], []
     for count, panels in ((whole, BLOCK_PANELS), (1, rest)):
@@ -28,11 +31,16 @@ def unpacked(spec: Format, rows: int, cols: int, data: Tensor) -> Matrices:
         if width:
             size += LINE if encoding.tile_rows > 1 else height * width
             size += height if spec.zero_point else 0
+        size += height * encoding.record.nbytes if encoding.record else 0
         ends = height * ((4 if spec.row_scales else 0) + (1 if spec.zero_point and not width else 0))
         blocks, data = _take(data, count * (steps * size + ends))
         blocks, end = _take(blocks.unflatten(1, (count, -1)), steps * size)
 
-        body, tail = _take(blocks.unflatten(2, (steps, size)), lines * panels * LINE)
+        body = blocks.unflatten(2, (steps, size))
+        if encoding.record:
+            found, body = _take(body, height * encoding.record.nbytes)
+            scale.append(_records(encoding.record, found.unflatten(3, (panels, -1))).transpose(2, 3).flatten(1, 2))
+        body, tail = _take(body, lines * panels * LINE)
         words = body.unflatten(3, (lines, panels, PANEL_ROWS, 4)).permute(0, 1, 4, 5, 2, 3, 6)
         codes.append(_in_order(encoding.bits, words.flatten(1, 3)).flatten(2))
         if encoding.tile_rows > 1:
@@ -52,12 +60,14 @@ def unpacked(spec: Format, rows: int, cols: int, data: Tensor) -> Matrices:
         return torch.cat(parts, 1).contiguous().view(dtype) if parts else None
 
     groups = -(-cols // spec.group_size) if spec.group_size else 1
-    found = torch.cat(codes, 1)[:, :rows, : -(-cols * encoding.bits // 8)].contiguous()
+    stored = {4: -(-cols // 2), 16: 2 * cols}.get(encoding.bits, cols)
+    found = torch.cat(codes, 1)[:, :rows, :stored].contiguous()
     scales, zeros = joined(scale, encoding.scales or torch.uint8), joined(zero)
     row_scales = joined(row_scale, torch.float32)
     if scales is not None:
         own = slice(0, None, 2) if encoding.tile_rows > 1 else slice(0, rows)  # two blocks of 64 rows are of one tile
-        scales = scales[:, own, :groups, 0].contiguous()
+        scales = scales[:, own, :groups].contiguous()
+        scales = scales if encoding.record else scales[..., 0]
     return Matrices(
         spec,
         cols,
@@ -74,16 +84,43 @@ def _take(stream: Tensor, nbytes: int) -> tuple[Tensor, Tensor]:
     return stream[..., :nbytes], stream[..., nbytes:]
 
 
+def _records(record: Record, panels: Tensor) -> Tensor:
+    """The records of rows [..., rows, bytes] of the bytes of panels [..., panels, 16 * bytes]: numbers, each of all
+    rows of a panel side by side, then bytes likewise."""
+    numbers, single = _take(panels, 2 * record.numbers * PANEL_ROWS)
+    of_rows = (
+        numbers.unflatten(-1, (-1, PANEL_ROWS, 2)).transpose(-3, -2).flatten(-2),
+        single.unflatten(-1, (-1, PANEL_ROWS)).transpose(-2, -1),
+    )
+    return torch.cat(of_rows, -1).flatten(-3, -2)
+
+
 def _in_order(bits: int, words: Tensor) -> Tensor:
-    """The four bytes of each word [..., 4] in the order of columns; of 4-bit codes with two neighbours to a byte."""
+    """The four bytes of each word [..., lines, 4] in the order of columns; of 4-bit codes with two neighbours to a
+    byte, others of fewer than 8 bits one to a byte."""
     if bits == 16:
         return words
+    if bits in SPLIT:
+        return _joined(bits, words[..., QUAD])
     a, b, c, d = (words[..., i] for i in QUAD)
     if bits == 8:
         return torch.stack([a, b, c, d], -1)
     low = [(even & 15) | (odd & 15) << 4 for even, odd in ((a, b), (c, d))]
     high = [(even >> 4) | (odd & 240) for even, odd in ((a, b), (c, d))]
     return torch.stack(low + high, -1)
+
+
+def _joined(bits: int, quads: Tensor) -> Tensor:
+    """Codes whose upper bits, if there are more than `SPLIT` says, stand in a line before those of the lower ones."""
+    low = SPLIT[bits]
+    high = bits - low
+    runs = quads.unflatten(-2, (-1, bits // high if high else 1))
+    lines = runs[..., 1:, :] if high else runs
+    lower = torch.stack([lines >> low * n & (1 << low) - 1 for n in range(8 // low)], -2).flatten(-3)
+    if not high:
+        return lower
+    upper = [runs[..., 0, :] >> high * n & (1 << high) - 1 for n in range(8 // high)]
+    return lower | torch.stack(upper, -2).flatten(-2) << low
 
 
 def _pairs(spec: Format) -> Tensor:
