@@ -47,9 +47,9 @@ def stacked(draws: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_every_gradient(case: dict, each_isa: Iterator[str]) -> None:
-    """One token's gradient may cancel to almost nothing: four of them, each by itself, are measured together."""
+    """A few tokens' gradient may cancel to almost nothing: four such batches, each by itself, are measured together."""
     sizes = (case["experts"], 128, 128)
-    batches = [random_batch(sizes, case["top_k"], case["tokens"], i) for i in range(4 if case["tokens"] == 1 else 1)]
+    batches = [random_batch(sizes, case["top_k"], case["tokens"], i) for i in range(4 if case["tokens"] < 10 else 1)]
     if case["routing"] == "one expert":
         batches = [(x, torch.where(ids < 0, ids, 1), weights, grad) for x, ids, weights, grad in batches]
     lora = random_lora(sizes, case["rank"], case["dtype"])
