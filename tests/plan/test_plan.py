@@ -84,15 +84,16 @@ def test_what_is_needed_and_the_bounds():
 def test_what_is_predicted():
     """Bytes, operations and overheads, each at a rate of its own."""
     anatomy, spec = inspect(tiny.PATH), formats.resolve("fp8_block")  # multiplied in bf16
-    rates = plan.Rates(bandwidth=1e9, bf16=2e9, int8=4e9, row=0.5e9, attention=3e9, layer=0.01, forward=0.02)
+    besides = {"row": 0.5e9, "attention": 3e9, "layer": 0.01, "forward": 0.02, "reached": 0.5}
+    rates = plan.Rates(bandwidth=1e9, bf16=2e9, int8=4e9, **besides)
     found = plan.estimate(anatomy, spec, 10**10, rates)
     packed = anatomy.experts_read_nbytes(spec) + anatomy.cache_nbytes
-    seconds = packed / 1e9 + 2 * anatomy.active_rest_parameters / 0.5e9 + 4 * 0.01 + 0.02
+    seconds = (packed / 1e9 + 4 * 0.01 + 0.02) / 0.5 + 2 * anatomy.active_rest_parameters / 0.5e9
     assert found.decode == pytest.approx(1 / seconds)
     products = anatomy.active_expert_parameters + anatomy.active_rest_parameters - anatomy.head_parameters
     attention = 4 * (2 * 2 * 4 * 32) * plan.PROMPT**2  # layers, products, heads of 32
     assert (anatomy.layers, anatomy.prompt_operations) == (4, attention)
-    seconds = plan.PROMPT * 2 * products / 2e9 + attention / 3e9 + 4 * 0.01 + 0.02
+    seconds = (plan.PROMPT * 2 * products / 2e9 + attention / 3e9 + 4 * 0.01 + 0.02) / 0.5
     assert found.prefill == pytest.approx(plan.PROMPT / seconds)
 
 

@@ -67,6 +67,7 @@ def plan(
             min(memory_rate, machine.row_rate()),
             machine.attention_rate(),
             *planning.overhead(),
+            planning.REACHED,
         )
         packing = {spec.name: machine.packing_rate(spec.name) for spec in formats}
     usable = planning.usable(available)
@@ -122,8 +123,8 @@ def print_rates(rates: Rates, context: int) -> None:
         f"packed weights and the cache are read at {size(rates.bandwidth)}/s, bf16 layers at "
         f"{size(rates.row or rates.bandwidth)}/s, and each layer takes {significant(1e3 * rates.layer)} ms besides. "
         f"Prefill, {planning.PROMPT} tokens: {significant(rates.bf16 / 1e9)} GFLOP/s in bf16, "
-        f"{significant(rates.int8 / 1e9)} GOP/s in int8, {significant(rates.attention / 1e9)} GFLOP/s in attention; "
-        "norms and routing are not counted. `coterie bench model` measures both.",
+        f"{significant(rates.int8 / 1e9)} GOP/s in int8, {significant(rates.attention / 1e9)} GFLOP/s in attention. "
+        f"Whole models reach {rates.reached:.0%} of that; `coterie bench model` measures some layers.",
         style="dim",
         highlight=False,
     )

@@ -7,7 +7,7 @@ no table of models, and no formula for any kind of attention.
 from coterie.plan.anatomy import PROMPT, Anatomy, ExpertLayer, LinearLayer, inspect
 from coterie.plan.conversion import DISK, Conversion, conversion
 from coterie.plan.dense import Dense, dense, sensible
-from coterie.plan.estimate import RESERVE, Estimate, Rates, estimate, usable
+from coterie.plan.estimate import REACHED, RESERVE, Estimate, Rates, estimate, usable
 from coterie.plan.overhead import overhead
 from coterie.plan.source import Source, open_source
 from coterie.plan.training import TrainAnatomy, Training, train_estimate, train_inspect
@@ -15,6 +15,7 @@ from coterie.plan.training import TrainAnatomy, Training, train_estimate, train_
 __all__ = [
     "DISK",
     "PROMPT",
+    "REACHED",
     "RESERVE",
     "Anatomy",
     "Conversion",

@@ -12,6 +12,10 @@ from coterie.plan.dense import Dense
 
 RESERVE = 10**9  # bytes of RAM for Python, torch and the activations of a short prompt
 MARGIN = 0.05  # of the available memory is left alone: what others take meanwhile, and pages that cannot be had
+# Of the speed that rates measured one by one add up to, what a whole model reached: caches are cold, norms and routing
+# are not counted, threads wait for each other. Qwen3-30B-A3B in int4 on two cores of Zen 4, `benchmarks/full_size.py`
+# beside rates of the same machine at another time.
+REACHED = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,7 @@ class Rates:
 
     row: bytes of bf16 layers that torch multiplies with one row; None: at `bandwidth`. attention: operations of a
     prompt's attention. layer, forward: seconds that each layer, and each forward besides, take whatever their size.
+    reached: the part of all this that whole models reach.
     """
 
     bandwidth: float
@@ -29,6 +34,7 @@ class Rates:
     attention: float = math.inf
     layer: float = 0.0
     forward: float = 0.0
+    reached: float = 1.0
 
     def of(self, spec: Format) -> float:
         """The rate of the dot products that weights of a format are multiplied with."""
@@ -41,8 +47,7 @@ class Estimate:
 
     problem: why the experts cannot be packed so; None where they can.
     decode: one sequence, every byte that a token needs read once, and what layers take besides.
-    prefill: a prompt of PROMPT tokens, its products at full speed, its attention, and what layers take besides; norms
-        and routing, which grow with the tokens, are not counted.
+    prefill: a prompt of PROMPT tokens, its products, its attention, and what layers take besides.
     """
 
     format: str
@@ -80,8 +85,8 @@ def estimate(anatomy: Anatomy, spec: Format, ram: int, rates: Rates, dense: Dens
         experts=experts,
         ram=needed,
         ram_short=max(0, needed - ram),
-        decode=1 / (packed / rates.bandwidth + plain / (rates.row or rates.bandwidth) + besides),
-        prefill=PROMPT / seconds,
+        decode=1 / ((packed / rates.bandwidth + besides) / rates.reached + plain / (rates.row or rates.bandwidth)),
+        prefill=rates.reached * PROMPT / seconds,
         problem=_problem(anatomy, spec),
     )
 
