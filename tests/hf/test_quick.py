@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeTopKRouter
 
-from coterie.hf.quick import MOST, QuickNorm, QuickRouter, quicken
+from coterie.hf.quick import FEW, QuickNorm, QuickRouter, quicken
 
 WIDTH, EXPERTS, TOP_K = 64, 24, 3
 STEP = {torch.bfloat16: 2**-8, torch.float32: 1e-6}
@@ -30,7 +30,7 @@ class Settings:
 
 def both(make, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     """A module with random weights by torch, and a copy of it that was quickened."""
-    plain, quick = make().to(dtype), make().to(dtype)
+    plain, quick = make().to(dtype).eval(), make().to(dtype).eval()
     weight = torch.randn(plain.weight.shape, generator=torch.Generator().manual_seed(1)) * 0.3
     for module in (plain, quick):
         module.weight.data.copy_(weight)
@@ -50,7 +50,7 @@ def rows(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 def test_norms(kind, epsilon, dtype, isa):
     plain, quick = both(lambda: kind(WIDTH, epsilon), dtype)
     assert isinstance(quick, QuickNorm) and isinstance(quick, kind) and type(quick).__name__ == kind.__name__
-    for shape in ((1, 1), (2, 3, 5), ()):
+    for shape in ((1, 1), (3, 1, 5), (2, 1), (2, 3)):
         x = rows(dtype, *shape)
         with torch.no_grad():
             found, expected = quick(x), plain(x)
@@ -114,7 +114,7 @@ def test_the_weights_of_a_module_are_read_with_each_call():
         assert torch.allclose(quick(x), plain(x))
 
 
-def test_gradients_and_many_rows_go_through_torch(monkeypatch):
+def test_training_and_prompts_go_through_torch(monkeypatch):
     from coterie.hf import quick as quick_module
 
     def refuse(*_):
@@ -124,12 +124,13 @@ def test_gradients_and_many_rows_go_through_torch(monkeypatch):
     _, router = both(lambda: Qwen3MoeTopKRouter(Settings()), torch.float32)
     monkeypatch.setattr(quick_module._native, "rms_norm", refuse)
     monkeypatch.setattr(quick_module._native, "route", refuse)
-    for module in (norm, router):
-        x = rows(torch.float32, 2).requires_grad_()
+    for module, few, many in ((norm, (FEW, 1), (1, 2)), (router, (FEW,), (FEW + 1,))):
+        x = rows(torch.float32, *few).requires_grad_()
         out = module(x)
         (out if module is norm else out[1]).square().sum().backward()
         assert x.grad.any() and module.weight.grad.any()
         with torch.no_grad():
-            module(rows(torch.float32, MOST // WIDTH + 1))
+            module(rows(torch.float32, *many))
             with pytest.raises(AssertionError, match="was asked"):
-                module(rows(torch.float32, 1))
+                module(x)
+            module.train()(x)  # as checkpointing does, and a reference in the place of the policy

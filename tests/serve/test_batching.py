@@ -23,7 +23,7 @@ NOISE = 0.25  # of bf16 logits, which reach 30
 
 @pytest.fixture(scope="module")
 def client():
-    serving = Serving(tiny.PATH, "--name", "tiny", "--experts", "bf16", "--batch-tokens", "8000")
+    serving = Serving(tiny.PATH, "--name", "tiny", "--experts", "bf16", "--dense", "none", "--batch-tokens", "8000")
     yield serving.client
     serving.kill()
 

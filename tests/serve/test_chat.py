@@ -43,7 +43,7 @@ def test_a_chat_from_beginning_to_end():
         assert "/new forgets" in terminal.until("stops an answer.")
         answer, took = terminal.ask(QUESTION)
         messages = {"role": "system", "content": "You are brief."}, {"role": "user", "content": QUESTION}
-        assert answer == expected(tiny.PATH, messages=messages, experts="int8")
+        assert answer == expected(tiny.PATH, messages=messages, experts="int8", dense="int8")
         answered, read, memory = took.split("; ")
         assert re.fullmatch(r"20 tokens, [\d.]+ tokens/s, stopped at the most tokens", answered)
         assert re.fullmatch(r"prompt of \d+ tokens in [\d.]+ s", read)

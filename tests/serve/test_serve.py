@@ -39,7 +39,7 @@ def server(adapter, tmp_path_factory):
     tokenizer.chat_template = OTHER
     tokenizer.save_pretrained(other)
     options = "--adapter", f"tuned={adapter}", "--adapter", f"other={other}"
-    serving = Serving(tiny.PATH, "--name", "tiny", "--experts", "bf16", *options)
+    serving = Serving(tiny.PATH, "--name", "tiny", "--experts", "bf16", "--dense", "none", *options)
     yield serving
     serving.kill()
 
@@ -289,7 +289,7 @@ def test_a_disconnect_ends_the_generation(monkeypatch, tokenizer):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, -signal.SIGTERM)])
 def test_it_stops_when_running_answers_have_ended(number, code, truth):
-    serving = Serving(tiny.PATH, "--name", "tiny", "--experts", "bf16")
+    serving = Serving(tiny.PATH, "--name", "tiny", "--experts", "bf16", "--dense", "none")
     try:
         begun = threading.Event()
 

@@ -35,7 +35,7 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """query [B, heads, T, D], key and value [B, shared heads, S, D or V] -> [B, T, heads, V]; see the interface."""
-    out = _attend(query, key, value, attention_mask, dropout, scaling, kwargs)
+    out = _attend(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if out is not None:
         return out, None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -52,13 +52,14 @@ def eager_attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The same for models with attention of their own; `attention_mask` is added to the scores."""
-    out = _attend(query, key, value, attention_mask, dropout, scaling, kwargs)
+    out = _attend(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     if out is not None:
         return out, None
     return _eager_of(module)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
 def _attend(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -68,7 +69,9 @@ def _attend(
     options: dict[str, Any],
 ) -> Tensor | None:
     """What the engine gives; None for what it does not take."""
-    if query.shape[2] != 1 or dropout or not query.is_cpu or torch.is_grad_enabled() or not runs_now():
+    if query.shape[2] != 1 or dropout or not query.is_cpu:
+        return None
+    if module.training or torch.is_grad_enabled() or not runs_now():
         return None
     if any(options.get(option) is not None for option in CHANGES):
         return None

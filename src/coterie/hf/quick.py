@@ -1,7 +1,8 @@
-"""Norms and routers that take as little time for a few tokens as their work is small: by the engine, in one call each.
+"""Norms and routers that take as little time while a model decodes as their work is small: by the engine, a call each.
 
 They are found by their structure and proved by trying them, with weights of our own: what the module answers is what
-the engine must answer.
+the engine must answer. Prompts and whatever is trained are the modules' own, with gradients and without: so a reference
+computes what the policy does, and a checkpointed layer what it did before.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.func import functional_call
 from coterie import _native
 from coterie.border import runs_now
 
-MOST = 1 << 16  # elements of an input; more are quicker in torch
+FEW = 16  # sequences, or tokens of a router
 ROWS = 16  # that are tried
 # What bf16 and float32 leave open: a step of the result, sums in another order.
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float32: 1e-5}
@@ -51,10 +52,10 @@ def _mixed(mixin: type, kind: type) -> type:
     return type(kind.__name__, (mixin, kind), names)
 
 
-def _is_few(x: Any, args: tuple, kwargs: dict) -> bool:
-    """Whether a call is one that the engine takes: a few plain rows, nothing else, and no gradients."""
+def _decodes(module: nn.Module, x: Any, args: tuple, kwargs: dict) -> bool:
+    """Whether a call is one that the engine takes: plain rows, nothing else, no gradients, and not while training."""
     alone = isinstance(x, Tensor) and not args and not kwargs
-    return alone and x.numel() <= MOST and not torch.is_grad_enabled() and runs_now() and not x.is_neg()
+    return alone and not module.training and not torch.is_grad_enabled() and runs_now() and not x.is_neg()
 
 
 class QuickNorm(nn.Module):
@@ -63,8 +64,8 @@ class QuickNorm(nn.Module):
     quick: tuple[float, bool, bool]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., H] -> its norm, in its dtype."""
-        if _is_few(x, args, kwargs):
+        """x [B, T, ..., H] -> its norm, in its dtype."""
+        if _decodes(self, x, args, kwargs) and x.dim() > 2 and x.shape[1] == 1 and len(x) <= FEW:
             out = _native.rms_norm(x, self.weight, *self.quick)
             if out is not None:
                 return out
@@ -78,7 +79,7 @@ class QuickRouter(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """x [..., H] -> logits [T, E], weights [T, K], experts [T, K]."""
-        if _is_few(x, args, kwargs):
+        if _decodes(self, x, args, kwargs) and x.shape[:-1].numel() <= FEW:
             top_k, normalised, dtype = self.quick
             rows, bias = x.reshape(-1, x.shape[-1]), getattr(self, "bias", None)
             found = _native.route(rows, self.weight, bias, top_k, normalised)
