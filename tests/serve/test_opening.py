@@ -29,5 +29,5 @@ def test_a_packed_checkpoint_is_opened_as_it_is(tmp_path):
 
 
 def test_linear_layers_are_packed():
-    model, _ = open_model(PLAIN, {}, dense=dense_format(PLAIN, "auto", "cpu"))
+    model, _ = open_model(PLAIN, {})
     assert {linear.spec.name for _, linear in packed_linears(model)} == {"int8"}

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -132,14 +132,19 @@ def read_layout(file: TensorFile) -> PackedLayer:
             f"{file.path}: {found} tensors, expected one for each of {layout.num_experts} experts"
         )
     layout = replace(layout, biased=biased)
-    for name, dtype, shape in layout.tensors():
+    check_tensors(file, layout.tensors())
+    return layout
+
+
+def check_tensors(file: TensorFile, expected: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+    """Raises CheckpointError where a tensor (name, dtype, shape) is missing, or another than expected."""
+    for name, dtype, shape in expected:
         entry = file.entry(name)
         if (entry.dtype, entry.shape) != (dtype, shape):
             raise CheckpointError(
-                f"{file.path}, tensor {name}: expected {dtype} {list(shape)}, "
+                f"{file.path}, tensor {shown(name)}: expected {dtype} {list(shape)}, "
                 f"found {entry.dtype} {shown(list(entry.shape))}"
             )
-    return layout
 
 
 def check_version(get: Metadata) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coterie.checkpoints.packed import VERSION, Metadata, check_version
+from coterie.checkpoints.packed import VERSION, Metadata, check_tensors, check_version
 from coterie.checkpoints.tensorfile import TensorFile, shown
 from coterie.checkpoints.tensorwriter import TensorWriter
 from coterie.errors import ArgumentError, CheckpointError
@@ -98,13 +98,7 @@ def read_linears(file: TensorFile) -> PackedLinears:
         raise CheckpointError(f"{file.path}: {error}") from error
     if len(file.entries) != len(layout.shapes):
         raise CheckpointError(f"{file.path}: {len(file.entries)} tensors, {SHAPES} names {len(layout.shapes)}")
-    for name, dtype, shape in layout.tensors():
-        entry = file.entry(name)
-        if (entry.dtype, entry.shape) != (dtype, shape):
-            raise CheckpointError(
-                f"{file.path}, tensor {shown(name)}: expected {dtype} {list(shape)}, "
-                f"found {entry.dtype} {shown(list(entry.shape))}"
-            )
+    check_tensors(file, layout.tensors())
     return layout
 
 

@@ -10,6 +10,7 @@ import typer
 
 from coterie.cli.adapter import need_peft
 from coterie.cli.console import console, errors, significant, size
+from coterie.cli.model_options import Dense, Device, Experts, Mmap, Model
 from coterie.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -21,19 +22,15 @@ COMMANDS = "/new forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops 
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model's folder or a hub id: plain, quantised or packed.")],
+    model: Model,
     adapter: Annotated[
         Path | None, typer.Option("--adapter", "-a", help="Folder of a PEFT LoRA adapter to talk through.")
     ] = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="The system prompt.")] = None,
-    experts: Annotated[
-        str | None, typer.Option(help="Format to pack experts into. [default: int4, or the checkpoint's own]")
-    ] = None,
-    dense: Annotated[
-        str, typer.Option(help="Format to pack all other linear layers into, none, or auto: int8 on a CPU.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="Where all but the experts goes: cpu, cuda.")] = "cpu",
-    mmap: Annotated[bool, typer.Option("--mmap", help="Use a packed checkpoint's experts where they lie.")] = False,
+    experts: Experts = None,
+    dense: Dense = "auto",
+    device: Device = "cpu",
+    mmap: Mmap = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 2048,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="0 always takes the likeliest token. [default: the model's]")
@@ -59,7 +56,7 @@ def chat(
         from transformers import logging
 
         from coterie.serve.conversation import Conversation
-        from coterie.serve.opening import dense_format, open_model
+        from coterie.serve.opening import open_model
         from coterie.serve.sampling import settings
 
     logging.set_verbosity_error()
@@ -67,8 +64,7 @@ def chat(
     name = None if adapter is None else "default"
     adapters = {} if adapter is None else {"default": adapter}
     with errors.status(f"loading {model}"):
-        packed = dense_format(model, dense, device)
-        opened, tokenizers = open_model(model, adapters, experts=experts, dense=packed, device=device, mmap=mmap)
+        opened, tokenizers = open_model(model, adapters, experts=experts, dense=dense, device=device, mmap=mmap)
     chosen = settings(
         opened.generation_config,
         max_new_tokens=max_tokens,

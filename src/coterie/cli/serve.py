@@ -9,26 +9,23 @@ import typer
 
 from coterie.cli.adapter import need_peft
 from coterie.cli.console import console, errors
+from coterie.cli.model_options import Dense, Device, Experts, Mmap, Model
 from coterie.errors import ArgumentError
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A model's folder or a hub id: plain, quantised or packed.")],
+    model: Model,
     name: Annotated[str | None, typer.Option(help="What clients call the model. [default: MODEL]")] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", "-a", help="NAME=FOLDER of a PEFT LoRA adapter, served as the model NAME; repeat."),
     ] = None,
-    experts: Annotated[
-        str | None, typer.Option(help="Format to pack experts into. [default: int4, or the checkpoint's own]")
-    ] = None,
-    dense: Annotated[
-        str, typer.Option(help="Format to pack all other linear layers into, none, or auto: int8 on a CPU.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="Where all but the experts goes: cpu, cuda.")] = "cpu",
-    mmap: Annotated[bool, typer.Option("--mmap", help="Use a packed checkpoint's experts where they lie.")] = False,
+    experts: Experts = None,
+    dense: Dense = "auto",
+    device: Device = "cpu",
+    mmap: Mmap = False,
     batch_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Answer requests together, with a cache for so many tokens of prompts and answers."),
@@ -59,7 +56,7 @@ def serve(
     with errors.status("importing torch and transformers"):
         from transformers import __version__, logging
 
-        from coterie.serve.opening import context_length, dense_format, open_model
+        from coterie.serve.opening import context_length, open_model
 
         try:
             from coterie.serve.server import Server, bind, run
@@ -71,8 +68,7 @@ def serve(
     logging.disable_progress_bar()
     with bind(host, port) as bound:
         with errors.status(f"loading {model}"):
-            packed = dense_format(model, dense, device)
-            opened, tokenizers = open_model(model, adapters, experts=experts, dense=packed, device=device, mmap=mmap)
+            opened, tokenizers = open_model(model, adapters, experts=experts, dense=dense, device=device, mmap=mmap)
         server = Server(name, opened, tokenizers, context_length(opened), batch_tokens)
         line = f"{', '.join([name, *adapters])} at http://{host}:{port}/v1"
         console.print(line, markup=False, highlight=False, soft_wrap=True)

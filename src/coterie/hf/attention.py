@@ -24,38 +24,28 @@ CHANGES = ("softcap", "position_bias")  # options that change what attention is
 TOLERANCE = 2**-6
 
 
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """query [B, heads, T, D], key and value [B, shared heads, S, D or V] -> [B, T, heads, V]; see the interface."""
-    out = _attend(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    if out is not None:
-        return out, None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+def engine_or(otherwise: Callable) -> Callable:
+    """An attention function of the interface: the engine's where it takes the tensors, `otherwise` elsewhere.
 
+    query [B, heads, T, D], key and value [B, shared heads, S, D or V] -> [B, T, heads, V].
+    """
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The same for models with attention of their own; `attention_mask` is added to the scores."""
-    out = _attend(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    if out is not None:
-        return out, None
-    return _eager_of(module)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        out = _attend(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+        if out is not None:
+            return out, None
+        return otherwise(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+    return forward
 
 
 def _attend(
@@ -97,8 +87,13 @@ def attend_as_before(model: PreTrainedModel) -> None:
         model.set_attn_implementation(before)
 
 
-def _eager_of(module: nn.Module) -> Callable:
-    """The function of the file that defines a module, which Transformers calls for "eager"."""
+def own_attention(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+    """What Transformers calls for "eager": a mask is added to the scores."""
+    return _eager_of(module)(module, *arguments, **options)  # type: ignore[misc]
+
+
+def _eager_of(module: nn.Module) -> Callable | None:
+    """That function, of the file that defines a module; None where it has none."""
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
@@ -124,7 +119,7 @@ def _is_known(module: nn.Module) -> bool:
     return ((found - expected).abs().max() < TOLERANCE * expected.abs().max()).item()
 
 
-AttentionInterface.register(NAME, attention_forward)
+AttentionInterface.register(NAME, engine_or(sdpa_attention_forward))
 AttentionMaskInterface.register(NAME, sdpa_mask)
-AttentionInterface.register(NAME_EAGER, eager_attention_forward)
+AttentionInterface.register(NAME_EAGER, engine_or(own_attention))
 AttentionMaskInterface.register(NAME_EAGER, eager_mask)

@@ -16,6 +16,7 @@ from coterie.hf.attention import attend_as_before, attend_here
 from coterie.hf.dense import packed_linears
 from coterie.hf.growing import grow_in_place
 from coterie.hf.linears import save_linears
+from coterie.hf.mixed import mixed
 from coterie.hf.modules import number_layers, packed_modules
 from coterie.hf.quick import quicken
 from coterie.hf.saving import write_index
@@ -110,10 +111,8 @@ class PackedModel:
 
 def become_packed(model: PreTrainedModel) -> None:
     """Makes a model a `PackedModel` too: its class becomes a subclass of the same name."""
-    kind = type(model)
-    if not issubclass(kind, PackedModel):
-        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        model.__class__ = type(kind.__name__, (PackedModel, kind), names)
+    if not isinstance(model, PackedModel):
+        model.__class__ = mixed(PackedModel, type(model))
 
 
 def compute_here(model: PreTrainedModel) -> None:

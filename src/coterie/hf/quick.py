@@ -7,7 +7,6 @@ computes what the policy does, and a checkpointed layer what it did before.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.func import functional_call
 
 from coterie import _native
 from coterie.border import runs_now
+from coterie.hf.mixed import mixed
 
 FEW = 16  # sequences, or tokens of a router
 ROWS = 16  # that are tried
@@ -36,20 +36,13 @@ def quicken(model: nn.Module) -> None:
             if key not in known:
                 known[key] = find(module)
             if known[key] is not None:
-                module.__class__ = _mixed(QuickNorm if find is norm_options else QuickRouter, type(module))
+                module.__class__ = mixed(QuickNorm if find is norm_options else QuickRouter, type(module))
                 module.quick = known[key]
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     """The numbers that a module was made with."""
     return {name: value for name, value in vars(module).items() if isinstance(value, int | float)}
-
-
-@functools.cache
-def _mixed(mixin: type, kind: type) -> type:
-    """One class for all modules of a kind: compiled layers share their graph."""
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (mixin, kind), names)
 
 
 def _decodes(module: nn.Module, x: Any, args: tuple, kwargs: dict) -> bool:

@@ -13,19 +13,21 @@ from coterie.hf.loading import from_pretrained
 
 
 def open_model(
-    path_or_id: str, adapters: Mapping[str, Path], **options: Any
+    path_or_id: str, adapters: Mapping[str, Path], *, dense: str = "auto", device: str = "cpu", **options: Any
 ) -> tuple[Any, dict[str | None, PreTrainedTokenizerBase]]:
     """(the model, the tokenizer of each adapter by name, and of the model alone by None).
 
     With adapters the model is a PeftModel whose first one is active. An adapter that has a tokenizer beside it, with
     another chat template maybe, is to be used with that.
-    options: those of `coterie.from_pretrained`, whose errors are raised. Raises CheckpointError where there is no
-    tokenizer and ArgumentError for an adapter that cannot be loaded. Adapters need PEFT.
+    dense: see `dense_format`; options: those of `coterie.from_pretrained`, whose errors are raised. Raises
+    CheckpointError where there is no tokenizer and ArgumentError for an adapter that cannot be loaded. Adapters need
+    PEFT.
     """
     for name, folder in adapters.items():
         if not (folder / "adapter_config.json").is_file():
             raise ArgumentError(f"adapter {name}: expected the folder of a PEFT adapter, found none at {folder}")
-    model = from_pretrained(path_or_id, **options)
+    packed = dense_format(path_or_id, dense, device)
+    model = from_pretrained(path_or_id, dense=packed, device=device, **options)
     base = open_tokenizer(path_or_id)
     tokenizers: dict[str | None, PreTrainedTokenizerBase] = {None: base}
     for number, (name, folder) in enumerate(adapters.items()):
