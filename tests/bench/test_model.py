@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,9 +101,12 @@ def test_time_goes_where_it_is_spent(monkeypatch):
     decoder = Decoder(model, torch.arange(5).view(1, -1))
     layers = model.get_decoder().layers
 
+    now = [0.0]  # a clock on which nothing else takes time
+    monkeypatch.setattr("coterie.hf.clock.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
     def slow(call):
         def slowed(*args, **kwargs):
-            time.sleep(0.01)
+            now[0] += 0.02
             return call(*args, **kwargs)
 
         return slowed
@@ -116,6 +119,7 @@ def test_time_goes_where_it_is_spent(monkeypatch):
     )
     monkeypatch.setattr(layers[1].mlp.experts, "forward", slow(layers[1].mlp.experts.forward))
     monkeypatch.setattr(layers[2], "forward", slow(layers[2].forward))
+    monkeypatch.setattr(model.lm_head, "forward", slow(model.lm_head.forward))
     with Clock(model) as clock:
         decoder()
         decoder()

@@ -119,7 +119,10 @@ def _is_known(module: nn.Module) -> bool:
     return ((found - expected).abs().max() < TOLERANCE * expected.abs().max()).item()
 
 
-AttentionInterface.register(NAME, engine_or(sdpa_attention_forward))
+attention_forward = engine_or(sdpa_attention_forward)
+eager_attention_forward = engine_or(own_attention)
+
+AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
-AttentionInterface.register(NAME_EAGER, engine_or(own_attention))
+AttentionInterface.register(NAME_EAGER, eager_attention_forward)
 AttentionMaskInterface.register(NAME_EAGER, eager_mask)
