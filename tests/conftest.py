@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, which is chosen when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from instruction_sets import FLOAT32, ISAS
 
 import coterie

@@ -214,7 +214,7 @@ def test_one_piece_is_dense_at_a_time(monkeypatch):
     monkeypatch.setattr(resident, "PIECE_NBYTES", 2 * 3 * 2 * SIZES[1] * SIZES[2])
     seen, dense_of = [], resident.Resident.dense
     monkeypatch.setattr(
-        resident.Resident, "dense", lambda self, *args: seen.append(len(args[1])) or dense_of(self, *args)
+        resident.Resident, "dense", lambda self, *args, **more: seen.append(len(args[1])) or dense_of(self, *args, **more)
     )
     experts, _ = moved()
     x, ids, weights, _ = random_batch(SIZES, 2, 20)

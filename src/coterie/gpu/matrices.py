@@ -42,14 +42,13 @@ class Matrices:
 
         As the CPU's kernels have them: the scales' product, rounded to float32, times the code's value, rounded once.
         """
-        values, scale = self._values(index), self._scales(index)
+        values, (scale, minimum) = self._values(index), self.scales_of(index)
         if scale is None:
             out.copy_(values)
             return
         width = self.spec.scale_columns or self.cols
         whole = self.cols // width
         end = whole * width
-        minimum = self._minima(index)
         if minimum is not None:
             columns = [part.repeat_interleave(width, -1)[..., : self.cols] for part in (scale, minimum)]
             torch.sub(values * columns[0], columns[1], out=out)
@@ -85,22 +84,18 @@ class Matrices:
             return codes.view(torch.float8_e4m3fn).to(torch.bfloat16)
         return codes if self.spec.encoding.bits == 16 else codes.to(torch.bfloat16).sub_(MIDDLE[self.spec.name])
 
-    def _minima(self, index: Tensor) -> Tensor | None:
-        """What is taken off, float32 [m, rows, groups]."""
-        record = self.spec.encoding.record
-        if record is None or record.numbers == 1 or self.scale is None:
-            return None
-        return scales_of(self.spec, self.scale.index_select(0, index))[1]
+    def scales_of(self, index: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Scales of experts `index` and what is taken off, float32 [m, rows, groups], where there are such.
 
-    def _scales(self, index: Tensor) -> Tensor | None:
-        """Float32 [m, rows, groups]; one group where only rows have a scale."""
+        One group where only rows have a scale.
+        """
         rows = None if self.row_scale is None else self.row_scale.index_select(0, index)[..., None]
         if self.scale is None:
-            return rows
+            return rows, None
         if self.spec.encoding.record:
-            return scales_of(self.spec, self.scale.index_select(0, index))[0]
+            return scales_of(self.spec, self.scale.index_select(0, index))
         stored, tile = self.scale.dtype, self.spec.encoding.tile_rows
         scale = number(self.scale.view(torch.uint8).index_select(0, index).view(stored))
         if tile > 1:
             scale = scale.repeat_interleave(tile, 1)[:, : self.codes.shape[1]]
-        return scale if rows is None else scale * rows
+        return scale if rows is None else scale * rows, None

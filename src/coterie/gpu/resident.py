@@ -6,7 +6,8 @@ experts and what the tokens need, memory holds one dense piece.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from coterie.activations import Activation
-from coterie.gpu.activate import activate
+from coterie.gpu import fast
+from coterie.gpu.adapters import Adapter
 from coterie.gpu.matrices import Matrices
-from coterie.gpu.products import ALIGNED, gram, product
+from coterie.gpu.products import product
 from coterie.gpu.routing import Piece, Routing, route
+from coterie.gpu.rows import activated, combined, slope
 
-PIECE_NBYTES = 1 << 29  # of dense bfloat16 weights
+PIECE_NBYTES = 1 << 29  # of dense bfloat16 weights, at least; and of a device's memory:
+PIECE_SHARE = 1 / 48
+FEW_SLOTS = 512  # up to which codes are multiplied as they are packed
+KEPT = 3  # tensors of a piece, from the forward to the backward
 FIRST = ("gate", "up")  # the projections before the activation
 
 Pair = tuple[Tensor, Tensor, float]  # LoRA's A [n, R, cols] and B [n, rows, R], and its scaling
@@ -65,21 +71,48 @@ class Resident:
         with torch.autocast(self.device.type, enabled=False):
             if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weights, *factors)):
                 return _Compute.apply(self, names, scalings, x, ids, weights, *factors)
+            if not lora and 0 < ids.numel() <= FEW_SLOTS and fast.usable(self.device):
+                from coterie.gpu.kernels import few
+
+                if few.takes(self.matrices):
+                    return few.forward(x, ids, weights, self.matrices, self.biases, self.activation)
             return _Call(self, names, scalings, x, ids, weights, factors).output()
 
     def route(self, ids: Tensor) -> Routing:
         rows, cols = self.matrices["up"].codes.shape[1], self.matrices["up"].cols
         expert = 2 * rows * cols * len(self.matrices)
-        return route(ids, self.count, max(1, PIECE_NBYTES // expert))
+        return route(ids, self.count, max(1, _piece_nbytes(self.device) // expert))
 
-    def dense(self, names: Sequence[str], experts: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """[m, rows, cols] of some experts, bfloat16 or float32; projections one below the other."""
+    def dense(
+        self, names: Sequence[str], experts: Tensor, dtype: torch.dtype = torch.bfloat16, more_columns: int = 0,
+        more_rows: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """[m, rows, cols] of some experts, bfloat16 or float32; projections one below the other.
+
+        More rows and columns are not set.
+        """
         heights = [self.matrices[name].codes.shape[1] for name in names]
         cols = self.matrices[names[0]].cols
-        out = torch.empty(len(experts), sum(heights), cols, dtype=dtype, device=self.device)
-        for name, part in zip(names, out.split(heights, 1), strict=True):
-            self.matrices[name].dense(experts, part)
+        size = len(experts), sum(heights) + more_rows, cols + more_columns
+        out = torch.empty(size, dtype=dtype, device=self.device)
+        parts = out[:, : sum(heights), :cols].split(heights, 1)
+        for name, part in zip(names, parts, strict=True):
+            if dtype == torch.bfloat16 and fast.usable(self.device):
+                from coterie.gpu.kernels.dequantise import dequantise
+
+                dequantise(self.matrices[name], experts, part)
+            else:
+                self.matrices[name].dense(experts, part)
         return out
+
+
+@functools.cache
+def _memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def _piece_nbytes(device: torch.device) -> int:
+    return max(PIECE_NBYTES, int(_memory(device) * PIECE_SHARE))
 
 
 class _Compute(torch.autograd.Function):
@@ -115,11 +148,6 @@ class _Compute(torch.autograd.Function):
         return None, None, None, grad_x, None, grad_weights.to(weights.dtype), *grads
 
 
-def _with_zeros(tokens: Tensor) -> Tensor:
-    """[T, H] -> bfloat16 [T + 1, H]: the last row stands for slots without an expert."""
-    return F.pad(tokens.to(torch.bfloat16), (0, 0, 0, 1))
-
-
 class _Call:
     """One call: the batch, sorted, and what is done with a piece of the experts."""
 
@@ -134,22 +162,33 @@ class _Call:
         factors: Sequence[Tensor],
     ) -> None:
         self.resident, self.routing, self.shape, self.dtype = resident, resident.route(ids), ids.shape, x.dtype
-        self.x = _with_zeros(x)
+        self.hidden_size, self.has_gate, self.factors = x.shape[1], "gate" in resident.matrices, factors
+        lora = {name: (i, scaling) for i, (name, scaling) in enumerate(zip(names, scalings, strict=True))}
+
+        def adapter(names: Sequence[str]) -> Adapter:
+            heights = [(name, resident.matrices[name].codes.shape[1]) for name in names]
+            return Adapter.of([(lora[n][0], h, lora[n][1]) if n in lora else (None, h, 0.0) for n, h in heights], factors)
+
+        self.before, self.behind = adapter(resident.first), adapter(("down",))
+        self.x = _with_zeros(x, self.before.rank)
         weights = weights.flatten()[self.routing.order].float()
-        self.weights = torch.where(self.routing.tokens < len(x), weights, 0)[:, None]
-        self.lora = {name: (i, scaling) for i, (name, scaling) in enumerate(zip(names, scalings, strict=True))}
-        self.factors = factors
+        self.weights = torch.where(self.routing.tokens < len(x), weights, 0)
 
     def output(self, kept: list[Tensor] | None = None) -> Tensor:
-        """The output [T,H]; what stands before the activation, by piece, is added to `kept`."""
-        slots = self.x.new_zeros(self.shape.numel(), self.x.shape[1])
+        """The output [T,H]; what the backward is to know of each piece, `KEPT` tensors, is added to `kept`."""
+        found = []
         for piece in self.routing.pieces:
-            before = self.first(piece)
-            hidden = self.weighted(piece, self.activated(before))
-            slots.index_copy_(0, self.routing.order[piece.rows], self.second(piece, hidden))
+            before, low_before = self._through(piece, self.resident.first, self.before, self.rows(piece, self.x))
+            for name, part in zip(self.resident.first, before.chunk(len(self.resident.first), 1), strict=True):
+                if name in self.resident.biases:
+                    part += self.bias(piece, name)
+            out, low_behind = self._through(piece, ("down",), self.behind, self.activated(piece, before))
+            if "down" in self.resident.biases:
+                out += (self.bias(piece, "down") * self.weights[piece.rows, None]).to(torch.bfloat16)
+            found.append(out)
             if kept is not None:
-                kept.append(before)
-        return self._summed(slots)
+                kept += before, low_before, low_behind
+        return self._summed(found)
 
     def gradients(
         self, grad: Tensor, kept: Sequence[Tensor], wanted: bool, grads: list[Tensor | None]
@@ -158,109 +197,80 @@ class _Call:
 
         Those of A and B are written to `grads`, in the order of the factors.
         """
-        slots = self.x.new_zeros(self.shape.numel(), self.x.shape[1]) if wanted else None
-        grad = _with_zeros(grad)
+        grad = _with_zeros(grad, self.behind.rank)
         grad_weights = torch.zeros(self.shape.numel(), dtype=torch.float32, device=self.x.device)
-        for piece, before in zip(self.routing.pieces, kept, strict=True):
+        resident, found = self.resident, []
+        for i, piece in enumerate(self.routing.pieces):
+            before, low_before, low_behind = kept[KEPT * i : KEPT * (i + 1)]
             grad_rows = self.rows(piece, grad)
-            with torch.enable_grad():
-                leaf = before.detach().requires_grad_()
-                hidden = self.activated(leaf)
-            back = self.back_second(piece, grad_rows, hidden.detach(), grads)
-            found = (back * hidden.detach()).sum(1, dtype=torch.float32)
-            if "down" in self.resident.biases:
-                found += (grad_rows * self.bias(piece, "down")).sum(1)
-            order = self.routing.order[piece.rows]
-            grad_weights[order] = found
-            (slope,) = torch.autograd.grad(hidden, leaf, self.weighted(piece, back))
-            back_rows = self.back_first(piece, slope, grads, wanted)
-            if slots is not None and back_rows is not None:
-                slots.index_copy_(0, order, back_rows)
-        return None if slots is None else self._summed(slots), grad_weights.view(self.shape)
+            back = self._back(
+                piece, ("down",), self.behind, grad_rows, lambda: self.activated(piece, before), low_behind, grads  # noqa: B023
+            )
+            weights = self.weights[piece.rows]
+            change, own = slope(resident.activation, before, back, weights, self.has_gate, self.before.rank)
+            if "down" in resident.biases:
+                own += (grad_rows[:, : self.hidden_size] * self.bias(piece, "down")).sum(1)
+            grad_weights[self.routing.order[piece.rows]] = own
+            found.append(self._back(
+                piece, resident.first, self.before, change, lambda: self.rows(piece, self.x), low_before, grads, wanted  # noqa: B023
+            ))
+        return self._summed(found) if wanted else None, grad_weights.view(self.shape)
 
     def rows(self, piece: Piece, tokens: Tensor) -> Tensor:
-        """The piece's rows of tokens [T + 1, H]."""
+        """The piece's rows of tokens [T + 1, ...]."""
         return tokens.index_select(0, self.routing.tokens[piece.rows])
 
-    def first(self, piece: Piece) -> Tensor:
-        """What stands before the activation: gate and up side by side, bfloat16 [rows, 2 I]."""
-        names, rows = self.resident.first, self.rows(piece, self.x)
-        y = product(rows, self.resident.dense(names, piece.experts).mT, piece.ends)
-        for name, part in zip(names, y.chunk(len(names), 1), strict=True):
-            self._adapt(piece, name, rows, part)
-            if name in self.resident.biases:
-                part += self.bias(piece, name)
-        return y
-
-    def activated(self, before: Tensor) -> Tensor:
-        gate, up = before.chunk(2, 1) if "gate" in self.resident.matrices else (None, before)
-        return activate(self.resident.activation, gate, up)
-
-    def weighted(self, piece: Piece, rows: Tensor) -> Tensor:
-        """Rows times their routing weights, bfloat16."""
-        return (rows * self.weights[piece.rows]).to(torch.bfloat16)
-
-    def second(self, piece: Piece, hidden: Tensor) -> Tensor:
-        """hidden [rows, I], weighted -> [rows, H]."""
-        y = product(hidden, self.resident.dense(("down",), piece.experts).mT, piece.ends)
-        self._adapt(piece, "down", hidden, y)
-        if "down" in self.resident.biases:
-            y += self.weighted(piece, self.bias(piece, "down"))
-        return y
-
-    def back_second(self, piece: Piece, grad: Tensor, hidden: Tensor, grads: list[Tensor | None]) -> Tensor:
-        """The gradient of the weighted hidden values, from that of the output of each row."""
-        back = product(grad, self.resident.dense(("down",), piece.experts), piece.ends)
-        if "down" in self.lora:
-            self._back_adapt(piece, "down", self.weighted(piece, hidden), grad, back, grads)
-        return back
-
-    def back_first(self, piece: Piece, slope: Tensor, grads: list[Tensor | None], wanted: bool) -> Tensor | None:
-        """The gradient of the rows, where it is wanted, from that of what stands before the activation."""
-        names = self.resident.first
-        back = product(slope, self.resident.dense(names, piece.experts), piece.ends) if wanted else None
-        rows = self.rows(piece, self.x) if any(name in self.lora for name in names) else None
-        for name, part in zip(names, slope.chunk(len(names), 1), strict=True):
-            if name in self.lora and rows is not None:
-                self._back_adapt(piece, name, rows, part, back, grads)
-        return back
+    def activated(self, piece: Piece, before: Tensor) -> Tensor:
+        """The hidden values times their routing weights, bfloat16 [rows, I + R]; R columns are not set."""
+        weights, more = self.weights[piece.rows], self.behind.rank
+        return activated(self.resident.activation, before, weights, self.has_gate, more)
 
     def bias(self, piece: Piece, name: str) -> Tensor:
         """Float32 [rows, ...]."""
         row = torch.arange(piece.rows.stop - piece.rows.start, dtype=torch.int32, device=self.x.device)
         return self.resident.biases[name][piece.experts[torch.searchsorted(piece.ends, row, right=True)]]
 
-    def _summed(self, slots: Tensor) -> Tensor:
-        """The sum of each token's slots [T*K, H], in a fixed order."""
-        return slots.view(*self.shape, slots.shape[1]).sum(1, dtype=torch.float32).to(self.dtype)
+    def _through(self, piece: Piece, names: Sequence[str], lora: Adapter, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [n, cols + R] times matrices one below the other -> [n, rows], and what A makes of them, [n, R].
 
-    def _pair(self, piece: Piece, name: str) -> Pair:
-        """A and B of the piece's experts, bfloat16, the rank filled up with zeros to what products take."""
-        i, scaling = self.lora[name]
-        a, b = (factor.index_select(0, piece.experts).to(torch.bfloat16) for factor in self.factors[2 * i : 2 * i + 2])
-        missing = -a.shape[1] % ALIGNED
-        if missing:
-            a, b = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
-        return a, b, scaling
+        The last R columns of the rows are for what A makes of the others, those of the weights for B.
+        """
+        cols = rows.shape[1] - lora.rank
+        weights = self.resident.dense(names, piece.experts, more_columns=lora.rank)
+        if not lora.rank:
+            return product(rows, weights.mT, piece.ends), rows.new_empty(0)
+        a, b = lora.weights(self.factors, piece.experts)
+        low = product(rows[:, :cols], a.mT, piece.ends)
+        rows[:, cols:], weights[..., cols:] = low, b
+        return product(rows, weights.mT, piece.ends), low
 
-    def _adapt(self, piece: Piece, name: str, rows: Tensor, out: Tensor) -> None:
-        """Adds what LoRA makes of the rows to `out`."""
-        if name in self.lora:
-            a, b, scaling = self._pair(piece, name)
-            out += product(product(rows, a.mT, piece.ends).mul_(scaling), b.mT, piece.ends)
+    def _back(
+        self, piece: Piece, names: Sequence[str], lora: Adapter, grad: Tensor, rows: Callable[[], Tensor], low: Tensor,
+        grads: list[Tensor | None], wanted: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """The gradient of the rows, where it is wanted, from that of the output [n, rows + R]; LoRA's into `grads`.
 
-    def _back_adapt(
-        self, piece: Piece, name: str, rows: Tensor, grad: Tensor, back: Tensor | None, grads: list[Tensor | None]
-    ) -> None:
-        """LoRA's part of the gradient of its input `rows`, added to `back`, and the gradients of A and B."""
-        a, b, scaling = self._pair(piece, name)
-        low = product(grad, b, piece.ends).mul_(scaling)
-        if back is not None:
-            back += product(low, a, piece.ends)
-        i, rank = self.lora[name][0], self.factors[2 * self.lora[name][0]].shape[1]
-        grad_a, grad_b = grads[2 * i : 2 * i + 2]
-        if grad_a is not None:
-            grad_a[piece.experts] = gram(low, rows, piece.ends)[:, :rank].to(grad_a.dtype)
-        if grad_b is not None:
-            high = product(rows, a.mT, piece.ends).mul_(scaling)
-            grad_b[piece.experts] = gram(grad, high, piece.ends)[..., :rank].to(grad_b.dtype)
+        The last R columns are for the gradient of `low`, the last R rows of the weights for A.
+        """
+        height = grad.shape[1] - lora.rank
+        weights = self.resident.dense(names, piece.experts, more_rows=lora.rank) if wanted else None
+        if lora.rank:
+            a, b = lora.weights(self.factors, piece.experts)
+            low_grad = product(grad[:, :height], b, piece.ends)
+            own = rows()[:, : a.shape[2]]
+            lora.write_gradients(grads, piece.experts, piece.ends, own, low, grad[:, :height], low_grad)
+            if weights is not None:
+                grad[:, height:], weights[:, height:] = low_grad, a
+        return grad.new_empty(0) if weights is None else product(grad, weights, piece.ends)
+
+    def _summed(self, found: Sequence[Tensor]) -> Tensor:
+        """[T,H]: the sum of each token's rows of all pieces; rows that are in none have no expert."""
+        missing = self.shape.numel() - sum(len(rows) for rows in found)
+        found = [*found, self.x.new_zeros(missing, self.hidden_size)] if missing or not found else found
+        rows = found[0] if len(found) == 1 else torch.cat(found)
+        return combined(rows, self.routing.place.view(self.shape), self.dtype)
+
+
+def _with_zeros(tokens: Tensor, more: int) -> Tensor:
+    """[T, H] -> bfloat16 [T + 1, H + more]: the last row stands for slots without an expert."""
+    return F.pad(tokens.to(torch.bfloat16), (0, more, 0, 1))

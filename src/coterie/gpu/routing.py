@@ -20,12 +20,14 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """order: slots by expert, int64 [T*K]; those without an expert come last. tokens: theirs, T where there is none.
+    """order: slots by expert, int64 [T*K]; those without an expert come last. place: where each slot is in this order,
+    int64 [T*K]. tokens: the sorted slots' own, T where there is none.
 
     pieces: what is to be computed. Rows in none of them have no expert; some that have none may be in the last.
     """
 
     order: Tensor
+    place: Tensor
     tokens: Tensor
     pieces: tuple[Piece, ...]
 
@@ -42,11 +44,12 @@ def route(ids: Tensor, count: int, most: int) -> Routing:
     experts = (rows[:count] == 0).to(torch.int8).argsort(stable=True)[:n]  # those with rows are the first
     rank = torch.full_like(rows, n).scatter_(0, experts, torch.arange(n, device=ids.device))
     order = rank[ids].argsort(stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(slots, device=ids.device))
     tokens = torch.where(ids[order] < count, order // max(1, top_k), batch)
     ends = rows[experts].cumsum(0).int()
     if n <= most:
         ends[-1:] = slots  # rows without an expert are the last one's
-        return Routing(order, tokens, (Piece(experts, slice(0, slots), ends),) if slots else ())
+        return Routing(order, place, tokens, (Piece(experts, slice(0, slots), ends),) if slots else ())
     bounds = [0, *ends.tolist()]
     used = sum(start < end for start, end in itertools.pairwise(bounds))
     pieces = []
@@ -54,4 +57,4 @@ def route(ids: Tensor, count: int, most: int) -> Routing:
         last = min(first + most, used)
         span = slice(bounds[first], bounds[last])
         pieces.append(Piece(experts[first:last], span, ends[first:last] - span.start))
-    return Routing(order, tokens, tuple(pieces))
+    return Routing(order, place, tokens, tuple(pieces))

@@ -1,0 +1,1 @@
+"""Triton kernels for experts on a GPU. Nothing outside of this package imports triton."""
