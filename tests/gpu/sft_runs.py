@@ -18,7 +18,7 @@ PREFERENCES = [{"path": str(DATA / "preferences.jsonl")}]
 OBJECTIVES = {
     "supervised": {},
     "packed": {"sample_packing": True, "gradient_checkpointing": "retain_experts"},
-    "dpo": {"rl": "dpo", "datasets": PREFERENCES},
+    "dpo": {"rl": "dpo", "datasets": PREFERENCES, "gradient_checkpointing": True},
     "reward": {"reward_model": True, "datasets": PREFERENCES},
     "steps": {"process_reward_model": True, "datasets": [{"path": str(DATA / "steps.jsonl")}]},
     "unfrozen": {"adapter": None, "unfrozen_parameters": ["norm", r"layers\.1\.mlp\.gate"], "learning_rate": 0.01},

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments  # noq
 
 import coterie  # noqa: E402
 from coterie import tiny  # noqa: E402
-from coterie.adapters import merge  # noqa: E402
+from coterie.adapters.merge import merge_adapter  # noqa: E402
 from coterie.train.checks import check_all  # noqa: E402
 from coterie.train.example import DATA  # noqa: E402
 from coterie.train.run import load_trainer  # noqa: E402
@@ -76,7 +76,7 @@ def test_adapters_load_and_merge_as_others(place, tmp_path):
     assert {name: (t.shape, t.dtype) for name, t in found.items()} == {
         name: (t.shape, t.dtype) for name, t in expected.items()
     }
-    merge(tmp_path / "run", tmp_path / "merged", tiny.PATH)
+    merge_adapter(tmp_path / "run", tmp_path / "merged", str(tiny.PATH))
     ids = torch.arange(20, 60)[None]
     with torch.no_grad():
         adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.PATH), tmp_path / "run")

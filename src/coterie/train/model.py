@@ -23,7 +23,7 @@ from coterie.train.adapter import add_adapter, load_adapter
 from coterie.train.config import TrainConfig
 from coterie.train.data.template import set_template
 from coterie.train.precision import keep_float32
-from coterie.train.processes import is_alone, own_device
+from coterie.train.processes import own_device
 
 
 def load_tokenizer(config: TrainConfig, path: str, folder: Path) -> Any:
@@ -51,11 +51,9 @@ def kind_of_model(config: TrainConfig) -> tuple[Any, str, dict[str, int]]:
 def load_model(config: TrainConfig, path: str, tokenizer: Any) -> Any:
     """The base model with packed experts, frozen but for what the file trains; with an adapter, a PeftModel.
 
-    Adapters of experts are in RAM, as experts there are; where some are on a GPU, on that GPU. So they are where
-    several processes train, whose gradients travel from one device.
+    Adapters of experts are in RAM, whatever the device is.
     """
     auto_class, task, labels = kind_of_model(config)
-    device = own_device(config.device)
     model = from_pretrained(
         path,
         config=AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code, **labels),
@@ -63,7 +61,7 @@ def load_model(config: TrainConfig, path: str, tokenizer: Any) -> Any:
         group_size=config.group_size,
         zero_point=config.zero_point or None,
         mmap=config.mmap,
-        device=device,
+        device=own_device(config.device),
         gpu_experts=config.gpu_experts,
         auto_class=auto_class,
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
@@ -80,7 +78,7 @@ def load_model(config: TrainConfig, path: str, tokenizer: Any) -> Any:
     else:
         model = add_adapter(model, config, task, unfrozen)
     keep_float32(model)
-    return model.to(device) if config.gpu_experts is not None or not is_alone() else model
+    return model
 
 
 def reference_model(model: Any) -> Any:

@@ -29,7 +29,10 @@ class Comparable(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "compute_metrics": self.means})
-        self.accelerator.device_placement = False  # parameters stay where they are; Trainer itself moves batches
+        self.accelerator.device_placement = False  # the model stays where it is; Trainer itself moves batches
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Trainer's, for a model that is where it belongs: adapters of experts in RAM stay there."""
 
     def means(self, evaluated: EvalPrediction) -> dict[str, float]:
         sums = evaluated.predictions.sum(axis=0) / evaluated.label_ids.sum()
