@@ -122,7 +122,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("where", ["ram", "device"])
 @pytest.mark.parametrize("watched", [False, True])
 def test_one_thread_asks_for_what_was_kept(moved, where, watched, pretend):
-    """Autograd has a thread for each device. Two that ask a checkpoint for what it is to recompute both recompute it."""
+    """Autograd has a thread for each device. Two that ask a checkpoint for what it recomputes both recompute it."""
     experts, device = Experts.pack(*dense(SIZES), format="int8"), pretend.DEVICE
     if moved:
         experts.move(device, moved)

@@ -46,9 +46,10 @@ def losses(trainer, name="loss"):
     return [row[name] for row in trainer.state.log_history if name in row]
 
 
-# The device that stands in has no histogram of integers, which the balancing loss of packed samples takes, and keeps the
-# dtype of parameters whose data is replaced, as those trained in full are.
-WITHOUT = {"packed": {"router_aux_loss_coef": 0.0}, **dict.fromkeys(("reward", "steps", "unfrozen"), {"bf16": False})}
+# The device that stands in has no histogram of integers, which the balancing loss of packed samples takes, and keeps
+# the dtype of parameters whose data is replaced, as those trained in full are.
+IN_FLOAT32 = {name: {"bf16": False} for name in ("reward", "steps", "unfrozen")}
+WITHOUT = IN_FLOAT32 | {"packed": {"router_aux_loss_coef": 0.0}}
 RUNS = [("supervised", place) for place in PLACES] + [(name, "some") for name in OBJECTIVES if name != "supervised"]
 
 
@@ -83,7 +84,8 @@ def test_resumed(place, device, tmp_path):
     rows = map(json.loads, (tmp_path / "cpu" / "metrics.jsonl").read_text().splitlines())
     expected = [row["loss"] for row in rows if "loss" in row]
     checkpoint = str(tmp_path / "cpu" / "checkpoint-2")
-    found = trained(configure(tmp_path / "gpu", **options, **PLACES[place], **device), resume_from_checkpoint=checkpoint)
+    config = configure(tmp_path / "gpu", **options, **PLACES[place], **device)
+    found = trained(config, resume_from_checkpoint=checkpoint)
     assert losses(found) == pytest.approx(expected, rel=CLOSE)
 
 
