@@ -12,6 +12,7 @@ from .errors import ArgumentError
 DTYPES = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}  # in the order of the native enum
 FLOATS = frozenset(DTYPES)
 COMPUTED = frozenset((torch.bfloat16, torch.float32))
+TRACING = tuple(getattr(torch._C._TorchDispatchModeKey, kind) for kind in ("FAKE", "PROXY", "FUNCTIONAL"))
 BF16, F32, I64, BYTES = (frozenset((t,)) for t in (torch.bfloat16, torch.float32, torch.int64, torch.uint8))
 
 
@@ -43,6 +44,16 @@ def runs_now() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
+    )
+
+
+def is_traced() -> bool:
+    """Whether operators called here are traced or transformed; what intercepts them only to look on does not count."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or any(torch._C._get_dispatch_mode(kind) is not None for kind in TRACING)
     )
 
 

@@ -20,7 +20,7 @@ from .cpu import current_isa
 from .errors import ArgumentError
 from .formats import PANEL_ROWS, Format, resolve, round_up
 from .gpu import hybrid, offload
-from .gpu.device import usable
+from .gpu.device import check_experts, usable
 from .gpu.resident import Resident
 from .gpu.stream import unpacked
 from .layer import PROJECTIONS, Layer
@@ -295,6 +295,11 @@ class Experts:
         """Bytes of one packed expert."""
         return self._layer.expert_nbytes
 
+    @property
+    def moved(self) -> tuple[int, ...]:
+        """Numbers of the experts that are on a device; see :meth:`move`."""
+        return () if self._placement is None else self._placement.experts
+
     def shape(self, name: str) -> tuple[int, int]:
         """Rows and columns of one expert's matrix."""
         up = self.intermediate_size, self.hidden_size
@@ -500,7 +505,7 @@ class Experts:
 
         Raises:
             ArgumentError: no such experts, or some were moved before.
-            DeviceError: no such device.
+            DeviceError: no such device, or it cannot compute experts.
         """
         moved = tuple(sorted(set(range(self.num_experts) if experts is None else experts)))
         if self._placement is not None:
@@ -508,6 +513,7 @@ class Experts:
         if not moved or not 0 <= moved[0] <= moved[-1] < self.num_experts:
             raise ArgumentError(f"move: expected numbers from 0 to {self.num_experts - 1}, found {list(moved)}")
         there = usable(device)
+        check_experts(there)
         matrices, start = {}, 0
         for name in self.projections:
             end = start + self.spec.matrix_nbytes(*self.shape(name))

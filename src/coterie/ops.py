@@ -46,13 +46,18 @@ def _as_they_are(layer: Layer, x: Tensor, ids: Tensor, weights: Tensor) -> Tenso
 
 
 def _train(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora) -> Tensor:
+    out, _, _ = experts_train(*train_inputs(experts, x, ids, weights, lora))
+    return out.to(x.dtype)
+
+
+def train_inputs(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora) -> tuple[Any, ...]:
+    """What `experts_train` takes, in the engine's dtypes and strides."""
     given = x.float() if x.dtype == torch.float16 else x
     factors, scalings, shared = _prepared(lora)
-    out, _, _ = experts_train(
+    return (
         given.contiguous(), ids.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous(), experts._handle,
         *factors, scalings, shared, experts.intermediate_size, experts.has_gate,
     )  # fmt: skip
-    return out.to(x.dtype)
 
 
 def _prepared(lora: ExpertLora) -> tuple[Factors, list[float], bool]:
@@ -216,7 +221,7 @@ def _(grad_out, x, ids, weights, gate, up, handle, *rest):  # type: ignore[no-un
     return _gradients(x, weights, rest[:6], rest[8])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, ids, weights, handle, *parameters, ctx.scalings, ctx.shared_a, _, _ = inputs
     ctx.given = [p is not None for p in parameters]
     ctx.save_for_backward(x, ids, weights, output[1], output[2], handle, *(p for p in parameters if p is not None))
@@ -224,7 +229,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs of `experts_train`, from a context that `setup_context` filled."""
     if grad_out is None:
         return (None,) * 14
     x, ids, weights, gate, up, handle, *saved = ctx.saved_tensors
@@ -238,7 +244,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None
     return grad_x, None, grad_weights, None, *needed, None, None, None, None
 
 
-experts_train.register_autograd(_backward, setup_context=_setup_context)
+experts_train.register_autograd(backward, setup_context=setup_context)
 
 
 def _training_outputs(x: Tensor, ids: Tensor, width: int, has_gate: bool) -> tuple[Tensor, Tensor, Tensor]:

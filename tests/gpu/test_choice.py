@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coterie.errors import ArgumentError
-from coterie.gpu.choice import chosen
+from coterie.gpu.choice import chosen, read
 
 MASK = torch.tensor([[True, False, False, True], [False] * 4, [True] * 4])
 
@@ -36,10 +36,29 @@ def test_layers_of_different_sizes():
     assert chosen([[True, False], [False, True, True]], [2, 3]) == [(0,), (1, 2)]
 
 
+def test_auto():
+    """As many of each layer as there is room for, all of a layer that has fewer."""
+    assert chosen("auto", [4, 8], lambda: 6) == [tuple(range(4)), tuple(range(6))]
+    assert chosen("auto", [4, 8], lambda: 0) == [(), ()]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("all", "all"), ("auto", "auto"), ("8", 8), ("0.5", 0.5), ("1", 1), ("1.0", 1.0)]
+)
+def test_read(text, expected):
+    assert read(text) == expected and type(read(text)) is type(expected)
+
+
+@pytest.mark.parametrize("text", ["", "half", "8 of 128", "All"])
+def test_not_read(text):
+    with pytest.raises(ArgumentError, match="gpu_experts: expected all, auto, a number"):
+        read(text)
+
+
 WRONG = ["auto", "half", -1, 5, 0.0, 1.5, True, float("nan"), MASK[:2], MASK[:, :3], MASK.int(), [], [1, 2], object()]
 
 
 @pytest.mark.parametrize("asked", WRONG)
 def test_refused(asked):
-    with pytest.raises(ArgumentError, match=r'gpu_experts: expected "all", a number of each layer\'s 4 experts'):
+    with pytest.raises(ArgumentError, match=r'expected "all", "auto", a number of each layer\'s 4 experts'):
         chosen(asked, [4, 4, 4])

@@ -114,6 +114,24 @@ def test_training(moved, checkpointing, adapted):
     assert after < before
 
 
+@pytest.mark.parametrize("gpu_experts", [None, 3])
+@pytest.mark.parametrize("retain", [False, True])
+def test_checkpointing_beside_shared_experts(gpu_experts, retain, tmp_path):
+    """They and experts on the GPU are ready for their backward when the experts in RAM are."""
+    tiny_models.make("qwen2_moe").save_pretrained(tmp_path)
+    options = {"dtype": torch.float32, "gpu_experts": gpu_experts}
+    model = coterie.from_pretrained(tmp_path, "int4", "cuda", **options).requires_grad_(False)
+    model = adapt(model, target_modules=["q_proj"], target_parameters=PARAMETERS).to("cuda").train()
+    loss, expected = loss_and_gradients(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=coterie.checkpointing(retain))
+    for _ in range(5):
+        again, found = loss_and_gradients(model)
+        assert again == pytest.approx(loss, rel=CLOSE)
+        for name, gradient in found.items():
+            assert relative(gradient.cpu(), expected[name].cpu()) < 5 * CLOSE, name
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_trainer(bf16, adapted, tmp_path):
     model, _ = adapted

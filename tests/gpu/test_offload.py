@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import pytest
 import torch
-from engine_cases import FORMATS, Batch, dequantized, name_of, packed
+from engine_cases import FORMATS, Batch, dense, dequantized, name_of, packed
 from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, relative
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import coterie
-from coterie import ExpertLora, reference
+from coterie import ExpertLora, Experts, reference
 from coterie.errors import ArgumentError
 from coterie.gpu import offload
 
@@ -105,6 +109,60 @@ def test_checkpointing(options, pretend):
     experts(expected, IDS, WEIGHTS).square().sum().backward()
     checkpoint(lambda x: experts(x, ids, weights), x, **options).square().sum().backward()
     assert torch.equal(x.grad.cpu(), expected.grad)
+
+
+class Watch(TorchDispatchMode):
+    """Sees every operator, as checkpoints that keep some results do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("moved", [None, (0, 2)], ids=["in RAM", "some on the device"])
+@pytest.mark.parametrize("where", ["ram", "device"])
+@pytest.mark.parametrize("watched", [False, True])
+def test_one_thread_asks_for_what_was_kept(moved, where, watched, pretend):
+    """Autograd has a thread for each device. Two that ask a checkpoint for what it recomputes both recompute it."""
+    experts, device = Experts.pack(*dense(SIZES), format="int8"), pretend.DEVICE
+    if moved:
+        experts.move(device, moved)
+    lora = {n: t.to(device if where == "device" else "cpu") for n, t in random_lora(SIZES, 4, torch.float32).items()}
+    lora = ExpertLora(**{name: factor.requires_grad_() for name, factor in lora.items()})
+    x, threads = X.to(device).requires_grad_(), []
+
+    def kept(tensor):
+        threads.append(threading.get_ident())
+        return tensor
+
+    watching = Watch() if watched else contextlib.nullcontext()
+    with watching, torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, kept):
+        hidden = x.square()
+        found = experts(hidden, IDS.to(device), WEIGHTS.to(device), lora) + hidden.square()
+    found.sum().backward()
+    assert len(threads) > 10
+    device_thread = max(set(threads), key=threads.count)
+    late = [i for i, thread in enumerate(threads) if thread != device_thread]
+    assert all(i > threads.index(device_thread) for i in late) and (where == "ram" or not late)
+
+
+@pytest.mark.parametrize("retain", [True, False])
+@pytest.mark.parametrize("moved", [None, (0, 2)], ids=["in RAM", "some on the device"])
+def test_checkpointing_beside_other_experts(moved, retain, pretend):
+    """As where experts are shared: their backward and that of experts in RAM are ready at the same time."""
+    experts, device = Experts.pack(*dense(SIZES), format="bf16"), pretend.DEVICE
+    if moved:
+        experts.move(device, moved)
+    ids, weights = IDS.to(device), WEIGHTS.to(device)
+    gradients = []
+    for how in ({}, coterie.checkpointing(retain)):
+        x = X.to(device).requires_grad_()
+
+        def layer(x):
+            return experts(x.square(), ids, weights) + x.exp().square().sin()
+
+        (checkpoint(layer, x, **how) if how else layer(x)).square().sum().backward()
+        gradients.append(x.grad.cpu())
+    assert torch.equal(*gradients)
 
 
 def test_traced():

@@ -36,7 +36,7 @@ def test_understood(keys, expected, configure):
     [
         ({"deepspeed": "zero3.json"}, "deepspeed cannot be used: models are sharded over GPUs by it"),
         ({"fsdp": ["full_shard"]}, "fsdp cannot be used"),
-        ({"fp16": True}, "fp16 cannot be used: on a CPU it is bf16: true"),
+        ({"fp16": True}, "fp16 cannot be used: models compute in bf16"),
         ({"load_in_4bit": True, "experts": "int8"}, "load_in_4bit means experts: int4, found experts: int8"),
         ({"evals_per_epoch": 4}, "evals_per_epoch cannot be used: give eval_steps"),
         ({"lora_target_modules": "q_proj"}, "lora_target_modules: expected a list or all-linear"),
@@ -52,7 +52,7 @@ def test_refused_with_the_reason(keys, message, configure):
 def test_what_has_no_effect_is_said(configure, caplog):
     configure(flash_attention=True, gradient_checkpointing_kwargs={"use_reentrant": False})
     assert [record.message.rpartition("yaml: ")[2] for record in caplog.records] == [
-        "flash_attention has no effect: attention is PyTorch's own on a CPU",
+        "flash_attention has no effect: attention is PyTorch's own",
         "gradient_checkpointing_kwargs has no effect: gradient_checkpointing says all",
     ]
 

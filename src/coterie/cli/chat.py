@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coterie.cli.adapter import need_peft
-from coterie.cli.console import console, errors, significant, size
-from coterie.cli.model_options import Dense, Device, Experts, Mmap, Model
+from coterie.cli.console import console, errors, significant
+from coterie.cli.in_use import memory_in_use, where_it_is
+from coterie.cli.model_options import Dense, Device, Experts, GpuContext, GpuExperts, Mmap, Model, read_gpu_experts
 from coterie.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def chat(
     experts: Experts = None,
     dense: Dense = "auto",
     device: Device = "cpu",
+    gpu_experts: GpuExperts = None,
+    gpu_context: GpuContext = 8192,
     mmap: Mmap = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 2048,
     temperature: Annotated[
@@ -63,8 +66,11 @@ def chat(
     logging.disable_progress_bar()
     name = None if adapter is None else "default"
     adapters = {} if adapter is None else {"default": adapter}
+    placed = {"device": device, "gpu_experts": read_gpu_experts(gpu_experts, device), "gpu_context": gpu_context}
     with errors.status(f"loading {model}"):
-        opened, tokenizers = open_model(model, adapters, experts=experts, dense=dense, device=device, mmap=mmap)
+        opened, tokenizers = open_model(model, adapters, experts=experts, dense=dense, mmap=mmap, **placed)
+    if line := where_it_is(opened):
+        note(line)
     chosen = settings(
         opened.generation_config,
         max_new_tokens=max_tokens,
@@ -122,25 +128,15 @@ def show(piece: str, thought: bool) -> None:
 
 def report(answer: Answer) -> str:
     """What an answer took: "31 tokens, 12.3 tokens/s; prompt of 25 tokens in 0.42 s; 1.2 GB of RAM"."""
-    from coterie.bench.memory import resident
-
     speed = f", {significant((answer.tokens - 1) / answer.seconds)} tokens/s" if answer.tokens > 1 else ""
     known = answer.prompt_tokens - answer.computed_tokens
     prompt = f"prompt of {answer.prompt_tokens} tokens" + (f", {known} of them known," if known else "")
     parts = (
         f"{answer.tokens} tokens{speed}{ENDED[answer.ended]}",
         f"{prompt} in {significant(answer.prompt_seconds)} s",
-        f"{size(resident())} of RAM{gpu_memory()}",
+        memory_in_use(),
     )
     return "; ".join(parts)
-
-
-def gpu_memory() -> str:
-    import torch
-
-    if not torch.cuda.is_initialized():
-        return ""
-    return f", {size(torch.cuda.memory_allocated())} on the GPU"
 
 
 def note(line: str) -> None:

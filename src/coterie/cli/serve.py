@@ -9,7 +9,8 @@ import typer
 
 from coterie.cli.adapter import need_peft
 from coterie.cli.console import console, errors
-from coterie.cli.model_options import Dense, Device, Experts, Mmap, Model
+from coterie.cli.in_use import where_it_is
+from coterie.cli.model_options import Dense, Device, Experts, GpuContext, GpuExperts, Mmap, Model, read_gpu_experts
 from coterie.errors import ArgumentError
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -25,6 +26,8 @@ def serve(
     experts: Experts = None,
     dense: Dense = "auto",
     device: Device = "cpu",
+    gpu_experts: GpuExperts = None,
+    gpu_context: GpuContext = 8192,
     mmap: Mmap = False,
     batch_tokens: Annotated[
         int | None,
@@ -66,12 +69,15 @@ def serve(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    placed = {"device": device, "gpu_experts": read_gpu_experts(gpu_experts, device)}
+    placed["gpu_context"] = max(gpu_context, batch_tokens or 0)
     with bind(host, port) as bound:
         with errors.status(f"loading {model}"):
-            opened, tokenizers = open_model(model, adapters, experts=experts, dense=dense, device=device, mmap=mmap)
+            opened, tokenizers = open_model(model, adapters, experts=experts, dense=dense, mmap=mmap, **placed)
         server = Server(name, opened, tokenizers, context_length(opened), batch_tokens)
         line = f"{', '.join([name, *adapters])} at http://{host}:{port}/v1"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        for each in filter(None, (where_it_is(opened), line)):
+            console.print(each, markup=False, highlight=False, soft_wrap=True)
         if host not in LOCAL and not api_key:
             errors.print("Whoever reaches this address can use it: --api-key asks for a key.", style="yellow")
         run(server, bound, api_key)

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from coterie.errors import ArgumentError
 
+AUTO = "auto"
 
-def chosen(gpu_experts: Any, counts: Sequence[int]) -> list[tuple[int, ...]]:
+
+def chosen(gpu_experts: Any, counts: Sequence[int], most: Callable[[], int] | None = None) -> list[tuple[int, ...]]:
     """The experts of each layer that go to the GPU; `counts`: how many each has.
 
-    gpu_experts: None, for none; "all"; a number for each layer, or a fraction of it in (0, 1], rounded, which take the
-    first ones; a bool mask [layers, experts], True for the GPU. Raises ArgumentError for anything else.
+    gpu_experts: None, for none; "all"; "auto", where `most` says for how many of each layer there is room
+    (`Room.most`); a number for each layer, or a fraction of it in (0, 1], rounded; a bool mask [layers, experts], True
+    for the GPU. All but a mask take the first ones. Raises ArgumentError for anything else.
     """
     if gpu_experts is None:
         return [()] * len(counts)
     if isinstance(gpu_experts, str):
+        if gpu_experts == AUTO and most is not None:
+            number = most()
+            return [tuple(range(min(number, count))) for count in counts]
         if gpu_experts != "all":
             raise _refused(gpu_experts, counts)
         return [tuple(range(count)) for count in counts]
@@ -42,9 +49,24 @@ def chosen(gpu_experts: Any, counts: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(row.nonzero()[:, 0].tolist()) for row in rows]
 
 
+def read(text: str) -> str | int | float:
+    """`gpu_experts` as it stands on a command line: "all", "auto", or the number or fraction that `text` is.
+
+    Raises ArgumentError for anything else.
+    """
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    if text not in ("all", AUTO):
+        raise ArgumentError(
+            f"gpu_experts: expected all, auto, a number of each layer's experts or a fraction in (0, 1], found {text!r}"
+        )
+    return text
+
+
 def _refused(found: Any, counts: Sequence[int]) -> ArgumentError:
     experts = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
     return ArgumentError(
-        f'gpu_experts: expected "all", a number of each layer\'s {experts} experts, a fraction in (0, 1], or a bool '
-        f"mask of {len(counts)} layers by experts, found {found!r}"
+        f'gpu_experts: expected "all", "auto", a number of each layer\'s {experts} experts, a fraction in (0, 1], or a '
+        f"bool mask of {len(counts)} layers by experts, found {found!r}"
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from coterie import ops
+from coterie.errors import StateError
 from coterie.gpu import offload
 from coterie.gpu.resident import Pair, Resident
 from coterie.lora import ExpertLora
@@ -22,13 +24,14 @@ class Placement:
     """Which of a layer's E experts are on a device, and these.
 
     experts: their numbers, ascending; index: the same on the device. slots: on the device too, int64 [E + 2]: which of
-    its experts an id of -1 .. E is, or -1.
+    its experts an id of -1 .. E is, or -1. process: whose they are; what it forks cannot use its device.
     """
 
     experts: tuple[int, ...]
     index: Tensor
     slots: Tensor
     resident: Resident
+    process: int = field(default_factory=os.getpid)
 
     @classmethod
     def of(cls, resident: Resident, experts: tuple[int, ...], num_experts: int) -> Placement:
@@ -36,6 +39,14 @@ class Placement:
         slots = torch.full((num_experts + 2,), -1, device="cpu")
         slots[index + 1] = torch.arange(len(experts), device="cpu")
         return cls(experts, index.to(resident.device), slots.to(resident.device), resident)
+
+    def check_process(self) -> None:
+        """Raises StateError in a process that was forked after the experts were moved."""
+        if os.getpid() != self.process:
+            raise StateError(
+                f"the experts are on {self.resident.device}, which a forked process cannot use: compute where the "
+                "model was loaded (workers of a DataLoader only read rows), or load it in processes that are spawned"
+            )
 
     @property
     def whole(self) -> bool:
@@ -76,6 +87,7 @@ def forward(
     Ids out of range raise ArgumentError where experts are in RAM; else they fail as torch's own indexing does there.
     """
     resident = placement.resident
+    placement.check_process()
     ops.check_batch(experts, x, ids, weights, resident.device)
     lora = lora or ExpertLora()
     lora.check(experts)

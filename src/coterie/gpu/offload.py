@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from coterie import ops
-from coterie.border import runs_now
+from coterie.border import is_traced
 from coterie.errors import ArgumentError
 from coterie.gpu.transfer import Transfer, transfer
 from coterie.lora import ExpertLora
 
 if TYPE_CHECKING:
     from coterie.experts import Experts
+
+_Inputs = tuple[Tensor, Tensor, Tensor, ExpertLora]  # x, ids, weights and LoRA, in RAM
 
 
 def forward(
@@ -43,58 +45,78 @@ def forward(
         factors[2] = None
     there = [i for i, factor in enumerate(factors) if factor is not None and factor.device == device]
     inputs = (x, ids, weights, *(factors[i] for i in there))
-    if runs_now():
-        copies = transfer(device)
-        x, ids, weights, *moved = _ToHost.apply(copies, *inputs)
-    else:  # torch traces copies of its own, not a wait for a stream
-        copies = None
-        x, ids, weights, *moved = [tensor.to("cpu") for tensor in inputs]
-    for i, factor in zip(there, moved, strict=True):
-        factors[i] = factor
-    if shared:
-        factors[2] = factors[0]
+
+    def in_ram(copied: Sequence[Tensor]) -> _Inputs:
+        moved = list(factors)
+        for i, factor in zip(there, copied[3:], strict=True):
+            moved[i] = factor
+        if shared:
+            moved[2] = moved[0]
+        return *copied[:3], ExpertLora(*moved, lora.scaling)
+
+    if is_traced():  # torch traces copies of its own, not a wait for a stream
+        copied = in_ram([tensor.to("cpu") for tensor in inputs])
+        meanwhile()
+        return _forward(experts, *copied).to(device)
+    copies = transfer(device)
+    copied = in_ram(copies.to_host([tensor.detach() for tensor in inputs]))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *factors)):
+        return _Compute.apply(x, ids, weights, _Call(experts, copies, copied, meanwhile), *factors)
     meanwhile()
-    given = any(factor is not None for factor in factors)
-    out = ops.forward(experts, x, ids, weights, ExpertLora(*factors, lora.scaling) if given else None)
-    return out.to(device) if copies is None else _ToDevice.apply(copies, out)
+    return copies.to_device([_forward(experts, *copied)])[0]
 
 
-class _ToHost(torch.autograd.Function):
-    """Tensors copied to RAM, their gradients back to the device."""
+def _forward(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora) -> Tensor:
+    given = any(factor is not None for factor in lora.factors())
+    return ops.forward(experts, x, ids, weights, lora if given else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a call takes besides tensors."""
+
+    experts: Experts
+    copies: Transfer
+    inputs: _Inputs
+    meanwhile: Callable[[], None]
+
+
+class _Compute(torch.autograd.Function):
+    """A call that has gradients, as one node; inputs stand where those of `ops.experts_train` do.
+
+    Its backward runs on the thread that autograd has for the device, as that of all else in a layer does. Nodes of the
+    CPU run on another, and where both need what a checkpoint is to recompute, both would recompute it.
+    What the device does meanwhile has nodes that are made later, and are therefore first in the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, copies: Transfer, *tensors: Tensor) -> tuple[Tensor, ...]:
-        found = tuple(copies.to_host(tensors))
-        ctx.copies = copies
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(t for t, need in zip(found, ctx.needs_input_grad[1:], strict=True) if not need))
-        return found
+    def forward(ctx: Any, x: Tensor, ids: Tensor, weights: Tensor, call: _Call, *factors: Tensor | None) -> Tensor:
+        ops.checked(call.experts, *call.inputs)
+        with torch.enable_grad():
+            call.meanwhile()
+        inputs = ops.train_inputs(call.experts, *call.inputs)
+        output = ops.experts_train(*inputs)
+        ops.setup_context(ctx, inputs, output)
+        ctx.copies, ctx.originals = call.copies, [_kind(t) for t in (x, ids, weights, None, *factors)]
+        return call.copies.to_device([output[0].to(x.dtype)])[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Autograd orders the streams of nodes whose outputs were on a device; those of this one were in RAM.
-        return None, *_where_given(functools.partial(ctx.copies.to_device, wait=True), grads)
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.originals)
+        (grad,) = ctx.copies.to_host([grad])
+        grads = list(ops.backward(ctx, grad.float() if grad.dtype == torch.float16 else grad)[: len(ctx.originals)])
+        there = []
+        for i, (original, needed) in enumerate(zip(ctx.originals, ctx.needs_input_grad, strict=True)):
+            found = grads[i] if needed else None
+            grads[i] = found if found is None else found.to(original[1])
+            if found is not None and original[0] == ctx.copies.device:
+                there.append(i)
+        for i, moved in zip(there, ctx.copies.to_device([grads[i] for i in there]), strict=True):
+            grads[i] = moved
+        return tuple(grads)
 
 
-class _ToDevice(torch.autograd.Function):
-    """A tensor copied to the device, its gradient back to RAM."""
-
-    @staticmethod
-    def forward(ctx: Any, copies: Transfer, tensor: Tensor) -> Tensor:
-        ctx.copies = copies
-        ctx.set_materialize_grads(False)
-        return copies.to_device([tensor])[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
-        return None, *_where_given(ctx.copies.to_host, [grad])
-
-
-def _where_given(
-    copy: Callable[[Sequence[Tensor]], list[Tensor]], grads: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Copies of the gradients that there are."""
-    copies = iter(copy([grad for grad in grads if grad is not None]))
-    return [None if grad is None else next(copies) for grad in grads]
+def _kind(tensor: Tensor | None) -> tuple[torch.device, torch.dtype] | None:
+    return None if tensor is None else (tensor.device, tensor.dtype)

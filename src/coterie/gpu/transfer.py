@@ -18,11 +18,8 @@ class Transfer:
         """Copies in RAM, rows adjacent; their values are there when this returns."""
         return [tensor.to("cpu").contiguous() for tensor in tensors]
 
-    def to_device(self, tensors: Sequence[Tensor], wait: bool = False) -> list[Tensor]:
-        """Copies on the device, for work that is queued there after this returns; the originals may then change.
-
-        wait: until they are there, for work that does not follow the copies' stream.
-        """
+    def to_device(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies on the device, for work that is queued there after this returns; the originals may then change."""
         return [tensor.to(self.device) for tensor in tensors]
 
 
@@ -48,9 +45,9 @@ class CudaTransfer(Transfer):
             self.stream.synchronize()
         return copies
 
-    def to_device(self, tensors: Sequence[Tensor], wait: bool = False) -> list[Tensor]:
+    def to_device(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         with torch.cuda.stream(self.stream):
-            return [tensor.to(self.device, non_blocking=not wait) for tensor in tensors]
+            return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
 
 
 def transfer(device: torch.device) -> Transfer:

@@ -15,11 +15,12 @@ from coterie.checkpoints.gguf import GgufReader
 from coterie.checkpoints.packed import VERSION
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import Format, resolve
+from coterie.gpu.room import CONTEXT
 
 METHOD = "coterie"
 STORED = ("experts", "group_size", "zero_point", "dense", "dense_skip")  # what is packed, and how
 # How packed experts are opened, what they compute with, and which are on the GPU.
-LOADING = ("mmap", "activations", "gpu_experts")
+LOADING = ("mmap", "activations", "gpu_experts", "gpu_context")
 OPTIONS = (*STORED, "scale_search", *LOADING)
 
 
@@ -34,7 +35,10 @@ class CoterieConfig(QuantizationConfigMixin):
     mmap: read a packed checkpoint in place instead of copying it into huge pages; for models larger than memory.
     activations: what int8 and int4 experts compute with, "auto", "bf16" or "int8"; see `Experts`.
     gpu_experts: which experts are on the GPU that the rest of the model is on, packed as in RAM: "all", a number of
-        each layer's, a fraction in (0, 1] (both take the first ones), or a bool mask [layers, experts]. Default: none.
+        each layer's, a fraction in (0, 1] (both take the first ones), a bool mask [layers, experts], or "auto": as many
+        of each layer as there is room for beside the rest of the model, a KV cache and activations (`gpu/room.py`).
+        Default: none.
+    gpu_context: tokens of the KV cache that "auto" leaves room for. Default: 8192.
     dense: the format that linear layers outside the experts are packed in: attention, dense MLPs, shared experts, the
         head; routers and embeddings stay. A head that shares its weight with the embedding is a packed copy from then
         on. Default: they keep their dtype.
@@ -54,6 +58,7 @@ class CoterieConfig(QuantizationConfigMixin):
         mmap: bool = False,
         activations: str = "auto",
         gpu_experts: Any = None,
+        gpu_context: int = CONTEXT,
         dense: str | None = None,
         dense_skip: Sequence[str] | str = (),
         quant_method: str = METHOD,
@@ -86,6 +91,9 @@ class CoterieConfig(QuantizationConfigMixin):
         self.mmap = mmap
         self.activations = activations
         self.gpu_experts = gpu_experts
+        if isinstance(gpu_context, bool) or not isinstance(gpu_context, int) or gpu_context < 1:
+            raise ArgumentError(f"gpu_context: expected a number of tokens, at least 1, found {gpu_context!r}")
+        self.gpu_context = gpu_context
         self.gguf: GgufReader | None = None  # where the experts are, while a GGUF file is loaded
         self.become(spec)
 

@@ -19,6 +19,7 @@ from coterie.checkpoints.packed import UNFINISHED
 from coterie.checkpoints.quantised import unread
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.gpu.device import usable
+from coterie.gpu.room import CONTEXT
 from coterie.hf.config import LOADING, METHOD, CoterieConfig
 from coterie.hf.empty import empty_model
 from coterie.hf.gguf import find_gguf, read_config, read_rest
@@ -41,6 +42,7 @@ def from_pretrained(
     mmap: bool = False,
     activations: str = "auto",
     gpu_experts: Any = None,
+    gpu_context: int = CONTEXT,
     dense: str | None = None,
     dense_skip: Sequence[str] | str = (),
     auto_class: Any = AutoModelForCausalLM,
@@ -58,7 +60,8 @@ def from_pretrained(
     mmap: use a packed checkpoint's experts where they lie on disk, instead of copying them into huge pages.
     activations: what int8 and int4 experts compute with: "auto", "bf16" or "int8"; see `Experts`.
     gpu_experts: with device="cuda", which experts are there too instead of in RAM: "all", a number of each layer's, a
-        fraction in (0, 1], or a bool mask [layers, experts]; see CoterieConfig.
+        fraction in (0, 1], a bool mask [layers, experts], or "auto": as many as there is room for; see CoterieConfig.
+    gpu_context: tokens of the KV cache that "auto" leaves room for.
     dense, dense_skip: the format that linear layers outside the experts are packed in, "int8" say, and regular
         expressions for those that are not; see CoterieConfig. For a checkpoint that has them packed leave it out.
     auto_class: what loads the model, for other heads than causal LM.
@@ -78,7 +81,7 @@ def from_pretrained(
     if "quantization_config" in kwargs:
         raise ArgumentError("quantization_config is made by coterie.from_pretrained: give experts=... instead")
     asked = CoterieConfig(
-        experts, group_size, zero_point, scale_search, mmap, activations, gpu_experts, dense, dense_skip
+        experts, group_size, zero_point, scale_search, mmap, activations, gpu_experts, gpu_context, dense, dense_skip
     )
     if kwargs.get("gguf_file"):
         path_or_id = find_gguf(path_or_id, kwargs.pop("gguf_file"), {k: v for k, v in kwargs.items() if k in HUB})

@@ -27,7 +27,6 @@ from coterie.checkpoints.tensorfile import TensorFile
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.experts import Experts
 from coterie.formats import resolve
-from coterie.gpu.choice import chosen
 from coterie.gpu.device import usable
 from coterie.hf.config import METHOD, CoterieConfig
 from coterie.hf.dense import detach, packed_linears
@@ -45,6 +44,7 @@ from coterie.hf.modules import (
     unpack,
 )
 from coterie.hf.quantised import Quantised, open_quantised, read_experts
+from coterie.hf.room import choose
 from coterie.hf.sizes import loaded_nbytes
 from coterie.hf.sources import Sources
 from coterie.hf.weight import PackedWeight
@@ -114,9 +114,7 @@ class CoterieQuantizer(HfQuantizer):
                 options.become(self._quantised.format(options.asked))
         for name, layout in self._layouts.items():
             self._check_format(name, layout)
-        self._moved = chosen(options.gpu_experts, [layout.num_experts for layout in self._layouts.values()])
-        if any(self._moved) and self._device.type == "cpu":
-            raise ArgumentError('gpu_experts needs a GPU for the rest of the model too: device="cuda"')
+        self._moved = choose(options.gpu_experts, options.gpu_context, model, self._layouts, options.spec, self._device)
         if options.dense is not None and self._device.type != "cpu":
             raise ArgumentError(
                 f"dense={options.dense!r}: packed linear layers compute on the CPU alone, found device {self._device}: "

@@ -25,7 +25,12 @@ def expert_parameters(layout: Layout) -> int:
 def expert_nbytes(layout: Layout, spec: Format) -> int:
     """Packed bytes of one expert, biases (float32) included."""
     packed = spec.expert_nbytes(layout.hidden_size, layout.intermediate_size, layout.has_gate)
-    return packed + (4 * sum(rows for rows, _ in expert_matrices(layout)) if layout.has_bias else 0)
+    return packed + bias_nbytes(layout)
+
+
+def bias_nbytes(layout: Layout) -> int:
+    """Bytes of one expert's biases, float32."""
+    return 4 * sum(rows for rows, _ in expert_matrices(layout)) if layout.has_bias else 0
 
 
 def rest_of(model: nn.Module, experts: list[nn.Module]) -> list[nn.Parameter]:
@@ -53,11 +58,14 @@ def loaded_nbytes(
         packed += (layout.num_experts - count) * expert
         whole = max(whole, layout.num_experts * expert if count else 0)
     packed = 0 if mmap else packed + whole
-    if not rest_in_ram:
-        return packed
+    return packed + (rest_nbytes(model, layouts) if rest_in_ram else 0)
+
+
+def rest_nbytes(model: PreTrainedModel, layouts: dict[str, Layout]) -> int:
+    """Bytes of all parameters of `model` but its experts, once weights that are tied are one."""
     rest = sum(parameter.nbytes for parameter in rest_of(model, [model.get_submodule(name) for name in layouts]))
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if tied and head is not None and head.weight is not table.weight:
         rest -= head.weight.nbytes  # tied once the weights are there
-    return rest + packed
+    return rest

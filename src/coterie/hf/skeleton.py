@@ -20,6 +20,7 @@ from coterie.hf.empty import make_model
 from coterie.hf.layout import Layout
 
 TRACE = "coterie_trace"
+TRACED_CONTEXT = 8192  # a longer cache is extrapolated from its growth here
 OF_WEIGHTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
 CACHES = ("cache", "past_key_values")  # what an output calls its cache, since Transformers 5.24 and before
 
@@ -46,10 +47,19 @@ def make_config(values: dict, where: str) -> Any:
 
 
 def trace(model: Any, context: int) -> tuple[int, dict[nn.Module, int]]:
-    """(bytes of the cache after `context` tokens, {experts module: experts a token uses}), from one run.
+    """(bytes of the cache after `context` tokens, {experts module: experts a token uses}), from a run or two.
 
     model: on the meta device, in eval mode.
     """
+    cache, per_token = _traced(model, min(context, TRACED_CONTEXT))
+    if context > TRACED_CONTEXT:
+        step = TRACED_CONTEXT // 128
+        growth = (cache - _traced(model, TRACED_CONTEXT - step)[0]) / step
+        cache += int(growth * (context - TRACED_CONTEXT))
+    return cache, per_token
+
+
+def _traced(model: Any, context: int) -> tuple[int, dict[nn.Module, int]]:
     per_token: dict[nn.Module, int] = {}
 
     def record(module: nn.Module, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

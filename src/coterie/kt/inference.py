@@ -12,6 +12,7 @@ from coterie.errors import ArgumentError, StateError
 from coterie.kt import deferral
 from coterie.kt.layer import LayerExperts
 from coterie.kt.options import Options
+from coterie.kt.streams import on_stream
 from coterie.tickets import Ticket
 
 
@@ -31,8 +32,9 @@ class Forward:
 class InferenceExperts(LayerExperts):
     """Made by `KTMoEWrapper(mode="inference")`.
 
-    Tensors may be on any device: those on a GPU are copied to the CPU and the result back, in the order in which the
-    calls are made. `cuda_stream` is not used: host callbacks on streams, pinned buffers and CUDA graphs come later.
+    Tensors may be on any device: those on a GPU are copied to RAM and the result back on `cuda_stream`, a
+    torch.cuda.Stream or the handle of one; None: the current stream. `submit_forward` waits for the inputs, so no CUDA
+    graph captures the calls. Other tensors need no stream.
 
     Submitted forwards are computed one after the other in a thread of the process. Inputs are copied when they are
     submitted. Those of several batches may be outstanding: a batch is known by where `hidden_states` lies.
@@ -75,7 +77,8 @@ class InferenceExperts(LayerExperts):
         Raises StateError before weights are loaded, ArgumentError for shapes, dtypes and ids that do not fit.
         """
         experts = self._loaded()
-        hidden, ids, weights = self._batch(hidden_states, topk_ids, topk_weights)
+        with on_stream(cuda_stream, hidden_states.device):
+            hidden, ids, weights = self._batch(hidden_states, topk_ids, topk_weights)
         immediate, deferred = ids, None
         if self.max_deferred_experts_per_token:
             protected = self.num_experts_per_tok - self.max_deferred_experts_per_token
@@ -109,7 +112,8 @@ class InferenceExperts(LayerExperts):
         del self._submitted[key]
         if forward.later is not None:
             forward.waiting.leave(self.layer_idx, shape, forward.later)
-        return out.to(hidden_states.device, hidden_states.dtype)
+        with on_stream(cuda_stream, hidden_states.device):
+            return out.to(hidden_states.device, hidden_states.dtype)
 
     def forward(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, cuda_stream: Any = None

@@ -16,7 +16,6 @@ from coterie.hf.layout import Layout
 from coterie.hf.modules import read_layouts
 from coterie.hf.sizes import expert_nbytes, expert_parameters, rest_of
 
-TRACED_CONTEXT = 8192  # a longer cache is extrapolated from its growth here
 PROMPT = 512  # tokens of the prompt whose speed is predicted
 
 
@@ -100,12 +99,7 @@ def inspect(config: Any, context: int = 4096) -> Anatomy:
         raise ArgumentError(f"context is {context} tokens, expected at least 1")
     model = empty_model(config, dtype=torch.bfloat16).eval()
     layouts = read_layouts(model)
-    cache, per_token = skeleton.trace(model, min(context, TRACED_CONTEXT))
-    if context > TRACED_CONTEXT:
-        step = TRACED_CONTEXT // 128
-        growth = (cache - skeleton.trace(model, TRACED_CONTEXT - step)[0]) / step
-        cache += int(growth * (context - TRACED_CONTEXT))
-
+    cache, per_token = skeleton.trace(model, context)
     modules = {name: model.get_submodule(name) for name in layouts}
     rest = rest_of(model, list(modules.values()))
     language = sum(p.numel() for p in rest_of(model.get_decoder(), list(modules.values())))

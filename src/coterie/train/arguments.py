@@ -14,21 +14,28 @@ from coterie.train.config import TrainConfig
 
 def make_arguments(config: TrainConfig, has_test: bool) -> TrainingArguments:
     """The arguments of that trainer. Raises ArgumentError for settings that it refuses."""
-    common = arguments(config, has_test)
     try:
-        if config.process_reward_model:
-            return TrainingArguments(**common)
-        common |= {"max_length": config.sequence_len, "dataset_num_proc": config.dataset_processes}
-        if config.reward_model:
-            return RewardConfig(**common)
-        if config.router_aux_loss_coef is not None:
-            common["router_aux_loss_coef"] = config.router_aux_loss_coef
-        if config.rl == "dpo":
-            return DPOConfig(beta=config.rl_beta, **common)
-        # An evaluation is not packed: a row is a row, to be counted once.
-        return SFTConfig(packing=config.sample_packing, eval_packing=False, **common)
+        made = _arguments(config, has_test)
     except ValueError as error:
         raise ArgumentError(f"the trainer refuses these settings: {error}") from error
+    if made.device.type == "cuda":
+        made._n_gpu = 1  # of several that there may be: a process trains on one
+    return made
+
+
+def _arguments(config: TrainConfig, has_test: bool) -> TrainingArguments:
+    common = arguments(config, has_test)
+    if config.process_reward_model:
+        return TrainingArguments(**common)
+    common |= {"max_length": config.sequence_len, "dataset_num_proc": config.dataset_processes}
+    if config.reward_model:
+        return RewardConfig(**common)
+    if config.router_aux_loss_coef is not None:
+        common["router_aux_loss_coef"] = config.router_aux_loss_coef
+    if config.rl == "dpo":
+        return DPOConfig(beta=config.rl_beta, **common)
+    # An evaluation is not packed: a row is a row, to be counted once.
+    return SFTConfig(packing=config.sample_packing, eval_packing=False, **common)
 
 
 def arguments(config: TrainConfig, has_test: bool) -> dict[str, Any]:
@@ -60,6 +67,6 @@ def arguments(config: TrainConfig, has_test: bool) -> dict[str, Any]:
         "disable_tqdm": True,
         "report_to": config.report_to,
         "run_name": config.wandb_name,
-        "use_cpu": True,
+        "use_cpu": config.device == "cpu",
         "bf16": False,
     }

@@ -11,10 +11,10 @@ logger = logging.getLogger(__name__)
 
 RENAMED = {"dpo_beta": "rl_beta", "chat_template_jinja": "chat_template"}
 
-ATTENTION = "attention is PyTorch's own on a CPU"
-KERNELS = "it names kernels for GPUs"
+ATTENTION = "attention is PyTorch's own"
+KERNELS = "it names kernels that are not used here"
 READ_OFF = "it is read off the checkpoint"
-SHARDING = "models are sharded over GPUs by it; on CPUs each process of torchrun trains on its share of a step"
+SHARDING = "models are sharded over GPUs by it; here each process of torchrun trains on its share of a step"
 UPLOAD = "nothing is uploaded: `hf upload` output_dir afterwards"
 
 # key -> (whether a run goes on without it, why). Off (null, false, 0, empty) they are all accepted in silence.
@@ -59,10 +59,10 @@ WITHOUT_MEANING: dict[str, tuple[bool, str]] = {
     "eval_sample_packing": (True, "it changes no loss"),
     "save_safetensors": (True, "weights are always safetensors"),
     "gradient_checkpointing_kwargs": (True, "gradient_checkpointing says all"),
-    "lora_on_cpu": (True, "all is on the CPU"),
+    "lora_on_cpu": (True, "adapters of experts are where the experts are"),
     "low_cpu_mem_usage": (True, "experts are packed one by one"),
     "dataloader_num_workers": (True, "rows are tokenised before training"),
-    "dataloader_pin_memory": (True, "all is on the CPU"),
+    "dataloader_pin_memory": (True, "rows are next to nothing beside a step"),
     "dataloader_prefetch_factor": (True, "rows are tokenised before training"),
     "loss_watchdog_threshold": (True, "a loss is only shown"),
     "loss_watchdog_patience": (True, "a loss is only shown"),
@@ -81,7 +81,7 @@ WITHOUT_MEANING: dict[str, tuple[bool, str]] = {
         (False, SHARDING),
     ),
     **dict.fromkeys(("hub_model_id", "hub_strategy", "push_dataset_to_hub", "push_to_hub"), (False, UPLOAD)),
-    "fp16": (False, "on a CPU it is bf16: true, or bf16: false for float32"),
+    "fp16": (False, "models compute in bf16, or with bf16: false in float32"),
     "s2_attention": (False, ATTENTION),
     "plugins": (False, "axolotl's plugins are its own; leave out those that only bring kernels for GPUs"),
     "torch_compile": (False, "training is not compiled"),

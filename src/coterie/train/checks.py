@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers.integrations import get_available_reporting_integrations
 
 from coterie.errors import ArgumentError
+from coterie.gpu.device import check_experts
 from coterie.hf.loading import check_folder
 from coterie.train.arguments import make_arguments
 from coterie.train.config import TrainConfig
@@ -18,6 +19,7 @@ from coterie.train.empty import check_model
 from coterie.train.model import load_tokenizer
 from coterie.train.output import plan_output
 from coterie.train.packing import check_packing
+from coterie.train.processes import own_device
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,19 @@ def check_all(config: TrainConfig, folder: Path, overwrite: bool = False) -> Che
     """What a run of a fine-tuning file would start from; relative paths are seen from `folder`.
 
     overwrite: what an earlier run left in the output folder may go.
-    Loads no weights and writes nothing. Raises ArgumentError, CheckpointError or UnsupportedModelError.
+    Loads no weights and writes nothing. Raises ArgumentError, CheckpointError, DeviceError or UnsupportedModelError.
     """
+    device = own_device(config.device)
+    if config.gpu_experts is not None:
+        check_experts(device)
     base = base_model(config, folder)
     resume = plan_output(config, base, overwrite)
     make_arguments(config, has_test=bool(config.test_datasets or config.val_set_size))
     if Path(base).is_dir():
         check_folder(Path(base))
     check_reporting(config.report_to)
-    check_model(config, base)
-    packing_tried = not config.sample_packing or check_packing(base, config.trust_remote_code)
+    check_model(config, base, device)
+    packing_tried = not config.sample_packing or check_packing(base, config.trust_remote_code, device)
     tokenizer = load_tokenizer(config, base, folder)
     train, test, found = load_datasets(config, folder, tokenizer)
     findings = [line for each in found for line in each.lines(config.sequence_len)]

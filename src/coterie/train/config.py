@@ -21,6 +21,7 @@ ADAPTERS = ("lora", "qlora")
 OBJECTIVES = ("dpo",)
 TYPES = ("chat_template", "prompt_completion", "alpaca", "completion", "preference", "stepwise")
 ALL_LINEAR = "all-linear"
+DEVICES = ("cpu", "cuda")
 
 
 def key(default: Any, about: str) -> Any:
@@ -53,6 +54,10 @@ class TrainConfig:
     group_size: int | None = key(None, "columns that share a scale: 32, 64, 128, or 0 for a whole row")
     zero_point: bool = key(False, "int4 with zero points")
     mmap: bool = key(False, "use a packed checkpoint's experts where they lie on disk; processes then share one copy")
+    device: str = key("cpu", "where all but the experts is: cpu, or cuda, the GPU (under torchrun, each process's own)")
+    gpu_experts: str | int | float | None = key(
+        None, "experts that are on the GPU too: all, a number of each layer's, or a fraction in (0, 1]"
+    )
     bf16: bool = key(True, "the rest of the model in bfloat16; false: float32")
     trust_remote_code: bool = key(False, "allow code from the model's repository")
     chat_template: str | None = key(None, "chatml, a Jinja template or a file of one; by default the tokenizer's")
@@ -214,10 +219,17 @@ def check(config: TrainConfig, where: str) -> None:
     for name in ("learning_rate", "num_epochs"):
         if not getattr(config, name) > 0:
             refuse(f"{name}: expected more than 0, found {getattr(config, name)}")
-    choices = {"adapter": ADAPTERS, "rl": OBJECTIVES}
+    choices = {"adapter": ADAPTERS, "rl": OBJECTIVES, "device": DEVICES}
     for name, expected in choices.items():
         if getattr(config, name) not in (None, *expected):
             refuse(f"{name}: expected {' or '.join(expected)}, found {getattr(config, name)!r}")
+    if isinstance(config.gpu_experts, str) and config.gpu_experts != "all":
+        refuse(
+            "gpu_experts: expected all, a number of each layer's experts or a fraction in (0, 1], found "
+            f"{config.gpu_experts!r}"
+        )
+    if config.gpu_experts is not None and config.device == "cpu":
+        refuse("gpu_experts: experts are on the GPU that the rest of the model is on: add device: cuda")
     if config.gradient_checkpointing not in (True, False, "retain_experts"):
         found = config.gradient_checkpointing
         refuse(f"gradient_checkpointing: expected true, false or retain_experts, found {found!r}")

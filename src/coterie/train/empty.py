@@ -14,10 +14,14 @@ from torch import nn
 from transformers import AutoConfig
 
 from coterie.errors import ArgumentError, UnsupportedModelError
+from coterie.formats import Format
+from coterie.gpu.choice import chosen
 from coterie.hf import CoterieConfig
 from coterie.hf.adapter_fit import check_adapter
+from coterie.hf.config import METHOD
 from coterie.hf.empty import empty_model
 from coterie.hf.modules import read_layouts
+from coterie.hf.room import choose
 from coterie.train.adapter import add_adapter, check_keys
 from coterie.train.config import ALL_LINEAR, ATTENTION, TrainConfig
 from coterie.train.model import find_unfrozen, kind_of_model
@@ -25,24 +29,29 @@ from coterie.train.model import find_unfrozen, kind_of_model
 ADAPTER = "default"
 
 
-def check_model(config: TrainConfig, base: str) -> None:
+def check_model(config: TrainConfig, base: str, device: torch.device) -> None:
     """Builds the model of `base`'s config.json on the meta device, and looks for all that the file names in it.
 
     Raises UnsupportedModelError for a model without experts or with experts that cannot be computed, ArgumentError for
-    names that match nothing and adapters that do not fit.
+    names that match nothing, adapters that do not fit and experts that there are not, DeviceError where `device` has
+    too little memory for what is to be there.
     """
     auto_class, task, changes = kind_of_model(config)
     trust = {"trust_remote_code": config.trust_remote_code}
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
     described = AutoConfig.from_pretrained(base, **trust, **changes)
     try:
-        model = empty_model(described, auto_class, **trust)
+        model = empty_model(described, auto_class, dtype=dtype, **trust)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{base} cannot be fine-tuned: {error}") from error
     layouts = read_layouts(model)
     experts = tuple(f"{path}.{name}" for path, layout in layouts.items() for name in layout.parameters)
     unfrozen = find_unfrozen(model, config.unfrozen_parameters, experts)
-    if getattr(described, "quantization_config", None) is None:
-        CoterieConfig(config.experts or "int4", config.group_size, config.zero_point)
+    spec = packed_as(config, described)
+    if spec is None:
+        chosen(config.gpu_experts, [layout.num_experts for layout in layouts.values()])
+    else:
+        choose(config.gpu_experts, config.sequence_len, model, layouts, spec, device)
     if config.adapter and config.lora_model_dir:
         check_keys(config)
         check_fit(model, config.lora_model_dir)
@@ -50,6 +59,16 @@ def check_model(config: TrainConfig, base: str) -> None:
         check_targets(config, model)
         with torch.device("meta"):
             add_adapter(model, config, task, unfrozen)
+
+
+def packed_as(config: TrainConfig, described: Any) -> Format | None:
+    """The format that the experts of a plain or packed checkpoint will have; None of others, whose files say it."""
+    parts = described, described.get_text_config()
+    stored = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
+    if stored is None:
+        return CoterieConfig(config.experts or "int4", config.group_size, config.zero_point).spec
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    return CoterieConfig(**stored).spec if stored.get("quant_method") == METHOD else None
 
 
 def check_targets(config: TrainConfig, model: nn.Module) -> None:

@@ -23,6 +23,7 @@ from coterie.train.adapter import add_adapter, load_adapter
 from coterie.train.config import TrainConfig
 from coterie.train.data.template import set_template
 from coterie.train.precision import keep_float32
+from coterie.train.processes import own_device
 
 
 def load_tokenizer(config: TrainConfig, path: str, folder: Path) -> Any:
@@ -48,7 +49,10 @@ def kind_of_model(config: TrainConfig) -> tuple[Any, str, dict[str, int]]:
 
 
 def load_model(config: TrainConfig, path: str, tokenizer: Any) -> Any:
-    """The base model with packed experts, frozen but for what the file trains; with an adapter, a PeftModel."""
+    """The base model with packed experts, frozen but for what the file trains; with an adapter, a PeftModel.
+
+    Adapters of experts are in RAM, whatever the device is.
+    """
     auto_class, task, labels = kind_of_model(config)
     model = from_pretrained(
         path,
@@ -57,6 +61,8 @@ def load_model(config: TrainConfig, path: str, tokenizer: Any) -> Any:
         group_size=config.group_size,
         zero_point=config.zero_point or None,
         mmap=config.mmap,
+        device=own_device(config.device),
+        gpu_experts=config.gpu_experts,
         auto_class=auto_class,
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
         trust_remote_code=config.trust_remote_code,

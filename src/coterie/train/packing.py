@@ -25,11 +25,12 @@ LAYERS = 4
 INTERMEDIATE = 8
 
 
-def check_packing(base: str, trust_remote_code: bool) -> bool:
-    """Whether a small copy of the model could be tried; raises ArgumentError where that mixes packed samples."""
+def check_packing(base: str, trust_remote_code: bool, device: torch.device) -> bool:
+    """Whether a small copy of the model could be tried, on the device that is to compute it; raises ArgumentError where
+    that mixes packed samples."""
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-        model = small_model(config, trust_remote_code)
+        model = small_model(config, trust_remote_code).to(device)
         alone(model)
     except Exception:  # an architecture that cannot be made small is tried when it is loaded
         return False
@@ -78,6 +79,7 @@ def logits(model: nn.Module, **inputs: Any) -> torch.Tensor:
     model.eval()
     try:
         with torch.no_grad():
+            inputs = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
             return model(**inputs, use_cache=False).logits[0].float()
     finally:
         model.train(was_training)

@@ -1,10 +1,28 @@
-"""The processes of torchrun."""
+"""The processes of torchrun, and the device of each."""
 
 from __future__ import annotations
 
 import gc
+import os
 
+import torch
 import torch.distributed as dist
+
+from coterie.gpu.device import usable
+
+
+def is_alone() -> bool:
+    """Whether this process trains by itself, not one of several that torchrun started."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def own_device(device: str) -> torch.device:
+    """What a file's `device` is for this process: of several, each has a GPU of its own.
+
+    Raises DeviceError where there is no such device.
+    """
+    several = device == "cuda" and not is_alone()
+    return usable(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if several else device)
 
 
 def end_process_group() -> None:

@@ -24,6 +24,7 @@ from coterie.train.metrics import METRICS, MetricsFile, Row, read_metrics
 from coterie.train.model import load_model, reference_model
 from coterie.train.output import CURVE, clear
 from coterie.train.packing import refuse_mixing
+from coterie.train.processes import is_alone
 from coterie.train.stop import HOUR, Stop
 from coterie.train.trainers import Preferences, Rewards, Steps, Supervised
 
@@ -106,7 +107,11 @@ def train(config: TrainConfig, folder: Path, console: Console, overwrite: bool =
 
 
 def load_trainer(config: TrainConfig, checked: Checked) -> Any:
-    """The model with packed experts in its trainer, which shows nothing yet."""
+    """The model with packed experts in its trainer, which shows nothing yet.
+
+    Adapters of experts stay in RAM, as experts there do. Where experts are on a GPU they are there too, and where
+    several processes train, whose gradients travel from one device.
+    """
     for name, value in (("WANDB_PROJECT", config.wandb_project), ("WANDB_ENTITY", config.wandb_entity)):
         if value:
             os.environ[name] = value
@@ -121,6 +126,8 @@ def load_trainer(config: TrainConfig, checked: Checked) -> Any:
         eval_dataset=checked.test,
         processing_class=checked.tokenizer,
     )
+    if config.gpu_experts is not None or not is_alone():
+        trainer.model.to(trainer.args.device)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -29,6 +29,10 @@ class Comparable(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "compute_metrics": self.means})
+        self.accelerator.device_placement = False  # the model stays where it is; Trainer itself moves batches
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Trainer's, for a model that is where it belongs: adapters of experts in RAM stay there."""
 
     def means(self, evaluated: EvalPrediction) -> dict[str, float]:
         sums = evaluated.predictions.sum(axis=0) / evaluated.label_ids.sum()
@@ -71,7 +75,7 @@ class ByPairs:
         finally:
             self.aux_loss_enabled = router
         pairs = len(inputs["input_ids"]) // 2
-        return None, loss.double().expand(pairs, 1), torch.ones(pairs, dtype=torch.long)
+        return None, loss.double().expand(pairs, 1), torch.ones(pairs, dtype=torch.long, device=loss.device)
 
 
 class Preferences(ByPairs, DPOTrainer, Comparable):
