@@ -1,4 +1,4 @@
-"""Which experts of a model go to its GPU."""
+"""Which experts of a model go to its GPU, and whether those in RAM are sent there for calls of many tokens."""
 
 from __future__ import annotations
 
@@ -8,15 +8,30 @@ from typing import Any
 import torch
 
 from coterie.errors import ArgumentError
+from coterie.gpu.streaming import Streaming
+
+STREAM = "stream"
+
+
+def streamed(gpu_experts: Any) -> Streaming | None:
+    """Of "stream" and "stream:256", from 256 tokens on; None for all else, with which experts are not sent."""
+    if not isinstance(gpu_experts, str) or gpu_experts.partition(":")[0] != STREAM:
+        return None
+    _, colon, tokens = gpu_experts.partition(":")
+    if colon and not tokens.isdecimal():
+        raise ArgumentError(
+            f'gpu_experts: expected "stream", or "stream:256" for 256 tokens or more, found {gpu_experts!r}'
+        )
+    return Streaming(int(tokens) if colon else None)
 
 
 def chosen(gpu_experts: Any, counts: Sequence[int]) -> list[tuple[int, ...]]:
     """The experts of each layer that go to the GPU; `counts`: how many each has.
 
-    gpu_experts: None, for none; "all"; a number for each layer, or a fraction of it in (0, 1], rounded, which take the
-    first ones; a bool mask [layers, experts], True for the GPU. Raises ArgumentError for anything else.
+    gpu_experts: None and "stream", for none; "all"; a number for each layer, or a fraction of it in (0, 1], rounded,
+    which take the first ones; a bool mask [layers, experts], True for the GPU. Raises ArgumentError for anything else.
     """
-    if gpu_experts is None:
+    if gpu_experts is None or streamed(gpu_experts):
         return [()] * len(counts)
     if isinstance(gpu_experts, str):
         if gpu_experts != "all":
@@ -45,6 +60,6 @@ def chosen(gpu_experts: Any, counts: Sequence[int]) -> list[tuple[int, ...]]:
 def _refused(found: Any, counts: Sequence[int]) -> ArgumentError:
     experts = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
     return ArgumentError(
-        f'gpu_experts: expected "all", a number of each layer\'s {experts} experts, a fraction in (0, 1], or a bool '
-        f"mask of {len(counts)} layers by experts, found {found!r}"
+        f'gpu_experts: expected "all", "stream", a number of each layer\'s {experts} experts, a fraction in (0, 1], or '
+        f"a bool mask of {len(counts)} layers by experts, found {found!r}"
     )
