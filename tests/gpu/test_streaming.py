@@ -153,6 +153,12 @@ def test_one_piece_is_there_at_a_time(pretend, monkeypatch):
     y.backward(grad)
     assert len(codes) == 18 and counts == [0] * 6 and not any(ref() is not None for ref in codes)
 
+    y = experts(x, ids, weights)
+    monkeypatch.setattr(resident, "product", None)
+    with pytest.raises(TypeError) as caught:
+        y.backward(grad)
+    assert len(codes) == 30 and caught.value is not None and not any(ref() is not None for ref in codes)
+
 
 def test_only_the_activations_are_kept(pretend):
     experts, _ = streamed()
@@ -264,6 +270,21 @@ def test_checkpointing(how, pretend):
     experts(one, ids, weights).backward(grad)
     checkpoint(lambda x: experts(x, ids, weights), two, preserve_rng_state=False, **how).backward(grad)
     assert torch.equal(one.grad.cpu(), two.grad.cpu())
+
+
+def test_what_is_trained_goes_one_way(pretend):
+    """That of bf16 activations from the first forward on, so that a checkpoint computes again what it computed."""
+    experts = Experts.pack(*dense(SIZES), **options(SPEC))
+    delivered = experts.nbytes * 2e9 / (2 * 2 * 3 * SIZES[1] * SIZES[2] * 20)  # from 20 tokens on in bf16, 80 in int8
+    experts.stream(rates=Rates(read=1e30, bf16=2e9, int8=8e9, delivered=delivered, products=1e30))
+    x, ids, weights, grad = there(pretend, *random_batch(SIZES, 2, 40))
+    pretend.copied.clear()
+    experts(x, ids, weights)
+    assert not sent(pretend, experts) and experts.uses_int8()
+    x.requires_grad_()
+    how = {"use_reentrant": False, "preserve_rng_state": False}
+    checkpoint(lambda x: experts(x, ids, weights), x, **how).backward(grad)
+    assert sent(pretend, experts) == [6, 6, 6]
 
 
 def test_trained_through_they_compute_in_bf16_from_then_on(pretend):

@@ -53,6 +53,9 @@ def forward(
 ) -> Tensor:
     """See Experts.__call__: the tokens are on a device, and go to the experts, or the experts to them."""
     ops.check_batch(experts, x, ids, weights, x.device)
+    given = lora is not None and any(factor is not None for factor in lora.factors())
+    if given or (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)):
+        experts.adapt()  # before the way is chosen: what checkpointing computes again goes the same one
     if not streaming.chosen(experts, *ids.shape, x.device):
         return offload.forward(experts, x, ids, weights, lora)
     return compute(experts, x, ids, weights, lora)
@@ -70,8 +73,6 @@ def compute(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, lora: Exp
         for (name, (a, b)), scaling in zip(lora.pairs().items(), lora.scalings(), strict=True)
         if a is not None and b is not None
     }
-    if pairs or (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)):
-        experts.adapt()
     _check_range(ids, experts.num_experts)
     biases = {name: bias.to(device) for name, bias in experts.biases().items()}
     return Streamed(device, {}, biases, experts.activation, experts).forward(x, ids.long(), weights, pairs)
@@ -94,7 +95,7 @@ class Streamed(Resident):
         """Its pieces are those whose turn it is: going through them sends experts, and again each time."""
         most = min(resident.PIECE_NBYTES // (2 * _weights(self.experts)), self._staged())
         found = route(ids, self.count, max(1, most), named=True)
-        return Routing(found.order, found.tokens, _Arriving(self, found.pieces))
+        return Routing(found.order, found.tokens, _Arriving(self, tuple(found.pieces)))
 
     def dense(self, names: Sequence[str], experts: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Of all the experts of the piece that is there."""
@@ -116,13 +117,12 @@ class _Arriving:
         packed = [[experts.packed(e) for e in piece.numbers] for piece in self.pieces]
         arriving = delivery.deliver(self.streamed.device, packed, self._unpacked)
         with contextlib.closing(arriving):
-            try:
-                for piece in self.pieces:
-                    matrices.update(next(arriving))
+            for piece in self.pieces:
+                matrices.update(next(arriving))
+                try:
                     yield piece
+                finally:
                     matrices.clear()
-            finally:
-                matrices.clear()
 
     def _unpacked(self, data: Tensor) -> dict[str, Matrices]:
         return self.streamed.experts.unpacked(lambda part: data[:, part])
