@@ -207,7 +207,8 @@ def test_doctor_says_what_the_gpu_is_for(coterie, one_gpu):
     said = " ".join(coterie("doctor").out.split())
     assert "A [new] card 24 GB, 20 GB free; compute capability 8.9; 25 GB/s to it, 20 GB/s from it" in said
     # 340 MB at 12 GB/s: what the CPU does in that time, 75.5 MFLOP a token at 2 TFLOP/s.
-    assert 'gpu_experts="stream" a layer like Qwen3-30B-A3B\'s in int4 from 1024 tokens on (12 GB/s' in said
+    assert 'gpu_experts="stream": a layer like Qwen3-30B-A3B\'s in int4 on the GPU from 1024 tokens on' in said
+    assert "to which 12 GB/s of packed experts are brought" in said
 
 
 def test_doctor_says_what_computes_without_a_gpu(coterie, monkeypatch):

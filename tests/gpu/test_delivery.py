@@ -82,7 +82,7 @@ def test_copies_under_way_are_waited_for_after_an_error(where, log):
             raise MemoryError(where)
         return data.clone()
 
-    pieces = [*PIECES[:1], [torch.zeros(9, dtype=torch.uint8)]] if where == "copy" else PIECES
+    pieces = [*PIECES[:1], [torch.zeros(9, dtype=torch.uint8)] * 2] if where == "copy" else PIECES
     arriving = delivery.deliver(torch.device("cuda", 0), pieces, use)
     with pytest.raises((MemoryError, RuntimeError)), contextlib.closing(arriving):
         for _ in arriving:
@@ -90,6 +90,16 @@ def test_copies_under_way_are_waited_for_after_an_error(where, log):
                 raise MemoryError(where)
     assert log[-1] == "computing waits for copying" and log.count("use") <= 1
     assert next(arriving, None) is None
+
+
+def test_neighbours_in_memory_are_copied_together():
+    pages = torch.arange(48, dtype=torch.uint8)
+    e = pages.split(8)
+    others = torch.arange(100, 108, dtype=torch.uint8)
+    piece = [e[0], e[1], e[3], e[4], e[5], others, e[2], e[1]]
+    found = list(delivery.runs(piece))
+    assert [len(run) for run in found] == [2, 3, 1, 1, 1]
+    assert torch.equal(torch.cat(found), torch.stack(piece))
 
 
 def test_nothing_to_send(log):

@@ -12,7 +12,7 @@ from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, rela
 from torch.utils.checkpoint import checkpoint
 
 import coterie
-from coterie import Activation, ExpertLora, Experts, reference
+from coterie import Activation, ExpertLora, Experts, machine, reference
 from coterie.errors import ArgumentError
 from coterie.gpu import delivery, rates, resident, streaming
 from coterie.gpu.rates import Rates
@@ -260,6 +260,16 @@ def test_rates_are_measured_once(pretend, monkeypatch):
         called(pretend, experts, x, ids, weights)
     finally:
         rates.measured.cache_clear()
+
+
+def test_copies_are_timed(pretend, monkeypatch):
+    monkeypatch.setattr(machine, "LINK_NBYTES", 1 << 16)
+    monkeypatch.setattr(machine, "GPU_NBYTES", 1 << 16)
+    assert min(machine.link_rates(pretend.DEVICE, 0.01)) > 1e5
+    places = [place for place, shape, _ in pretend.copied if shape == (1 << 16,)]
+    assert len(places) >= 5 and set(places) == {"device", "host"}
+    pretend.copied.clear()
+    assert machine.gpu_bandwidth(pretend.DEVICE, 0.01) > 1e5 and not pretend.copied
 
 
 @pytest.mark.parametrize("how", [{"use_reentrant": False}, coterie.checkpointing(), {"use_reentrant": True}])

@@ -81,11 +81,11 @@ def computes(isa: str, gpus: list[Gpu], measured: tuple[float, float, float]) ->
     with errors.status("measuring how fast experts are sent"):
         found = rates.Rates(*measured, rates.delivered(device), rates.products(device))
     first = found.streams_from(shape.K, layer, integer=True)
-    sent = "from no number of tokens on" if first is None else f"from {first} tokens on"
+    sent = "for no number of tokens" if first is None else f"from {first} tokens on"
     return (
-        f'device="cuda": the GPU all but the experts, the {isa} kernels those; the GPU those of gpu_experts=N, and '
-        f"with gpu_experts=\"stream\" a layer like Qwen3-30B-A3B's in int4 {sent} "
-        f"({significant(found.delivered / 1e9)} GB/s of packed experts get there)"
+        f'device="cuda": all but the experts on the GPU, the experts on the CPU ({isa} kernels); gpu_experts=N: N of '
+        f"each layer's on the GPU; gpu_experts=\"stream\": a layer like Qwen3-30B-A3B's in int4 on the GPU {sent}, to which "
+        f"{significant(found.delivered / 1e9)} GB/s of packed experts are brought"
     )
 
 

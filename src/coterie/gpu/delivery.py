@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -46,8 +47,10 @@ def _overlapped(device: torch.device, pieces: Sequence[Sequence[Tensor]], use: C
             before = sent[turn]
             if before is not None:
                 before.synchronize()
-            for row, expert in zip(pinned[turn], piece, strict=False):
-                row.copy_(expert)
+            start = 0
+            for run in runs(piece):
+                pinned[turn][start : start + len(run)].copy_(run)
+                start += len(run)
             copying.wait_event(free[turn])
             with torch.cuda.stream(copying):
                 there[turn][:count].copy_(pinned[turn][:count], non_blocking=True)
@@ -59,6 +62,19 @@ def _overlapped(device: torch.device, pieces: Sequence[Sequence[Tensor]], use: C
             del found
     finally:
         computing.wait_stream(copying)  # an error may leave a copy under way into memory that is given back here
+
+
+def runs(piece: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Experts that follow each other in memory as one tensor [n, nbytes]: threads are called up once for a copy."""
+    nbytes = piece[0].numel()
+
+    def first(numbered: tuple[int, Tensor]) -> tuple[int, int]:
+        i, expert = numbered
+        return expert.untyped_storage().data_ptr(), expert.data_ptr() - i * nbytes
+
+    for _, group in itertools.groupby(enumerate(piece), first):
+        experts = [expert for _, expert in group]
+        yield experts[0].as_strided((len(experts), nbytes), (nbytes, 1))
 
 
 @functools.cache
