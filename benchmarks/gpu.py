@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie import ExpertLora, Experts, cpu, reference, versions
+from coterie import ExpertLora, Experts, cpu, machine, reference, versions
 from coterie.bench.shapes import SHAPES, Shape
 from coterie.bench.timing import median_seconds
 from coterie.formats import FORMATS, Format, resolve
+from coterie.gpu import rates, streaming
 
 NAMES = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b")
 SCALING = 2.0
@@ -314,6 +315,41 @@ def graphed(bench: Bench, layers: list[Experts], batches: list[tuple[Tensor, Ten
     return bench.timed(call)["ms"]
 
 
+def stream(bench: Bench, shape: Shape, spec: Format, tokens: Sequence[int]) -> dict[str, Any]:
+    """Milliseconds of a layer's forward and step whose experts are in RAM, sent there, or on the device; by tokens.
+
+    chosen: from how many tokens on, a power of two, they would be sent by the rates that are measured; with bf16
+    activations, as they compute here.
+    """
+    figures: dict[str, Any] = {"shape": str(shape), "format": str(spec)}
+    experts = bench.experts(shape, spec)
+    if bench.is_cuda:
+        found, to_and_from = rates.measured(bench.device), machine.link_rates(bench.device)
+        layer = rates.Layer(shape.E, experts.expert_nbytes, 3 * shape.H * shape.I)
+        figures |= {"rates": asdict(found), "link": to_and_from, "chosen": found.streams_from(shape.K, layer, False)}
+    batches = {count: bench.batch(shape, count) for count in tokens}
+
+    def place(name: str, call: Forward) -> None:
+        for count, (x, ids, weights) in batches.items():
+            leaf = x.clone().requires_grad_()
+
+            def infer(x: Tensor = x, ids: Tensor = ids, weights: Tensor = weights) -> None:
+                with torch.no_grad():
+                    call(x, ids, weights, None)
+
+            def step(leaf: Tensor = leaf, ids: Tensor = ids, weights: Tensor = weights) -> None:
+                torch.autograd.grad(call(leaf, ids, weights, None), leaf, torch.ones_like(leaf))
+
+            figures[f"{name}, forward, T={count}"] = bench.timed(infer)
+            figures[f"{name}, step, T={count}"] = bench.timed(step)
+
+    place("in RAM", experts)
+    place("streamed", partial(streaming.compute, experts))
+    experts.move(bench.device)
+    place("on the device", experts)
+    return figures
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--device", default="cuda")
@@ -343,6 +379,7 @@ def main() -> None:
         bench.section(f"times {name}", partial(times, bench, shape, make, tokens))
     bench.section("dequantise", partial(dequantise, bench, TINY if given.tiny else Shape(E=32, H=2048, I=768, K=8)))
     bench.section("decode", partial(decode, bench, shape, int4, 1 if given.tiny else 3, few))
+    bench.section("stream", partial(stream, bench, shape, int4, tokens[:1] if given.tiny else (256, 1024, 4096)))
     wrong = [name for name, result in bench.found["sections"].items() if "figures" not in result]
     wrong += [
         f"{name}: {place}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +19,10 @@ from .checkpoints import Codes, LayerReader, PackedFile, open_layer, open_reader
 from .cpu import current_isa
 from .errors import ArgumentError
 from .formats import PANEL_ROWS, Format, resolve, round_up
-from .gpu import hybrid, offload
+from .gpu import hybrid, offload, streaming
 from .gpu.device import check_experts, usable
+from .gpu.matrices import Matrices
+from .gpu.rates import Rates
 from .gpu.resident import Resident
 from .gpu.stream import unpacked
 from .layer import PROJECTIONS, Layer
@@ -73,6 +75,7 @@ class Experts:
         self._biases: dict[str, Tensor] = {}
         self._mapped = False  # the weights are pages of a file
         self._placement: hybrid.Placement | None = None
+        self._streaming: streaming.Streaming | None = None
         self._layer = Layer(spec, num_experts, hidden_size, intermediate_size, activation, has_gate)
         self._handle = handles.new_handle(self._layer)
         self.activations = activations
@@ -274,6 +277,10 @@ class Experts:
         if value == "auto":
             self._layer.adapted = False
 
+    def uses_int8(self) -> bool:
+        """Whether a forward in RAM without adapter and gradients rounds activations to int8."""
+        return self._layer.uses_int8()
+
     def adapt(self) -> None:
         """Say that the experts are part of a model that has an adapter or is being trained: see ``activations``.
 
@@ -372,7 +379,8 @@ class Experts:
 
         Experts that are on a device (see :meth:`move`) compute there with bf16 activations, those in RAM meanwhile; x,
         ids and weights must be on that device. Where all are on it, nothing is copied, and an id out of range fails as
-        torch's own indexing does there.
+        torch's own indexing does there. Experts that are sent to the tokens' device (see :meth:`stream`) compute there
+        with bf16 activations too.
 
         Raises:
             ArgumentError: a wrong shape, dtype or device, or an id out of range.
@@ -380,6 +388,8 @@ class Experts:
         if self._placement is not None:
             return hybrid.forward(self, self._placement, x, ids, weights, lora)
         if not x.is_cpu and x.device.type not in ("cpu", "meta"):
+            if self._streaming is not None:
+                return streaming.forward(self, self._streaming, x, ids, weights, lora)
             return offload.forward(self, x, ids, weights, lora)
         return ops.forward(self, x, ids, weights, lora)
 
@@ -508,22 +518,47 @@ class Experts:
             DeviceError: no such device, or it cannot compute experts.
         """
         moved = tuple(sorted(set(range(self.num_experts) if experts is None else experts)))
+        if self._streaming is not None:
+            raise ArgumentError("move: these experts are sent to the tokens' device: see stream()")
         if self._placement is not None:
             raise ArgumentError(f"move: {len(self._placement.experts)} of these experts were moved before")
         if not moved or not 0 <= moved[0] <= moved[-1] < self.num_experts:
             raise ArgumentError(f"move: expected numbers from 0 to {self.num_experts - 1}, found {list(moved)}")
         there = usable(device)
         check_experts(there)
-        matrices, start = {}, 0
-        for name in self.projections:
-            end = start + self.spec.matrix_nbytes(*self.shape(name))
-            data = torch.stack([self._weights[e][start:end].to(there) for e in moved])
-            matrices[name], start = unpacked(self.spec, *self.shape(name), data), end
+        matrices = self.unpacked(lambda part: torch.stack([self._weights[e][part].to(there) for e in moved]))
         own = torch.tensor(moved)
         biases = {name: bias[own].to(there) for name, bias in self.biases().items()}
         resident = Resident(there, matrices, biases, self.activation)
         self._placement = hybrid.Placement.of(resident, moved, self.num_experts)
         self._release(moved)
+
+    def stream(self, from_tokens: int | None = None, rates: Rates | None = None) -> None:
+        """From now on, send these experts to the device of the tokens, packed, wherever that is the faster way: for
+        calls of many tokens that are on one. They stay in RAM, where the other calls are computed.
+
+        Not for experts that were moved.
+
+        Args:
+            from_tokens: send them for so many tokens or more.
+            rates: say from how many, where `from_tokens` does not; None: measured, in the first call.
+
+        Raises ArgumentError for experts that were moved and a negative number of tokens.
+        """
+        if self._placement is not None:
+            raise ArgumentError(f"stream: {len(self._placement.experts)} of these experts were moved to a device")
+        if from_tokens is not None and from_tokens < 0:
+            raise ArgumentError(f"stream: expected from_tokens of at least 0, found {from_tokens}")
+        self._streaming = streaming.Streaming(from_tokens, rates)
+
+    def unpacked(self, part: Callable[[slice], Tensor]) -> dict[str, Matrices]:
+        """The matrices of n experts by projection, on any device: `part` gives some of their packed bytes there, uint8
+        [n, bytes]."""
+        matrices, start = {}, 0
+        for name in self.projections:
+            end = start + self.spec.matrix_nbytes(*self.shape(name))
+            matrices[name], start = unpacked(self.spec, *self.shape(name), part(slice(start, end))), end
+        return matrices
 
     def _release(self, moved: Sequence[int]) -> None:
         """Gives back the memory of experts that are elsewhere; those that stay are copied into memory of their own."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from coterie import _native
@@ -17,6 +18,8 @@ from coterie.experts import Experts
 NUMA_SIZES = 1, 4096, 14336  # experts, H and I of the layer that is looked at: its matrices are many huge pages
 HEADS, KEY_HEADS, TOKENS, WIDTH = 8, 2, 512, 128  # of the attention that is timed
 ROW_WEIGHT = 16384, 4096  # 134 MB: more than caches hold
+LINK_NBYTES = 1 << 26  # of a copy to or from a GPU that is timed
+GPU_NBYTES = 1 << 28  # of a copy within its memory: more than its caches hold
 PACKING_ROWS, PACKING_COLUMNS = 1024, 2048  # of the matrix that the packing rate is measured with
 
 
@@ -88,13 +91,44 @@ def numa_shares() -> dict[int, float]:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
+    """One that torch sees; bytes of its memory, and of what is free of it now."""
+
+    device: torch.device
     name: str
-    memory: int  # bytes
+    capability: str
+    memory: int
+    free: int
 
 
 def gpus() -> list[Gpu]:
     """The GPUs that torch sees."""
     if not torch.cuda.is_available():
         return []
-    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [Gpu(p.name, p.total_memory) for p in found]
+    found = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        free, _ = torch.cuda.mem_get_info(i)
+        found.append(Gpu(torch.device("cuda", i), p.name, f"{p.major}.{p.minor}", p.total_memory, free))
+    return found
+
+
+def gpu_bandwidth(device: torch.device, seconds: float = 0.1) -> float:
+    """Bytes per second that a GPU reads and writes of its own memory, in copies."""
+    source = torch.ones(GPU_NBYTES, dtype=torch.uint8, device=device)
+    to = torch.empty_like(source)
+    return 2 * GPU_NBYTES * _calls_per_second(partial(_copy, to, source), seconds)
+
+
+def link_rates(device: torch.device, seconds: float = 0.1) -> tuple[float, float]:
+    """Bytes per second copied from pinned memory to a GPU, and from it to pinned memory."""
+    here = torch.ones(LINK_NBYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+    there = here.to(device)
+    to_device = _calls_per_second(partial(_copy, there, here), seconds)
+    return LINK_NBYTES * to_device, LINK_NBYTES * _calls_per_second(partial(_copy, here, there), seconds)
+
+
+def _copy(to: Tensor, source: Tensor) -> None:
+    """Returns when it is done."""
+    to.copy_(source, non_blocking=True)
+    if "cuda" in (to.device.type, source.device.type):
+        torch.cuda.synchronize(to.device if to.device.type == "cuda" else source.device)

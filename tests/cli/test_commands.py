@@ -7,12 +7,14 @@ import sys
 import types
 
 import pytest
+import torch
 
 from coterie import cpu, machine, memory, tiny
 from coterie.cli.console import count, significant, size
 from coterie.cli.convert_cpu import parse_layers
 from coterie.cli.doctor import advise
 from coterie.errors import ArgumentError
+from coterie.gpu import rates
 
 COMMANDS = ("quickstart", "doctor", "plan", "convert", "bench", "chat", "serve")
 
@@ -146,6 +148,35 @@ def test_plan_says_first_whether_the_model_opens(coterie, tmp_path):
         assert "deprecated" not in ran.out + ran.err
 
 
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """One that is the CPU, of 24 GB, with rates that are given."""
+    gpu = machine.Gpu(torch.device("cpu"), "A [new] card", "8.9", 24 * 10**9, 20 * 10**9)
+    monkeypatch.setattr(machine, "gpus", lambda: [gpu])
+    monkeypatch.setattr(machine, "link_rates", lambda device: (25e9, 20e9))
+    monkeypatch.setattr(machine, "gpu_bandwidth", lambda device: 1e12)
+    monkeypatch.setattr(rates, "delivered", lambda device: 12e9)
+    monkeypatch.setattr(rates, "products", lambda device: 100e12)
+    monkeypatch.setattr(machine, "read_bandwidth", lambda: 40e9)
+    monkeypatch.setattr(machine, "dot_rate", lambda format: {"bf16": 1e12, "int8": 2e12}[format])
+
+
+def test_plan_places_experts_on_a_gpu_that_is_named(coterie, monkeypatch):
+    monkeypatch.setattr(machine, "gpus", list)
+    assert "VRAM" not in coterie("plan", tiny.PATH, "--experts", "int4").out
+    said = " ".join(coterie("plan", tiny.PATH, "--experts", "int4", "--vram", "24GB").out.split())
+    assert "With a GPU: 24 GB of VRAM, as given; 22.8 GB after a margin of 5%." in said
+    assert 'int4: device="cuda", gpu_experts="all"' in said and "The GPU, assumed: reads 600 GB/s" in said
+    said = " ".join(coterie("plan", tiny.PATH, "--vram", "1GB").out.split())
+    assert "short" in said and "device=" not in said
+
+
+def test_plan_places_experts_on_the_gpu_that_is_here(coterie, one_gpu):
+    said = " ".join(coterie("plan", tiny.PATH, "--experts", "int4").out.split())
+    assert "With a GPU: 20 GB of VRAM, free on A [new] card; 19 GB after" in said
+    assert "The GPU, measured here: reads 1 TB/s, gets 12 GB/s of packed experts, 100 TFLOP/s in bf16." in said
+
+
 def test_plan_train_adds_what_fine_tuning_takes(coterie):
     ran = coterie("plan", tiny.PATH, "--train", "--lora-r", "4", "--sequence-len", "64", "--experts", "int4")
     assert "LoRA of rank 4 on attention and experts, 1 x 64 tokens" in ran.out and "AdamW" in ran.out
@@ -170,6 +201,20 @@ def test_doctor_says_where_experts_lie(coterie, monkeypatch):
     assert "experts by node" not in coterie("doctor").out or cpu.info().numa_nodes > 1
     monkeypatch.setattr(machine, "numa_shares", lambda: {0: 0.97, 2: 0.5})
     assert "97% of what 0 computes, 50% of what 2 computes" in coterie("doctor").out
+
+
+def test_doctor_says_what_the_gpu_is_for(coterie, one_gpu):
+    said = " ".join(coterie("doctor").out.split())
+    assert "A [new] card 24 GB, 20 GB free; compute capability 8.9; 25 GB/s to it, 20 GB/s from it" in said
+    # 340 MB at 12 GB/s: what the CPU does in that time, 75.5 MFLOP a token at 2 TFLOP/s.
+    assert 'gpu_experts="stream": a layer like Qwen3-30B-A3B\'s in int4 on the GPU from 1024 tokens on' in said
+    assert "to which 12 GB/s of packed experts are brought" in said
+
+
+def test_doctor_says_what_computes_without_a_gpu(coterie, monkeypatch):
+    monkeypatch.setattr(machine, "gpus", list)
+    said = " ".join(coterie("doctor").out.split())
+    assert f"computes the CPU: experts and packed layers by the {cpu.info().isa} kernels, the rest by torch" in said
 
 
 def test_doctor_advises():

@@ -7,6 +7,7 @@ that other tests of the process go on as before.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class _Module(backend_registration._DummyBackendModule):
 backend_registration._setup_privateuseone_for_python_backend(NAME, _Module(), _Hook())
 DEVICE = torch.device(NAME, 0)
 copied: list[tuple[str, tuple[int, ...], torch.dtype]] = []  # ("host" or "device", shape, dtype) of every copy
-_library = torch.library.Library("_", "IMPL")
+_library, _ranges = (torch.library.Library(namespace, "IMPL") for namespace in ("_", "aten"))
 
 
 class PretendTensor(Tensor):
@@ -93,3 +94,6 @@ class Device(TorchFunctionMode):
 
 
 _library.fallback(run, "PrivateUse1")
+for _overload in ("default", "start", "start_step"):  # torch's own would resize a tensor, of which ours knows nothing
+    _arange = getattr(torch.ops.aten.arange, _overload)
+    _ranges.impl(_arange, functools.partial(run, _arange), "PrivateUse1")

@@ -29,6 +29,8 @@ def test_every_section(tmp_path, monkeypatch, capsys):
     times = found["sections"]["times int4"]["figures"]
     assert set(times) == {f"{kind}, T={t}" for kind in ("forward", "step", "step with LoRA") for t in (1, 16)}
     assert len(found["sections"]["decode"]["figures"]) == 6
+    streamed = [name for name in found["sections"]["stream"]["figures"] if name.startswith("streamed")]
+    assert streamed == ["streamed, forward, T=1", "streamed, step, T=1"]
     assert "wrong or missing: nothing" in capsys.readouterr().out
     assert found["device"]["name"] == "cpu" and found["cpu"]["isa"] and found["versions"]["torch"]
 
@@ -37,7 +39,8 @@ def test_a_section_that_fails_is_written_down(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("coterie.bench.timing.median_seconds", lambda *_: 1 / 0)
     found = run(monkeypatch, tmp_path / "gpu.json")
     failed = [name for name, section in found["sections"].items() if "error" in section]
-    assert failed == ["times int4", "times bf16", "times grouped_mm bf16", "times eager bf16", "dequantise", "decode"]
+    times = ["times int4", "times bf16", "times grouped_mm bf16", "times eager bf16"]
+    assert failed == [*times, "dequantise", "decode", "stream"]
     assert "ZeroDivisionError" in found["sections"]["decode"]["error"]
     assert "wrong or missing: times int4" in capsys.readouterr().out
 
@@ -45,7 +48,7 @@ def test_a_section_that_fails_is_written_down(tmp_path, monkeypatch, capsys):
 def test_no_section_begins_late(tmp_path, monkeypatch):
     sections = run(monkeypatch, tmp_path / "gpu.json", "--minutes", "0")["sections"]
     assert all(section["skipped"] == "no time left" for section in sections.values())
-    assert len(sections) == len(FORMATS) + 12
+    assert len(sections) == len(FORMATS) + 13
 
 
 @pytest.mark.parametrize("name", ["grouped_dense", "eager_dense"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from coterie.errors import ArgumentError
-from coterie.gpu.choice import chosen, read
+from coterie.gpu.choice import chosen, read, streamed
 
 MASK = torch.tensor([[True, False, False, True], [False] * 4, [True] * 4])
 
@@ -15,6 +15,7 @@ MASK = torch.tensor([[True, False, False, True], [False] * 4, [True] * 4])
     ("asked", "expected"),
     [
         (None, [(), (), ()]),
+        ("stream", [(), (), ()]),
         ("all", [(0, 1, 2, 3)] * 3),
         (0, [()] * 3),
         (2, [(0, 1)] * 3),
@@ -60,5 +61,15 @@ WRONG = ["auto", "half", -1, 5, 0.0, 1.5, True, float("nan"), MASK[:2], MASK[:, 
 
 @pytest.mark.parametrize("asked", WRONG)
 def test_refused(asked):
-    with pytest.raises(ArgumentError, match=r'expected "all", "auto", a number of each layer\'s 4 experts'):
+    with pytest.raises(ArgumentError, match=r'expected "all", "auto", "stream", a number of each layer\'s 4 experts'):
         chosen(asked, [4, 4, 4])
+
+
+def test_streamed():
+    assert [streamed(asked) for asked in (None, "all", 3, 0.5, MASK)] == [None] * 5
+    assert [streamed(asked).from_tokens for asked in ("stream", "stream:0", "stream:256")] == [None, 0, 256]
+    for wrong in ("stream:", "stream:-1", "stream:many", "stream:1:2"):
+        with pytest.raises(ArgumentError, match='expected "stream", or "stream:256" for 256 tokens or more'):
+            streamed(wrong)
+    with pytest.raises(ArgumentError, match="found 'streams'"):
+        chosen("streams", [4])

@@ -142,7 +142,7 @@ PLACES = ["all", 3, 0.5, [[True, False] * 4, [False] * 8]]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
-@pytest.mark.parametrize("gpu_experts", PLACES[:3], ids=str)
+@pytest.mark.parametrize("gpu_experts", [*PLACES[:3], "stream:0"], ids=str)
 def test_experts_on_the_device(gpu_experts, family, checkpoint, pretend):
     options = OPTIONS | {"activations": "bf16"}
     model = coterie.from_pretrained(checkpoint(family), "int4", pretend.NAME, gpu_experts=gpu_experts, **options)
@@ -155,7 +155,7 @@ def test_experts_on_the_device(gpu_experts, family, checkpoint, pretend):
     assert model.generate(ids.to(pretend.DEVICE), max_new_tokens=3, do_sample=False).shape == (2, 15)
 
 
-@pytest.mark.parametrize("gpu_experts", PLACES, ids=["all", "number", "fraction", "mask"])
+@pytest.mark.parametrize("gpu_experts", [*PLACES, "stream:0"], ids=["all", "number", "fraction", "mask", "stream"])
 def test_saved_and_opened_again(gpu_experts, checkpoint, tmp_path, pretend):
     plain = coterie.from_pretrained(checkpoint("qwen3_moe"), "int8")
     model = coterie.from_pretrained(checkpoint("qwen3_moe"), "int8", pretend.NAME, gpu_experts=gpu_experts)
@@ -170,6 +170,19 @@ def test_saved_and_opened_again(gpu_experts, checkpoint, tmp_path, pretend):
         assert torch.equal(found, expected)
 
 
+def test_streamed_experts_decode_in_ram(checkpoint, pretend):
+    """A prompt on the device, its twelve tokens being many, and each token that follows in RAM."""
+    model = coterie.from_pretrained(checkpoint("qwen3_moe"), "int4", pretend.NAME, gpu_experts="stream:12", **OPTIONS)
+    ids = tiny_models.prompt().to(pretend.DEVICE)
+    pretend.copied.clear()
+    model.generate(ids[:1], max_new_tokens=4, do_sample=False)
+    packed = [shape for place, shape, dtype in pretend.copied if (place, dtype) == ("device", torch.uint8)]
+    expert = model.model.layers[0].mlp.experts.packed_module.experts.expert_nbytes
+    assert [nbytes for _, nbytes in packed] == [expert] * 2  # layers
+    tokens = [shape[0] for place, shape, _ in pretend.copied if place == "host" and shape[1:] == (64,)]
+    assert tokens == [1] * 6
+
+
 def test_moved_experts_refuse_the_cpu(checkpoint, pretend):
     path = checkpoint("qwen3_moe")
     model = coterie.from_pretrained(path, "int8", pretend.NAME, gpu_experts="all")
@@ -177,11 +190,15 @@ def test_moved_experts_refuse_the_cpu(checkpoint, pretend):
         model.to("cpu")(tiny_models.prompt())
     with pytest.raises(ArgumentError, match="gpu_experts needs a GPU"):
         coterie.from_pretrained(path, "int8", gpu_experts="all")
+    with pytest.raises(ArgumentError, match="gpu_experts needs a GPU"):
+        coterie.from_pretrained(path, "int8", gpu_experts="stream")
+    with pytest.raises(ArgumentError, match='expected "stream", or "stream:256"'):
+        coterie.from_pretrained(path, "int8", pretend.NAME, gpu_experts="stream:many")
     with pytest.raises(ArgumentError, match=r"gpu_experts: expected .* 2 layers by experts, found 9"):
         coterie.from_pretrained(path, "int8", pretend.NAME, gpu_experts=9)
 
 
-@pytest.mark.parametrize("gpu_experts", PLACES, ids=["all", "number", "fraction", "mask"])
+@pytest.mark.parametrize("gpu_experts", [*PLACES, "stream:0"], ids=["all", "number", "fraction", "mask", "stream"])
 @pytest.mark.parametrize("moved", [False, True], ids=["adapters in RAM", "adapters on the device"])
 def test_training_experts_on_the_device(gpu_experts, moved, checkpoint, pretend):
     path, options = checkpoint("qwen3_moe"), {"target_modules": ["q_proj"], "target_parameters": PARAMETERS}

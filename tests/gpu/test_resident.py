@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from batches import SIZES, batches
 from engine_cases import FORMATS, dense, name_of, options
 from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, relative
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +17,6 @@ from coterie.gpu import resident
 from coterie.gpu.activate import activate
 from coterie.gpu.transfer import Transfer
 
-SIZES = (6, 128, 256)
 SPEC = FORMATS[6]
 PLACES = {"all": None, "some": (0, 2, 3)}  # experts on the device
 
@@ -44,19 +44,6 @@ def test_formats(spec, where):
     found = experts(x, ids, weights)
     assert found.dtype == torch.bfloat16
     assert relative(found, reference.forward(x, ids, weights, *truth)) < TOLERANCE
-
-
-def batches():
-    """What can be wrong with the order of tokens."""
-    x, ids, weights, _ = random_batch(SIZES, 3, 40)
-    yield "ragged, duplicates and -1", x, ids, weights
-    yield "one expert", x, torch.full_like(ids, 4), weights
-    yield "one expert is missing", x, ids.where(ids != 1, 5), weights
-    yield "nothing", x, torch.full_like(ids, -1), weights
-    yield "one token", x[:1], torch.tensor([[5, 0, 5]]), weights[:1]
-    yield "no tokens", x[:0], ids[:0], weights[:0]
-    yield "no experts a token", x, ids[:, :0], weights[:, :0]
-    yield "int32, strided", x.T.contiguous().T, ids.int().T.contiguous().T, weights.half().T.contiguous().T
 
 
 @pytest.mark.parametrize("where", PLACES)
@@ -214,7 +201,7 @@ def test_one_piece_is_dense_at_a_time(monkeypatch):
     monkeypatch.setattr(resident, "PIECE_NBYTES", 2 * 3 * 2 * SIZES[1] * SIZES[2])
     seen, dense_of = [], resident.Resident.dense
     monkeypatch.setattr(
-        resident.Resident, "dense", lambda self, *args, **more: seen.append(len(args[1])) or dense_of(self, *args, **more)
+        resident.Resident, "dense", lambda self, *args, **more: (seen.append(len(args[1])), dense_of(self, *args, **more))[1]
     )
     experts, _ = moved()
     x, ids, weights, _ = random_batch(SIZES, 2, 20)

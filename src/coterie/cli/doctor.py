@@ -10,6 +10,7 @@ from coterie.cli.console import console, errors, facts, significant, size
 
 if TYPE_CHECKING:
     from coterie.cpu import CpuInfo
+    from coterie.machine import Gpu
 
 THP = "/sys/kernel/mm/transparent_hugepage/enabled"
 
@@ -48,16 +49,44 @@ def doctor() -> None:
     console.print(report)
 
     report = facts("\nGPU")
-    for gpu in machine.gpus():
-        report.add_row(gpu.name, f"{size(gpu.memory)}, not used by this version")
-    if not report.row_count:
+    gpus = machine.gpus()
+    for gpu in gpus:
+        with errors.status(f"measuring copies to {gpu.name}"):
+            to, back = (significant(rate / 1e9) for rate in machine.link_rates(gpu.device))
+        memory_of = f"{size(gpu.memory)}, {size(gpu.free)} free"
+        report.add_row(
+            escape(gpu.name), f"{memory_of}; compute capability {gpu.capability}; {to} GB/s to it, {back} GB/s from it"
+        )
+    if not gpus:
         report.add_row("none", "not needed: everything runs on the CPU")
+    report.add_row("computes", computes(info.isa, gpus, (bandwidth, bf16, int8)))
     console.print(report)
 
     console.print("\n[bold]What to change[/]")
     advice = advise(info, versions.problems(found))
     for line in advice or ["nothing: this machine is used as well as it can be"]:
         console.print(f"- {line}", markup=False, highlight=False)
+
+
+def computes(isa: str, gpus: list[Gpu], measured: tuple[float, float, float]) -> str:
+    """What will compute what; measured: bytes that the CPU reads and operations of its products in a second."""
+    if not gpus:
+        return f"the CPU: experts and packed layers by the {isa} kernels, the rest by torch"
+    from coterie.bench.shapes import SHAPES
+    from coterie.formats import resolve
+    from coterie.gpu import rates
+
+    shape, spec, device = SHAPES["qwen3-30b"], resolve("int4"), gpus[0].device
+    layer = rates.Layer(shape.E, spec.expert_nbytes(shape.H, shape.I, True), 3 * shape.H * shape.I)
+    with errors.status("measuring how fast experts are sent"):
+        found = rates.Rates(*measured, rates.delivered(device), rates.products(device))
+    first = found.streams_from(shape.K, layer, integer=True)
+    sent = "for no number of tokens" if first is None else f"from {first} tokens on"
+    return (
+        f'device="cuda": all but the experts on the GPU, the experts on the CPU ({isa} kernels); gpu_experts=N: N of '
+        f"each layer's on the GPU; gpu_experts=\"stream\": a layer like Qwen3-30B-A3B's in int4 on the GPU {sent}, to which "
+        f"{significant(found.delivered / 1e9)} GB/s of packed experts are brought"
+    )
 
 
 def advise(info: CpuInfo, problems: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from coterie.cli.console import console, count, errors, significant, size, table
 
@@ -24,6 +25,9 @@ def plan(
     context: Annotated[int, typer.Option(help="Tokens of one sequence, for the size of its KV cache.")] = 4096,
     ram: Annotated[
         str | None, typer.Option(help="RAM to plan for, like 64GB or 64 (gigabytes). [default: what is available here]")
+    ] = None,
+    vram: Annotated[
+        str | None, typer.Option(help="VRAM of a GPU to plan for, like 24GB. [default: what is free on the GPU here]")
     ] = None,
     bandwidth: Annotated[
         str | None, typer.Option(help="RAM read per second, like 50GB. [default: measured here]")
@@ -100,6 +104,7 @@ def plan(
         highlight=False,
     )
     print_rates(rates, context)
+    print_placements(anatomy, formats, usable, vram, rates)
     if linears and linears.saved > 0 and source.dense is None:
         console.print(
             f"Linear layers that are packed while a model loads take {size(linears.saved)} more until they are: "
@@ -125,6 +130,50 @@ def print_rates(rates: Rates, context: int) -> None:
         f"Prefill, {planning.PROMPT} tokens: {significant(rates.bf16 / 1e9)} GFLOP/s in bf16, "
         f"{significant(rates.int8 / 1e9)} GOP/s in int8, {significant(rates.attention / 1e9)} GFLOP/s in attention. "
         f"Whole models reach {rates.reached:.0%} of that; `coterie bench model` measures some layers.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def print_placements(anatomy: Anatomy, formats: list[Format], ram: int, vram: str | None, rates: Rates) -> None:
+    """Where the experts go with a GPU: the one here, or one of `vram`; nothing where there is neither."""
+    from coterie import machine, memory
+    from coterie import plan as planning
+    from coterie.gpu.rates import delivered, products
+
+    gpus = machine.gpus()
+    if not gpus and vram is None:
+        return
+    gpu = planning.ASSUMED
+    if gpus:
+        with errors.status("measuring the GPU"):
+            device = gpus[0].device
+            gpu = planning.GpuRates(machine.gpu_bandwidth(device), delivered(device), products(device))
+    available = memory.parse_bytes(vram) if vram else gpus[0].free
+    usable = planning.usable(available)
+    where = "as given" if vram else f"free on {escape(gpus[0].name)}"
+    console.print(
+        f"\n[bold]With a GPU[/]: {size(available)} of VRAM, {where}; {size(usable)} after a margin of 5%.",
+        highlight=False,
+    )
+    report = table("", "experts in", "gpu_experts=", "VRAM needed", "", "RAM needed", "", "decode", "prefill")
+    found = [p for spec in formats for p in planning.placements(anatomy, spec, usable, ram, rates, gpu)]
+    for p in found:
+        needed = size(p.vram), fits(p.vram_short), size(p.ram), fits(p.ram_short)
+        report.add_row(p.format, str(p.gpu_experts), *needed, significant(p.decode), significant(p.prefill))
+    console.print(report)
+    for spec in formats:
+        best = planning.choose([p for p in found if p.format == spec.name])
+        if best is not None:
+            asked = best.gpu_experts if isinstance(best.gpu_experts, int) else f'"{best.gpu_experts}"'
+            console.print(f'{spec.name}: [bold]device="cuda", gpu_experts={asked}[/]', highlight=False)
+    rated = "measured here" if gpus else "assumed"
+    console.print(
+        f"VRAM needed: all but the experts in bf16 ({size(anatomy.rest_nbytes)}), the KV cache of {anatomy.context} "
+        f"tokens ({size(anatomy.cache_nbytes)}), {size(planning.GPU_RESERVE)} for CUDA and activations, buffers, and "
+        f"experts. Named is what is through first with a prompt of {planning.PROMPT} tokens and an answer of "
+        f"{planning.ANSWER}. The GPU, {rated}: reads {size(gpu.memory)}/s, gets {size(gpu.delivered)}/s of packed "
+        f"experts, {significant(gpu.products / 1e12)} TFLOP/s in bf16. Predictions; no model was timed for them.",
         style="dim",
         highlight=False,
     )

@@ -33,10 +33,10 @@ class Adapter:
     rows: int = 0
 
     @classmethod
-    def of(cls, matrices: Sequence[tuple[int | None, int, float]], factors: Sequence[Tensor]) -> Adapter:
-        """matrices: of each the number of its A and B, or None, how many rows it has, and the scaling."""
+    def of(cls, matrices: Sequence[tuple[int | None, float, int]], factors: Sequence[Tensor]) -> Adapter:
+        """matrices: of each the number of its A and B, or None, the scaling, and how many rows it has."""
         parts, rank, start = [], 0, 0
-        for index, height, scaling in matrices:
+        for index, scaling, height in matrices:
             if index is not None:
                 own = factors[2 * index].shape[1]
                 parts.append(Part(index, slice(start, start + height), slice(rank, rank + own), scaling))

@@ -1,4 +1,4 @@
-"""Which experts of a model go to its GPU."""
+"""Which experts of a model go to its GPU, and whether those in RAM are sent there for calls of many tokens."""
 
 from __future__ import annotations
 
@@ -9,18 +9,31 @@ from typing import Any
 import torch
 
 from coterie.errors import ArgumentError
+from coterie.gpu.streaming import Streaming
 
-AUTO = "auto"
+STREAM, AUTO = "stream", "auto"
+
+
+def streamed(gpu_experts: Any) -> Streaming | None:
+    """Of "stream" and "stream:256", from 256 tokens on; None for all else, with which experts are not sent."""
+    if not isinstance(gpu_experts, str) or gpu_experts.partition(":")[0] != STREAM:
+        return None
+    _, colon, tokens = gpu_experts.partition(":")
+    if colon and not tokens.isdecimal():
+        raise ArgumentError(
+            f'gpu_experts: expected "stream", or "stream:256" for 256 tokens or more, found {gpu_experts!r}'
+        )
+    return Streaming(int(tokens) if colon else None)
 
 
 def chosen(gpu_experts: Any, counts: Sequence[int], most: Callable[[], int] | None = None) -> list[tuple[int, ...]]:
     """The experts of each layer that go to the GPU; `counts`: how many each has.
 
-    gpu_experts: None, for none; "all"; "auto", where `most` says for how many of each layer there is room
+    gpu_experts: None and "stream", for none; "all"; "auto", where `most` says for how many of each layer there is room
     (`Room.most`); a number for each layer, or a fraction of it in (0, 1], rounded; a bool mask [layers, experts], True
     for the GPU. All but a mask take the first ones. Raises ArgumentError for anything else.
     """
-    if gpu_experts is None:
+    if gpu_experts is None or streamed(gpu_experts):
         return [()] * len(counts)
     if isinstance(gpu_experts, str):
         if gpu_experts == AUTO and most is not None:
@@ -67,6 +80,6 @@ def read(text: str) -> str | int | float:
 def _refused(found: Any, counts: Sequence[int]) -> ArgumentError:
     experts = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
     return ArgumentError(
-        f'gpu_experts: expected "all", "auto", a number of each layer\'s {experts} experts, a fraction in (0, 1], or a '
-        f"bool mask of {len(counts)} layers by experts, found {found!r}"
+        f'gpu_experts: expected "all", "auto", "stream", a number of each layer\'s {experts} experts, a fraction in '
+        f"(0, 1], or a bool mask of {len(counts)} layers by experts, found {found!r}"
     )

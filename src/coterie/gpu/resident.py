@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,17 +72,28 @@ class Resident:
         with torch.autocast(self.device.type, enabled=False):
             if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weights, *factors)):
                 return _Compute.apply(self, names, scalings, x, ids, weights, *factors)
-            if not lora and 0 < ids.numel() <= FEW_SLOTS and fast.usable(self.device):
+            if not lora and self.multiplies_codes(ids.numel()):
                 from coterie.gpu.kernels import few
 
-                if few.takes(self.matrices):
-                    return few.forward(x, ids, weights, self.matrices, self.biases, self.activation)
+                return few.forward(x, ids, weights, self.matrices, self.biases, self.activation)
             return _Call(self, names, scalings, x, ids, weights, factors).output()
+
+    def height(self, name: str) -> int:
+        """Rows of a projection."""
+        return self.matrices[name].codes.shape[1]
+
+    def multiplies_codes(self, slots: int) -> bool:
+        """Whether so many slots are multiplied with codes as they are packed."""
+        if not 0 < slots <= FEW_SLOTS or not fast.usable(self.device):
+            return False
+        from coterie.gpu.kernels import few
+
+        return few.takes(self.matrices)
 
     def route(self, ids: Tensor) -> Routing:
         rows, cols = self.matrices["up"].codes.shape[1], self.matrices["up"].cols
         expert = 2 * rows * cols * len(self.matrices)
-        return route(ids, self.count, max(1, _piece_nbytes(self.device) // expert))
+        return route(ids, self.count, max(1, piece_nbytes(self.device) // expert))
 
     def dense(
         self, names: Sequence[str], experts: Tensor, dtype: torch.dtype = torch.bfloat16, more_columns: int = 0,
@@ -111,7 +123,8 @@ def _memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
-def _piece_nbytes(device: torch.device) -> int:
+def piece_nbytes(device: torch.device) -> int:
+    """Of the dense weights that there are at once."""
     return max(PIECE_NBYTES, int(_memory(device) * PIECE_SHARE))
 
 
@@ -162,12 +175,11 @@ class _Call:
         factors: Sequence[Tensor],
     ) -> None:
         self.resident, self.routing, self.shape, self.dtype = resident, resident.route(ids), ids.shape, x.dtype
-        self.hidden_size, self.has_gate, self.factors = x.shape[1], "gate" in resident.matrices, factors
+        self.hidden_size, self.has_gate, self.factors = x.shape[1], "gate" in resident.first, factors
         lora = {name: (i, scaling) for i, (name, scaling) in enumerate(zip(names, scalings, strict=True))}
 
         def adapter(names: Sequence[str]) -> Adapter:
-            heights = [(name, resident.matrices[name].codes.shape[1]) for name in names]
-            return Adapter.of([(lora[n][0], h, lora[n][1]) if n in lora else (None, h, 0.0) for n, h in heights], factors)
+            return Adapter.of([(*lora.get(name, (None, 1.0)), resident.height(name)) for name in names], factors)
 
         self.before, self.behind = adapter(resident.first), adapter(("down",))
         self.x = _with_zeros(x, self.before.rank)
@@ -203,17 +215,14 @@ class _Call:
         for i, piece in enumerate(self.routing.pieces):
             before, low_before, low_behind = kept[KEPT * i : KEPT * (i + 1)]
             grad_rows = self.rows(piece, grad)
-            back = self._back(
-                piece, ("down",), self.behind, grad_rows, lambda: self.activated(piece, before), low_behind, grads  # noqa: B023
-            )
+            hidden, x_rows = partial(self.activated, piece, before), partial(self.rows, piece, self.x)
+            back = self._back(piece, ("down",), self.behind, grad_rows, hidden, low_behind, grads)
             weights = self.weights[piece.rows]
             change, own = slope(resident.activation, before, back, weights, self.has_gate, self.before.rank)
             if "down" in resident.biases:
                 own += (grad_rows[:, : self.hidden_size] * self.bias(piece, "down")).sum(1)
             grad_weights[self.routing.order[piece.rows]] = own
-            found.append(self._back(
-                piece, resident.first, self.before, change, lambda: self.rows(piece, self.x), low_before, grads, wanted  # noqa: B023
-            ))
+            found.append(self._back(piece, resident.first, self.before, change, x_rows, low_before, grads, wanted))
         return self._summed(found) if wanted else None, grad_weights.view(self.shape)
 
     def rows(self, piece: Piece, tokens: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some experts and their rows: `rows` of the sorted slots, those of expert `experts[i]` end before `ends[i]`."""
+    """Some experts and their rows: `rows` of the sorted slots, those of expert `experts[i]` end before `ends[i]`.
+
+    numbers: the experts in RAM, where the device was asked for them.
+    """
 
     experts: Tensor  # int64 [n]
     rows: slice
     ends: Tensor  # int32 [n], counted from the first of the rows
+    numbers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +34,14 @@ class Routing:
     order: Tensor
     place: Tensor
     tokens: Tensor
-    pieces: tuple[Piece, ...]
+    pieces: Iterable[Piece]
 
 
-def route(ids: Tensor, count: int, most: int) -> Routing:
+def route(ids: Tensor, count: int, most: int, named: bool = False) -> Routing:
     """ids int64 [T, K] from -1, no expert, to count - 1. Pieces are of at most `most` experts.
 
-    One piece is laid out without waiting for the device; where there may be more, it is asked once.
+    One piece is laid out without waiting for the device; where there may be more, it is asked once. named: it is asked
+    in any case, and pieces hold experts with rows alone, and have their `numbers`.
     """
     (batch, top_k), slots = ids.shape, ids.numel()
     ids = torch.where(ids < 0, count, ids).flatten()
@@ -47,14 +53,16 @@ def route(ids: Tensor, count: int, most: int) -> Routing:
     place = torch.empty_like(order).scatter_(0, order, torch.arange(slots, device=ids.device))
     tokens = torch.where(ids[order] < count, order // max(1, top_k), batch)
     ends = rows[experts].cumsum(0).int()
-    if n <= most:
+    if n <= most and not named:
         ends[-1:] = slots  # rows without an expert are the last one's
         return Routing(order, place, tokens, (Piece(experts, slice(0, slots), ends),) if slots else ())
-    bounds = [0, *ends.tolist()]
+    numbers, bounds = torch.stack([experts, ends.long()]).to("cpu").tolist()
+    bounds = [0, *bounds]
     used = sum(start < end for start, end in itertools.pairwise(bounds))
     pieces = []
     for first in range(0, used, most):
         last = min(first + most, used)
         span = slice(bounds[first], bounds[last])
-        pieces.append(Piece(experts[first:last], span, ends[first:last] - span.start))
+        own = tuple(numbers[first:last])
+        pieces.append(Piece(experts[first:last], span, ends[first:last] - span.start, own))
     return Routing(order, place, tokens, tuple(pieces))

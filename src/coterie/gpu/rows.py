@@ -12,9 +12,10 @@ from coterie.gpu.activate import activate
 
 
 def activated(activation: Activation, before: Tensor, weights: Tensor, has_gate: bool, more: int) -> Tensor:
-    """bfloat16 [rows, I + more]: the activation of what stands before it, times routing weights; more columns are not set.
+    """bfloat16 [rows, I + more]: the activation of what stands before it, times routing weights; more columns are not
+    set.
 
-    before: bfloat16 [rows, 2 I], gate and up side by side, or [rows, I] where there is no gate; weights: float32 [rows].
+    before: bfloat16 [rows, 2 I], gate and up side by side, or [rows, I] without a gate; weights: float32 [rows].
     """
     if fast.usable(before.device):
         from coterie.gpu.kernels import rows as kernels

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -75,7 +77,7 @@ def unpacked(spec: Format, rows: int, cols: int, data: Tensor) -> Matrices:
         scales,
         None if zeros is None else zeros[:, :rows, :groups].contiguous(),
         None if row_scales is None else row_scales[:, :rows, 0].contiguous(),
-        _pairs(spec).to(data.device) if encoding.bits == 4 else None,
+        _pairs(spec, data.device) if encoding.bits == 4 else None,
     )
 
 
@@ -100,11 +102,10 @@ def _in_order(bits: int, words: Tensor) -> Tensor:
     byte, others of fewer than 8 bits one to a byte."""
     if bits == 16:
         return words
-    if bits in SPLIT:
-        return _joined(bits, words[..., QUAD])
     a, b, c, d = (words[..., i] for i in QUAD)
-    if bits == 8:
-        return torch.stack([a, b, c, d], -1)
+    if bits == 8 or bits in SPLIT:
+        quads = torch.stack([a, b, c, d], -1)
+        return quads if bits == 8 else _joined(bits, quads)
     low = [(even & 15) | (odd & 15) << 4 for even, odd in ((a, b), (c, d))]
     high = [(even >> 4) | (odd & 240) for even, odd in ((a, b), (c, d))]
     return torch.stack(low + high, -1)
@@ -123,12 +124,14 @@ def _joined(bits: int, quads: Tensor) -> Tensor:
     return lower | torch.stack(upper, -2).flatten(-2) << low
 
 
-def _pairs(spec: Format) -> Tensor:
-    """For each byte the values of its two codes, as the bits of an int32."""
+@functools.cache
+@torch.inference_mode(False)
+def _pairs(spec: Format, device: torch.device) -> Tensor:
+    """For each byte the values of its two codes, as the bits of an int32. To copy it would wait for the device."""
     if spec.name in VALUES:
         values = torch.tensor(VALUES[spec.name])
     else:
         values = torch.arange(16) - (0 if spec.zero_point else MIDDLE[spec.name])
     values = values.to(torch.bfloat16)
     byte = torch.arange(256)
-    return torch.stack([values[byte & 15], values[byte >> 4]], -1).view(torch.int32)[:, 0]
+    return torch.stack([values[byte & 15], values[byte >> 4]], -1).view(torch.int32)[:, 0].to(device)

@@ -60,7 +60,8 @@ def from_pretrained(
     mmap: use a packed checkpoint's experts where they lie on disk, instead of copying them into huge pages.
     activations: what int8 and int4 experts compute with: "auto", "bf16" or "int8"; see `Experts`.
     gpu_experts: with device="cuda", which experts are there too instead of in RAM: "all", a number of each layer's, a
-        fraction in (0, 1], a bool mask [layers, experts], or "auto": as many as there is room for; see CoterieConfig.
+        fraction in (0, 1], a bool mask [layers, experts], or "auto": as many as there is room for; or "stream", which
+        sends them there for calls of many tokens; see CoterieConfig.
     gpu_context: tokens of the KV cache that "auto" leaves room for.
     dense, dense_skip: the format that linear layers outside the experts are packed in, "int8" say, and regular
         expressions for those that are not; see CoterieConfig. For a checkpoint that has them packed leave it out.

@@ -27,6 +27,7 @@ from coterie.checkpoints.tensorfile import TensorFile
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.experts import Experts
 from coterie.formats import resolve
+from coterie.gpu.choice import streamed
 from coterie.gpu.device import usable
 from coterie.hf.config import METHOD, CoterieConfig
 from coterie.hf.dense import detach, packed_linears
@@ -115,6 +116,7 @@ class CoterieQuantizer(HfQuantizer):
         for name, layout in self._layouts.items():
             self._check_format(name, layout)
         self._moved = choose(options.gpu_experts, options.gpu_context, model, self._layouts, options.spec, self._device)
+        self._streamed = streamed(options.gpu_experts)
         if options.dense is not None and self._device.type != "cpu":
             raise ArgumentError(
                 f"dense={options.dense!r}: packed linear layers compute on the CPU alone, found device {self._device}: "
@@ -155,6 +157,8 @@ class CoterieQuantizer(HfQuantizer):
             experts.activations = self.quantization_config.activations
             if moved:
                 experts.move(self._device, moved)
+            if self._streamed:
+                experts.stream(self._streamed.from_tokens)
             attach(module, experts, layout)
             remove_hooks(module)
         self._linears.load(self.quantization_config.mmap, self._codes)
@@ -164,7 +168,7 @@ class CoterieQuantizer(HfQuantizer):
             compute_here(model)
             cpu.warn_of_spinning()
         self.quantization_config.gguf = model.config.quantization_config.gguf = None
-        del self._model, self._layouts, self._moved, self._linears
+        del self._model, self._layouts, self._moved, self._streamed, self._linears
         if not self.pre_quantized and self._quantised is None:
             del self._sources, self._files
         elif not self.pre_quantized:

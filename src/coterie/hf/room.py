@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from coterie.errors import ArgumentError, DeviceError
 from coterie.formats import Format
-from coterie.gpu.choice import AUTO, chosen
+from coterie.gpu.choice import AUTO, chosen, streamed
 from coterie.gpu.device import MEMORY_VARIABLE, check_experts, free_nbytes
 from coterie.gpu.room import Room, expert_nbytes, token_nbytes
 from coterie.hf import skeleton
@@ -36,7 +36,7 @@ def choose(
     """
     counts = [layout.num_experts for layout in layouts.values()]
     if device.type == "cpu":
-        if any(chosen(gpu_experts, counts, lambda: 1)):
+        if any(chosen(gpu_experts, counts, lambda: 1)) or streamed(gpu_experts):
             raise ArgumentError('gpu_experts needs a GPU for the rest of the model too: device="cuda"')
         return chosen(None, counts)
     free = free_nbytes(device)
@@ -46,7 +46,7 @@ def choose(
         )
     room = functools.cache(lambda: find_room(free, context, model, layouts, spec))
     found = chosen(gpu_experts, counts, lambda: room().most)
-    if any(found):
+    if any(found) or streamed(gpu_experts):
         check_experts(device)
     if gpu_experts == AUTO and not any(found):
         warnings.warn(f'gpu_experts="auto": {shortage(room(), device)}', stacklevel=2)

@@ -9,11 +9,15 @@ from coterie.plan.conversion import DISK, Conversion, conversion
 from coterie.plan.dense import Dense, dense, sensible
 from coterie.plan.estimate import REACHED, RESERVE, Estimate, Rates, estimate, usable
 from coterie.plan.overhead import overhead
+from coterie.plan.placement import ANSWER, ASSUMED, GPU_RESERVE, GpuRates, Placement, choose, placements
 from coterie.plan.source import Source, open_source
 from coterie.plan.training import TrainAnatomy, Training, train_estimate, train_inspect
 
 __all__ = [
+    "ANSWER",
+    "ASSUMED",
     "DISK",
+    "GPU_RESERVE",
     "PROMPT",
     "REACHED",
     "RESERVE",
@@ -22,17 +26,21 @@ __all__ = [
     "Dense",
     "Estimate",
     "ExpertLayer",
+    "GpuRates",
     "LinearLayer",
+    "Placement",
     "Rates",
     "Source",
     "TrainAnatomy",
     "Training",
+    "choose",
     "conversion",
     "dense",
     "estimate",
     "inspect",
     "open_source",
     "overhead",
+    "placements",
     "sensible",
     "train_estimate",
     "train_inspect",

@@ -41,7 +41,7 @@ def curve(x, alpha, KIND: tl.constexpr):
 
 @triton.jit
 def activated(gate, up, alpha, limit, offset, KIND: tl.constexpr, HAS_GATE: tl.constexpr, HAS_LIMIT: tl.constexpr):
-    """(act, its gradient in gate, its gradient in up) of float32 values; without a gate the first gradient is of no use."""
+    """(act, its gradient in gate, its gradient in up) of float32 values; gate's is of no use without one."""
     if not HAS_GATE:
         out, slope = curve(up, alpha, KIND)
         return out, slope, slope

@@ -1,4 +1,4 @@
-"""What codes and scales stand for: the parts of kernels that read packed matrices, and what these are told of a format."""
+"""What codes and scales stand for: parts of kernels that read packed matrices, and what these are told of a format."""
 
 from __future__ import annotations
 

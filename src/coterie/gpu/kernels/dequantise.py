@@ -48,8 +48,8 @@ def _dequantise(
         factor = factor * tl.load(row_scale + expert * rows + row, mask=row < rows, other=0)
     less = tl.zeros([R, N, 1], tl.float32)
     if HAS_ZERO:
-        where = row if PER_ROW else row * groups + group
-        less = tl.load(zero + expert * rows * (1 if PER_ROW else groups) + where, mask=there, other=0).to(tl.float32)
+        where = expert * rows + row if PER_ROW else (expert * rows + row) * groups + group
+        less = tl.load(zero + where, mask=there, other=0).to(tl.float32)
     if BITS == 4:
         code = code.to(tl.int32)
         low = (value(code & 15, table, KIND, MIDDLE) - less) * factor
@@ -68,9 +68,7 @@ def dequantise(matrices: Matrices, index: Tensor, out: Tensor) -> None:
     """As `Matrices.dense` does, to the bit: the weights of experts `index` [m] to bfloat16 `out` [m, rows, cols]."""
     spec, (rows, width) = matrices.spec, matrices.codes.shape[1:]
     if spec.encoding.bits == 16:
-        torch.index_select(matrices.codes, 0, index, out=out) if out.is_contiguous() else out.copy_(
-            matrices.codes.index_select(0, index)
-        )
+        out.copy_(matrices.codes.index_select(0, index))
         return
     scale, minimum, by_position = matrices.scale, None, spec.encoding.record is not None
     if by_position:
@@ -82,7 +80,7 @@ def dequantise(matrices: Matrices, index: Tensor, out: Tensor) -> None:
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(groups, per_program), len(index))
     _dequantise[grid](
         out, as_bytes(matrices.codes), as_bytes(scale), matrices.row_scale, matrices.zero, minimum,
-        table_of(spec, out.device), index, rows, matrices.cols, width, groups, scale_rows, out.stride(0), out.stride(1),
+        table_of(spec, out.device), index, rows, matrices.cols, width, groups, scale_rows, *out.stride()[:2],
         BITS=4 if spec.encoding.bits == 4 else 8, KIND=kind_of_codes(spec), MIDDLE=middle_of(spec),
         SCALE=0 if scale is None else kind_of_scales(scale), GROUP=group, TILE=spec.encoding.tile_rows,
         BY_POSITION=by_position, HAS_SCALE=scale is not None, HAS_ROW=matrices.row_scale is not None,
