@@ -25,11 +25,11 @@ def test_bytes_of_an_expert(spec, has_gate):
 
 
 def room(free: int, **changes) -> Room:
-    sizes = {"rest": 1000, "cache": 200, "tokens": 10, "token": 7, "layers": ((4, 50), (8, 30))}
+    sizes = {"rest": 1000, "cache": 200, "tokens": 10, "token": 7, "piece": 60, "layers": ((4, 50), (8, 30))}
     return Room(free, **{**sizes, **changes})
 
 
-BESIDES = 1000 + 200 + WORK + 10 * 7
+BESIDES = 1000 + 200 + WORK + 60 + 10 * 7
 
 
 @pytest.mark.parametrize(

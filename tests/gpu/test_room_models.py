@@ -16,6 +16,7 @@ import coterie
 from coterie import memory
 from coterie.errors import ArgumentError, DeviceError, StateError
 from coterie.gpu import device as devices
+from coterie.gpu.resident import piece_nbytes
 from coterie.hf.modules import packed_modules
 from coterie.hf.room import find_room
 from coterie.hf.weight import PackedWeight
@@ -36,13 +37,14 @@ def open_model(folder, pretend, gpu_experts, free=None, monkeypatch=None, **opti
 
 
 @pytest.fixture
-def room(folder, monkeypatch):
+def room(folder, pretend):
     """What the model takes, for caches of 8192 tokens or as many as said."""
 
     def measured(context=8192):
         model = coterie.from_pretrained(folder, "int4", dtype=torch.bfloat16)
         layouts = {name: packed.layout for name, packed in packed_modules(model)}
-        return find_room(0, context, model, layouts, next(packed_modules(model))[1].experts.spec)
+        spec = next(packed_modules(model))[1].experts.spec
+        return find_room(0, piece_nbytes(pretend.DEVICE), context, model, layouts, spec)
 
     return measured
 

@@ -9,9 +9,9 @@ import torch
 from coterie.formats import Format
 from coterie.gpu.stream import unpacked
 
-# Bytes for a dense piece of the experts with what it is made from (three times `resident.PIECE_NBYTES` at most), for
-# workspaces of CUDA's libraries and for what the allocator rounds up.
-WORK = 2 << 30
+# Bytes for workspaces of CUDA's libraries, for what the allocator rounds up, and, where no kernel does it at once, for
+# what a dense piece of the experts is made from.
+WORK = 3 << 29
 CONTEXT = 8192  # tokens of the KV cache that there is to be room for, where nothing else is said
 
 
@@ -38,7 +38,8 @@ class Room:
     """A device's memory and what is to lie there, in bytes.
 
     free: before anything of the model is there. rest: all of the model but the experts. cache: of one sequence of
-    `tokens` tokens. token: `token_nbytes` of the largest layer.
+    `tokens` tokens. token: `token_nbytes` of the largest layer. piece: of experts that are dense at a time
+    (`resident.piece_nbytes`).
     layers: of each, how many experts it has and the bytes of one of them on the device.
     """
 
@@ -47,12 +48,13 @@ class Room:
     cache: int
     tokens: int
     token: int
+    piece: int
     layers: tuple[tuple[int, int], ...]
 
     @property
     def work(self) -> int:
-        """Kept for activations: WORK, and what the tokens of a prompt that fills the cache need."""
-        return WORK + self.tokens * self.token
+        """Kept for computing: WORK, a dense piece, and what the tokens of a prompt that fills the cache need."""
+        return WORK + self.piece + self.tokens * self.token
 
     @property
     def besides(self) -> int:

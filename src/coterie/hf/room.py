@@ -13,6 +13,7 @@ from coterie.errors import ArgumentError, DeviceError
 from coterie.formats import Format
 from coterie.gpu.choice import AUTO, chosen, streamed
 from coterie.gpu.device import MEMORY_VARIABLE, check_experts, free_nbytes
+from coterie.gpu.resident import piece_nbytes
 from coterie.gpu.room import Room, expert_nbytes, token_nbytes
 from coterie.hf import skeleton
 from coterie.hf.empty import empty_model
@@ -44,7 +45,7 @@ def choose(
         raise ArgumentError(
             f'gpu_experts="auto": how much memory of {device} is free is not known: {MEMORY_VARIABLE}=24GB says it'
         )
-    room = functools.cache(lambda: find_room(free, context, model, layouts, spec))
+    room = functools.cache(lambda: find_room(free, piece_nbytes(device), context, model, layouts, spec))
     found = chosen(gpu_experts, counts, lambda: room().most)
     if any(found) or streamed(gpu_experts):
         check_experts(device)
@@ -58,8 +59,11 @@ def choose(
     return found
 
 
-def find_room(free: int, context: int, model: PreTrainedModel, layouts: dict[str, Layout], spec: Format) -> Room:
-    """The memory of a device with `free` bytes, and what `model` takes there. Builds it once more, without weights."""
+def find_room(
+    free: int, piece: int, context: int, model: PreTrainedModel, layouts: dict[str, Layout], spec: Format
+) -> Room:
+    """The memory of a device with `free` bytes, where `piece` bytes of experts are dense at a time, and what `model`
+    takes there. Builds it once more, without weights."""
     cache, per_token = skeleton.trace(empty_model(model.config, dtype=model.dtype).eval(), context)
     used = max(per_token.values())
     return Room(
@@ -68,6 +72,7 @@ def find_room(free: int, context: int, model: PreTrainedModel, layouts: dict[str
         cache=cache,
         tokens=context,
         token=max(token_nbytes(used, layout.hidden_size, layout.intermediate_size) for layout in layouts.values()),
+        piece=piece,
         layers=tuple((layout.num_experts, device_nbytes(layout, spec)) for layout in layouts.values()),
     )
 
