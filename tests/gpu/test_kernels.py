@@ -76,9 +76,9 @@ def test_activation_and_its_gradient(activation, has_gate, kernels):
     given = before.to(DEVICE), weights.to(DEVICE)
     found = rows.activated(activation, *given, has_gate, 3)
     assert (found.cpu()[:, :-3] - hidden).abs().max() <= ROUNDING * hidden.abs().max()
-    slope, own = rows.slope(activation, given[0], back.to(DEVICE), given[1], has_gate, 5)
+    slope, own, again = rows.slope(activation, given[0], back.to(DEVICE), given[1], has_gate, 5, True)
     assert relative(slope.cpu()[:, :-5], expected[0]) < ROUNDING / 2
-    assert relative(own.cpu(), expected[1]) < 1e-5
+    assert relative(own.cpu(), expected[1]) < 1e-5 and torch.equal(again, found[:, :-3])
 
 
 def test_sums_of_slots(kernels):

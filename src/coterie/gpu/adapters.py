@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from coterie.gpu.products import ALIGNED, gram
+from coterie.gpu.products import ALIGNED
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,30 +44,32 @@ class Adapter:
             start += height
         return cls(tuple(parts), rank, start)
 
-    def weights(self, factors: Sequence[Tensor], experts: Tensor) -> tuple[Tensor, Tensor]:
-        """(a [m, R, cols], b [m, rows, R]) of some experts, bfloat16; b is scaled."""
-        first = factors[2 * self.parts[0].index]
-        a = first.new_zeros(len(experts), self.rank, first.shape[2], dtype=torch.bfloat16)
-        b = first.new_zeros(len(experts), self.rows, self.rank, dtype=torch.bfloat16)
+    def weights(self, factors: Sequence[Tensor], experts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(a [m, R, cols], b [m, rows, R]) of some experts, None: of all, bfloat16; b is scaled."""
+        own = {
+            i: factors[i] if experts is None else factors[i].index_select(0, experts)
+            for part in self.parts
+            for i in (2 * part.index, 2 * part.index + 1)
+        }
+        first = own[2 * self.parts[0].index]
+        a = first.new_zeros(len(first), self.rank, first.shape[2], dtype=torch.bfloat16)
+        b = first.new_zeros(len(first), self.rows, self.rank, dtype=torch.bfloat16)
         for part in self.parts:
-            a[:, part.ranks] = factors[2 * part.index].index_select(0, experts)
-            b[:, part.rows, part.ranks] = factors[2 * part.index + 1].index_select(0, experts) * part.scaling
+            a[:, part.ranks] = own[2 * part.index]
+            b[:, part.rows, part.ranks] = own[2 * part.index + 1] * part.scaling
         return a, b
 
     def write_gradients(
-        self, grads: Sequence[Tensor | None], experts: Tensor, ends: Tensor, rows: Tensor, low: Tensor, grad: Tensor,
-        low_grad: Tensor,
-    ) -> None:  # fmt: skip
-        """Those of A and B of some experts, from their rows [n, cols], what a makes of them, low [n, R], and from the
-        gradients of the output [n, rows], and of `low`."""
-        wanted = [[grads[2 * part.index + which] for part in self.parts] for which in (0, 1)]
-        if any(to is not None for to in wanted[0]):
-            found = gram(low_grad, rows, ends)
-            for part, to in zip(self.parts, wanted[0], strict=True):
-                if to is not None:
-                    to[experts] = found[:, part.ranks].to(to.dtype)
-        if any(to is not None for to in wanted[1]):
-            found = gram(grad, low, ends)
-            for part, to in zip(self.parts, wanted[1], strict=True):
-                if to is not None:
-                    to[experts] = found[:, part.rows, part.ranks].to(to.dtype) * part.scaling
+        self, grads: Sequence[Tensor | None], experts: Tensor | None, of_a: Callable[[], Tensor], of_b: Callable[[], Tensor]
+    ) -> None:
+        """Writes those of A and B of some experts, None: of all. of_a, of_b: give [m, R, cols] and [m, rows, R]."""
+        for which, found in ((0, of_a), (1, of_b)):
+            wanted = [(part, grads[2 * part.index + which]) for part in self.parts]
+            if all(to is None for _, to in wanted):
+                continue
+            values = found()
+            for part, to in wanted:
+                if to is None:
+                    continue
+                own = values[:, part.rows, part.ranks] * part.scaling if which else values[:, part.ranks]
+                to[slice(None) if experts is None else experts] = own.to(to.dtype)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coterie.gpu import fast
+
 ALIGNED = 8  # bfloat16 values: torch's products take rows of multiples of 16 bytes
 
 
@@ -26,6 +28,19 @@ def gram(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     found = F.grouped_mm(a.T, b, offs=ends)
     empty = ends.diff(prepend=ends.new_zeros(1)) == 0
     return found.masked_fill_(empty[:, None, None], 0)
+
+
+def gathered_gram(a: Tensor, tokens: Tensor, index: Tensor, ends: Tensor) -> Tensor:
+    """`gram` of a [rows, m] and of the first columns k of tokens[index], which are not laid side by side: [n, m, k].
+
+    k: those columns of tokens that are not the m last.
+    """
+    cols = tokens.shape[1] - a.shape[1]
+    if fast.usable(a.device):
+        from coterie.gpu.kernels.gram import gathered_gram
+
+        return gathered_gram(a, tokens, index, ends, cols)
+    return gram(a, tokens.index_select(0, index)[:, :cols], ends)
 
 
 def _has_grouped(*sizes: int) -> bool:

@@ -21,7 +21,7 @@ from coterie.activations import Activation
 from coterie.gpu import fast
 from coterie.gpu.adapters import Adapter
 from coterie.gpu.matrices import Matrices
-from coterie.gpu.products import product
+from coterie.gpu.products import gathered_gram, gram, product
 from coterie.gpu.routing import Piece, Routing, route
 from coterie.gpu.rows import activated, combined, slope
 
@@ -96,13 +96,15 @@ class Resident:
         return route(ids, self.count, max(1, piece_nbytes(self.device) // expert))
 
     def dense(
-        self, names: Sequence[str], experts: Tensor, dtype: torch.dtype = torch.bfloat16, more_columns: int = 0,
+        self, names: Sequence[str], experts: Tensor | None, dtype: torch.dtype = torch.bfloat16, more_columns: int = 0,
         more_rows: int = 0,
     ) -> Tensor:  # fmt: skip
-        """[m, rows, cols] of some experts, bfloat16 or float32; projections one below the other.
+        """[m, rows, cols] of some experts, None: of all, bfloat16 or float32; projections one below the other.
 
         More rows and columns are not set.
         """
+        if experts is None:
+            experts = torch.arange(self.count, device=self.device)
         heights = [self.matrices[name].codes.shape[1] for name in names]
         cols = self.matrices[names[0]].cols
         size = len(experts), sum(heights) + more_rows, cols + more_columns
@@ -215,14 +217,27 @@ class _Call:
         for i, piece in enumerate(self.routing.pieces):
             before, low_before, low_behind = kept[KEPT * i : KEPT * (i + 1)]
             grad_rows = self.rows(piece, grad)
-            hidden, x_rows = partial(self.activated, piece, before), partial(self.rows, piece, self.x)
-            back = self._back(piece, ("down",), self.behind, grad_rows, hidden, low_behind, grads)
-            weights = self.weights[piece.rows]
-            change, own = slope(resident.activation, before, back, weights, self.has_gate, self.before.rank)
+            back, low_grad = self._back(piece, ("down",), self.behind, grad_rows)
+            weights, wants = self.weights[piece.rows], self.behind.rank > 0
+            change, own, hidden = slope(
+                resident.activation, before, back, weights, self.has_gate, self.before.rank, wants
+            )
+            if hidden is not None:
+                self.behind.write_gradients(
+                    grads, piece.experts, partial(gram, low_grad, hidden, piece.ends),
+                    partial(gram, grad_rows[:, : self.hidden_size], low_behind, piece.ends),
+                )  # fmt: skip
             if "down" in resident.biases:
                 own += (grad_rows[:, : self.hidden_size] * self.bias(piece, "down")).sum(1)
             grad_weights[self.routing.order[piece.rows]] = own
-            found.append(self._back(piece, resident.first, self.before, change, x_rows, low_before, grads, wanted))
+            back_rows, low_grad = self._back(piece, resident.first, self.before, change, wanted)
+            found.append(back_rows)
+            if self.before.rank:
+                tokens = self.routing.tokens[piece.rows]
+                self.before.write_gradients(
+                    grads, piece.experts, partial(gathered_gram, low_grad, self.x, tokens, piece.ends),
+                    partial(gram, change[:, : self.before.rows], low_before, piece.ends),
+                )  # fmt: skip
         return self._summed(found) if wanted else None, grad_weights.view(self.shape)
 
     def rows(self, piece: Piece, tokens: Tensor) -> Tensor:
@@ -237,7 +252,8 @@ class _Call:
     def bias(self, piece: Piece, name: str) -> Tensor:
         """Float32 [rows, ...]."""
         row = torch.arange(piece.rows.stop - piece.rows.start, dtype=torch.int32, device=self.x.device)
-        return self.resident.biases[name][piece.experts[torch.searchsorted(piece.ends, row, right=True)]]
+        expert = torch.searchsorted(piece.ends, row, right=True)
+        return self.resident.biases[name][expert if piece.experts is None else piece.experts[expert]]
 
     def _through(self, piece: Piece, names: Sequence[str], lora: Adapter, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [n, cols + R] times matrices one below the other -> [n, rows], and what A makes of them, [n, R].
@@ -254,23 +270,20 @@ class _Call:
         return product(rows, weights.mT, piece.ends), low
 
     def _back(
-        self, piece: Piece, names: Sequence[str], lora: Adapter, grad: Tensor, rows: Callable[[], Tensor], low: Tensor,
-        grads: list[Tensor | None], wanted: bool = True,
-    ) -> Tensor:  # fmt: skip
-        """The gradient of the rows, where it is wanted, from that of the output [n, rows + R]; LoRA's into `grads`.
+        self, piece: Piece, names: Sequence[str], lora: Adapter, grad: Tensor, wanted: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of the rows, where it is wanted, and of `low`, from that of the output [n, rows + R].
 
         The last R columns are for the gradient of `low`, the last R rows of the weights for A.
         """
-        height = grad.shape[1] - lora.rank
+        height, low_grad = grad.shape[1] - lora.rank, grad.new_empty(0)
         weights = self.resident.dense(names, piece.experts, more_rows=lora.rank) if wanted else None
         if lora.rank:
             a, b = lora.weights(self.factors, piece.experts)
             low_grad = product(grad[:, :height], b, piece.ends)
-            own = rows()[:, : a.shape[2]]
-            lora.write_gradients(grads, piece.experts, piece.ends, own, low, grad[:, :height], low_grad)
             if weights is not None:
                 grad[:, height:], weights[:, height:] = low_grad, a
-        return grad.new_empty(0) if weights is None else product(grad, weights, piece.ends)
+        return grad.new_empty(0) if weights is None else product(grad, weights, piece.ends), low_grad
 
     def _summed(self, found: Sequence[Tensor]) -> Tensor:
         """[T,H]: the sum of each token's rows of all pieces; rows that are in none have no expert."""

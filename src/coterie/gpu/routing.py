@@ -17,7 +17,7 @@ class Piece:
     numbers: the experts in RAM, where the device was asked for them.
     """
 
-    experts: Tensor  # int64 [n]
+    experts: Tensor | None  # int64 [n]; None: all there are, in their own order
     rows: slice
     ends: Tensor  # int32 [n], counted from the first of the rows
     numbers: tuple[int, ...] = ()
@@ -47,12 +47,15 @@ def route(ids: Tensor, count: int, most: int, named: bool = False) -> Routing:
     ids = torch.where(ids < 0, count, ids).flatten()
     rows = torch.zeros(count + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
     n = min(count, slots)
-    experts = (rows[:count] == 0).to(torch.int8).argsort(stable=True)[:n]  # those with rows are the first
-    rank = torch.full_like(rows, n).scatter_(0, experts, torch.arange(n, device=ids.device))
-    order = rank[ids].argsort(stable=True)
+    if n == count <= most and not named:  # one piece of all experts, in their own order
+        experts, rank = None, ids
+    else:
+        experts = (rows[:count] == 0).to(torch.int8).argsort(stable=True)[:n]  # those with rows are the first
+        rank = torch.full_like(rows, n).scatter_(0, experts, torch.arange(n, device=ids.device))[ids]
+    order = rank.to(torch.int16 if count < 1 << 15 else torch.int64).argsort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(slots, device=ids.device))
     tokens = torch.where(ids[order] < count, order // max(1, top_k), batch)
-    ends = rows[experts].cumsum(0).int()
+    ends = (rows[:count] if experts is None else rows[experts]).cumsum(0).int()
     if n <= most and not named:
         ends[-1:] = slots  # rows without an expert are the last one's
         return Routing(order, place, tokens, (Piece(experts, slice(0, slots), ends),) if slots else ())

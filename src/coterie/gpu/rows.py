@@ -25,21 +25,25 @@ def activated(activation: Activation, before: Tensor, weights: Tensor, has_gate:
 
 
 def slope(
-    activation: Activation, before: Tensor, back: Tensor, weights: Tensor, has_gate: bool, more: int
-) -> tuple[Tensor, Tensor]:
+    activation: Activation, before: Tensor, back: Tensor, weights: Tensor, has_gate: bool, more: int, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of `before`, bfloat16 [rows, 2 I + more], and of `weights`, float32; more columns are not set.
+
+    And, where it is wanted, `activated` without more columns.
 
     back: bfloat16 [rows, I], the gradient of `activated`.
     """
     if fast.usable(before.device):
         from coterie.gpu.kernels import rows as kernels
 
-        return kernels.slope(activation, before, back, weights, has_gate, more)
+        return kernels.slope(activation, before, back, weights, has_gate, more, wanted)
     with torch.enable_grad():
         leaf = before.detach().requires_grad_()
         hidden = _hidden(activation, leaf, has_gate)
     (grad,) = torch.autograd.grad(hidden, leaf, _weighted(back, weights))
-    return F.pad(grad, (0, more)), (back * hidden.detach()).sum(1, dtype=torch.float32)
+    hidden = hidden.detach()
+    own = (back * hidden).sum(1, dtype=torch.float32)
+    return F.pad(grad, (0, more)), own, _weighted(hidden, weights) if wanted else None
 
 
 def combined(rows: Tensor, place: Tensor, dtype: torch.dtype) -> Tensor:

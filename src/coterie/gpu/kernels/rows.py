@@ -33,8 +33,9 @@ def _activate(
 
 @triton.jit
 def _slope(
-    out, grad_weights, before, back, weights, rows, cols, stride, alpha, limit, offset,
-    KIND: tl.constexpr, HAS_GATE: tl.constexpr, HAS_LIMIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    out, grad_weights, hidden_out, before, back, weights, rows, cols, stride, alpha, limit, offset,
+    KIND: tl.constexpr, HAS_GATE: tl.constexpr, HAS_LIMIT: tl.constexpr, HIDDEN: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
     width = 2 * cols if HAS_GATE else cols
@@ -49,6 +50,8 @@ def _slope(
         hidden, to_gate, to_up = activated(gate, up, alpha, limit, offset, KIND, HAS_GATE, HAS_LIMIT)
         grad = tl.load(back + row * cols + column, mask=there, other=0).to(tl.float32)
         total += tl.where(there, grad * hidden, 0.0)
+        if HIDDEN:
+            tl.store(hidden_out + row * cols + column, rounded(hidden * weight), mask=there)
         grad = grad * weight
         to = out + row * stride + column
         tl.store(to, rounded(grad * to_gate), mask=there)
@@ -87,19 +90,20 @@ def activate(activation: Activation, before: Tensor, weights: Tensor, has_gate: 
 
 
 def slope(
-    activation: Activation, before: Tensor, back: Tensor, weights: Tensor, has_gate: bool, more: int
-) -> tuple[Tensor, Tensor]:
+    activation: Activation, before: Tensor, back: Tensor, weights: Tensor, has_gate: bool, more: int, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `gpu.rows.slope`."""
     rows, cols = back.shape
     out = before.new_empty(rows, before.shape[1] + more)
     grad_weights = before.new_empty(rows, dtype=torch.float32)
+    hidden = torch.empty_like(back) if wanted else None
     width, height = _tile(cols)
     if rows:
         _slope[(triton.cdiv(rows, height),)](
-            out, grad_weights, before, back, weights, rows, cols, out.shape[1], *_options(activation),
-            **_kinds(activation, has_gate), R=height, C=width,
+            out, grad_weights, hidden, before, back, weights, rows, cols, out.shape[1], *_options(activation),
+            **_kinds(activation, has_gate), HIDDEN=wanted, R=height, C=width,
         )  # fmt: skip
-    return out, grad_weights
+    return out, grad_weights, hidden
 
 
 def combine(rows: Tensor, place: Tensor, dtype: torch.dtype, own: bool = False) -> Tensor:
