@@ -44,7 +44,8 @@ def test_auto():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("all", "all"), ("auto", "auto"), ("8", 8), ("0.5", 0.5), ("1", 1), ("1.0", 1.0)]
+    ("text", "expected"),
+    [*((name, name) for name in ("all", "auto", "stream", "stream:9")), ("8", 8), ("0.5", 0.5), ("1", 1), ("1.0", 1.0)],
 )
 def test_read(text, expected):
     assert read(text) == expected and type(read(text)) is type(expected)
@@ -52,7 +53,7 @@ def test_read(text, expected):
 
 @pytest.mark.parametrize("text", ["", "half", "8 of 128", "All"])
 def test_not_read(text):
-    with pytest.raises(ArgumentError, match="gpu_experts: expected all, auto, a number"):
+    with pytest.raises(ArgumentError, match="gpu_experts: expected all, auto, stream, a number"):
         read(text)
 
 

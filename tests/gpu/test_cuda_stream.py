@@ -33,10 +33,15 @@ def on_gpu(*tensors):
     return [tensor.cuda() for tensor in tensors]
 
 
+def two_at_a_time(monkeypatch):
+    monkeypatch.setattr(resident, "PIECE_NBYTES", 2 * 3 * 2 * SIZES[1] * SIZES[2])
+    monkeypatch.setattr(resident, "PIECE_SHARE", 0)
+
+
 @pytest.fixture(params=["one piece", "pieces of two", "pieces of one"])
 def pieces(request, monkeypatch):
     if request.param == "pieces of two":
-        monkeypatch.setattr(resident, "PIECE_NBYTES", 2 * 3 * 2 * SIZES[1] * SIZES[2])
+        two_at_a_time(monkeypatch)
     if request.param == "pieces of one":
         monkeypatch.setattr(delivery, "STAGED_NBYTES", 1)
 
@@ -183,6 +188,7 @@ def test_memory_of_a_step():
     piece = 4 * 2 * 3 * sizes[1] * sizes[2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resident, "PIECE_NBYTES", piece)
+        patch.setattr(resident, "PIECE_SHARE", 0)
         experts(x, ids, weights).backward(grad)
         x.grad = None
         torch.cuda.synchronize()
@@ -202,7 +208,7 @@ def test_memory_of_a_step():
 @pytest.mark.parametrize("fails_at", [1, 3, 4, 6, 8])
 def test_an_error_on_the_way(fails_at, monkeypatch):
     """Whatever was under way then, the next call is as ever."""
-    monkeypatch.setattr(resident, "PIECE_NBYTES", 2 * 3 * 2 * SIZES[1] * SIZES[2])
+    two_at_a_time(monkeypatch)
     experts, _ = streamed()
     x, ids, weights, grad = on_gpu(*random_batch(SIZES, 2, 20))
     leaf = x.clone().requires_grad_()

@@ -99,7 +99,7 @@ def test_numbers_may_be_written_as_people_do(configure):
         ({"device": "cuda:1"}, "device: expected cpu or cuda, found 'cuda:1'"),
         ({"gpu_experts": 4}, "gpu_experts: experts are on the GPU that the rest of the model is on: add device: cuda"),
         ({"gpu_experts": True, "device": "cuda"}, "gpu_experts: expected text or a whole number or a number"),
-        ({"gpu_experts": "auto", "device": "cuda"}, "gpu_experts: expected all, a number of .*, found 'auto'"),
+        ({"gpu_experts": "auto", "device": "cuda"}, "gpu_experts: expected all, stream, a number .*, found 'auto'"),
     ],
 )
 def test_wrong_files(changes, message, configure):

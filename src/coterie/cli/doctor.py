@@ -84,8 +84,8 @@ def computes(isa: str, gpus: list[Gpu], measured: tuple[float, float, float]) ->
     sent = "for no number of tokens" if first is None else f"from {first} tokens on"
     return (
         f'device="cuda": all but the experts on the GPU, the experts on the CPU ({isa} kernels); gpu_experts=N: N of '
-        f"each layer's on the GPU; gpu_experts=\"stream\": a layer like Qwen3-30B-A3B's in int4 on the GPU {sent}, to which "
-        f"{significant(found.delivered / 1e9)} GB/s of packed experts are brought"
+        f"each layer's on the GPU; gpu_experts=\"stream\": a layer like Qwen3-30B-A3B's in int4 on the GPU {sent}, "
+        f"to which {significant(found.delivered / 1e9)} GB/s of packed experts are brought"
     )
 
 

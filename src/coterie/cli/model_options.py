@@ -18,7 +18,7 @@ GpuExperts = Annotated[
     str | None,
     typer.Option(
         help="Experts on the GPU too, with --device cuda: all, auto (as many of each layer as there is room for), a "
-        "number of each layer's, or a fraction."
+        "number of each layer's, or a fraction; stream: sent there for prompts."
     ),
 ]
 GpuContext = Annotated[int, typer.Option(min=1, help="Tokens of the cache that --gpu-experts auto leaves room for.")]

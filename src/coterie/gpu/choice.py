@@ -11,7 +11,7 @@ import torch
 from coterie.errors import ArgumentError
 from coterie.gpu.streaming import Streaming
 
-STREAM, AUTO = "stream", "auto"
+AUTO, STREAM = "auto", "stream"
 
 
 def streamed(gpu_experts: Any) -> Streaming | None:
@@ -63,16 +63,17 @@ def chosen(gpu_experts: Any, counts: Sequence[int], most: Callable[[], int] | No
 
 
 def read(text: str) -> str | int | float:
-    """`gpu_experts` as it stands on a command line: "all", "auto", or the number or fraction that `text` is.
+    """`gpu_experts` as it stands on a command line: a name, "all" for instance, or the number or fraction it is.
 
     Raises ArgumentError for anything else.
     """
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
-    if text not in ("all", AUTO):
+    if text not in ("all", AUTO) and not streamed(text):
         raise ArgumentError(
-            f"gpu_experts: expected all, auto, a number of each layer's experts or a fraction in (0, 1], found {text!r}"
+            "gpu_experts: expected all, auto, stream, a number of each layer's experts or a fraction in (0, 1], "
+            f"found {text!r}"
         )
     return text
 

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import torch
 
 from coterie import _native, memory
+from coterie.activations import Activation
 from coterie.formats import resolve
 from coterie.gpu.delivery import STAGED_NBYTES, deliver
 from coterie.gpu.products import product
+from coterie.gpu.resident import Resident
 from coterie.gpu.stream import unpacked
 
 MOST_TOKENS = 1 << 17
@@ -92,12 +94,11 @@ def delivered(device: torch.device) -> float:
     count = max(1, STAGED_NBYTES // nbytes)
     data = memory.allocate(PIECES * count * nbytes, "measuring how fast experts are sent").fill_(1)
     pieces = [piece.split(nbytes) for piece in data.split(count * nbytes)]
-    out = torch.empty(count, rows, cols, dtype=torch.bfloat16, device=device)
     index = torch.arange(count, device=device)
 
     def send() -> None:
         for matrices in deliver(device, pieces, functools.partial(unpacked, spec, rows, cols)):
-            matrices.dense(index, out)
+            Resident(device, {"up": matrices}, {}, Activation()).dense(("up",), index)
 
     return data.numel() / _seconds(device, send)
 

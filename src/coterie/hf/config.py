@@ -37,8 +37,8 @@ class CoterieConfig(QuantizationConfigMixin):
     gpu_experts: which experts are on the GPU that the rest of the model is on, packed as in RAM: "all", a number of
         each layer's, a fraction in (0, 1] (both take the first ones), a bool mask [layers, experts], or "auto": as many
         of each layer as there is room for beside the rest of the model, a KV cache and activations (`gpu/room.py`). Or
-        "stream": they stay in RAM, and a layer's are sent to the GPU and computed there for calls of so many tokens that
-        this is faster, by rates measured in the first call; "stream:256": for 256 tokens or more. Default: none.
+        "stream": they stay in RAM, and a layer's are sent to the GPU and computed there for calls of so many tokens
+        that this is faster, by rates measured in the first call; "stream:256": for 256 tokens or more. Default: none.
     gpu_context: tokens of the KV cache that "auto" leaves room for. Default: 8192.
     dense: the format that linear layers outside the experts are packed in: attention, dense MLPs, shared experts, the
         head; routers and embeddings stay. A head that shares its weight with the embedding is a packed copy from then

@@ -56,7 +56,9 @@ class TrainConfig:
     mmap: bool = key(False, "use a packed checkpoint's experts where they lie on disk; processes then share one copy")
     device: str = key("cpu", "where all but the experts is: cpu, or cuda, the GPU (under torchrun, each process's own)")
     gpu_experts: str | int | float | None = key(
-        None, "experts that are on the GPU too: all, a number of each layer's, or a fraction in (0, 1]"
+        None,
+        "experts that are on the GPU too: all, a number of each layer's, or a fraction in (0, 1]; or stream: in "
+        "RAM, and sent there wherever that is faster",
     )
     bf16: bool = key(True, "the rest of the model in bfloat16; false: float32")
     trust_remote_code: bool = key(False, "allow code from the model's repository")
@@ -223,9 +225,9 @@ def check(config: TrainConfig, where: str) -> None:
     for name, expected in choices.items():
         if getattr(config, name) not in (None, *expected):
             refuse(f"{name}: expected {' or '.join(expected)}, found {getattr(config, name)!r}")
-    if isinstance(config.gpu_experts, str) and config.gpu_experts != "all":
+    if isinstance(config.gpu_experts, str) and config.gpu_experts.partition(":")[0] not in ("all", "stream"):
         refuse(
-            "gpu_experts: expected all, a number of each layer's experts or a fraction in (0, 1], found "
+            "gpu_experts: expected all, stream, a number of each layer's experts or a fraction in (0, 1], found "
             f"{config.gpu_experts!r}"
         )
     if config.gpu_experts is not None and config.device == "cpu":
