@@ -9,7 +9,7 @@ from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, rela
 
 from coterie import Activation, Experts, reference
 from coterie.activations import KINDS
-from coterie.gpu import fast, resident, rows
+from coterie.gpu import fast, products, resident, rows
 from coterie.gpu.stream import unpacked
 
 pytest.importorskip("triton", reason="no Triton")
@@ -89,6 +89,17 @@ def test_sums_of_slots(kernels):
         expected = values[place[:, 0]].float() + values[place[:, 1]].float() + values[place[:, 2]].float()
         assert torch.equal(found, expected.to(dtype))
     assert rows.combined(values[:0], place[:0], torch.float32).shape == (0, 1500)
+
+
+@pytest.mark.parametrize("rank", [8, 24])
+def test_gram_of_tokens_where_they_are(rank, kernels):
+    """Experts without rows among them; rows beyond the last are not looked at."""
+    tokens, index = torch.randn(30, 200 + rank).bfloat16(), torch.randint(30, (150,))
+    a, ends = torch.randn(150, rank).bfloat16(), torch.tensor([0, 70, 70, 135], dtype=torch.int32)
+    found = products.gathered_gram(*on_device(a, tokens, index, ends)).cpu().double()
+    for e, (start, end) in enumerate([(0, 0), (0, 70), (70, 70), (70, 135)]):
+        expected = a[start:end].double().T @ tokens[index[start:end], :200].double()
+        assert (found[e] - expected).abs().max() <= ROUNDING * expected.abs().max()
 
 
 def moved(spec, sizes=SIZES, has_gate=True, experts=None, **more):

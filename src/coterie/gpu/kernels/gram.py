@@ -23,7 +23,7 @@ def _gathered_gram(
     end = tl.load(ends + expert)
     column = tl.program_id(1) * C + tl.arange(0, C)[None, :]
     low = tl.arange(0, R)[None, :]
-    sums = tl.zeros([R, C], tl.float32)
+    sums = tl.zeros([C, R], tl.float32)
     for first in range(start, end, M):
         row = first + tl.arange(0, M)
         token = tl.load(index + row, mask=row < end, other=0)[:, None]
@@ -31,10 +31,10 @@ def _gathered_gram(
         x = tl.load(tokens + token * stride + column, mask=(row < end) & (column < cols), other=0)
         factor = tl.load(a + row.to(tl.int64) * a_stride + low, mask=(row < end) & (low < rank), other=0)
         if INTERPRETED:  # whose products of bfloat16 are wrong
-            sums = tl.dot(tl.trans(factor.to(tl.float32)), x.to(tl.float32), sums)
+            sums = tl.dot(tl.trans(x.to(tl.float32)), factor.to(tl.float32), sums)
         else:
-            sums = tl.dot(tl.trans(factor), x, sums)
-    low = tl.arange(0, R)[:, None]
+            sums = tl.dot(tl.trans(x), factor, sums)
+    column = tl.program_id(1) * C + tl.arange(0, C)[:, None]
     to = out + expert.to(tl.int64) * rank * cols + low * cols + column
     tl.store(to, rounded(sums), mask=(low < rank) & (column < cols))
 
