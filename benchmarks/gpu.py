@@ -361,25 +361,29 @@ def main() -> None:
 
     shape, int4 = bench.shape("qwen3-30b"), resolve("int4")
     tokens, few = ((1, 16), (1,)) if given.tiny else ((1, 16, 256, 4096, 32768), (1, 16))
+    contestants: dict[str, Callable[[], Any]] = {
+        "int4": lambda: moved(bench, shape, int4),
+        "grouped_mm bf16": lambda: Dense(bench, shape, grouped_dense),
+        "bf16": lambda: moved(bench, shape, resolve("bf16")),
+        "eager bf16": lambda: Dense(bench, shape, eager_dense),
+    }
+    some, streamed = (1, tokens[:1]) if given.tiny else (3, (256, 1024, 4096))
+    sections: dict[str, Callable[[], Any]] = {
+        **{f"times {name}": partial(times, bench, shape, make, tokens) for name, make in contestants.items()},
+        "stream": partial(stream, bench, shape, int4, streamed),
+        "decode": partial(decode, bench, shape, int4, some, few),
+        "dequantise": partial(dequantise, bench, TINY if given.tiny else Shape(E=32, H=2048, I=768, K=8)),
+    }
+    for name, rank in RANKS.items():
+        sections[f"check {name}"] = partial(check, bench, bench.shape(name), int4, rank, 256, False)
     for spec in SPECS:
         small = TINY if given.tiny else Shape(E=16, H=2048, I=768, K=4)
         if spec.group_size and small.H % spec.group_size:
             small = Shape(E=8, H=128, I=128, K=2)
         options_of = f"{spec.name}-{spec.group_size or 'row'}{'-zero' if spec.zero_point else ''}"
-        bench.section(f"check {options_of}", partial(check, bench, small, spec, 16, 96, True))
-    for name, rank in RANKS.items():
-        bench.section(f"check {name}", partial(check, bench, bench.shape(name), int4, rank, 256, False))
-    contestants: dict[str, Callable[[], Any]] = {
-        "int4": lambda: moved(bench, shape, int4),
-        "bf16": lambda: moved(bench, shape, resolve("bf16")),
-        "grouped_mm bf16": lambda: Dense(bench, shape, grouped_dense),
-        "eager bf16": lambda: Dense(bench, shape, eager_dense),
-    }
-    for name, make in contestants.items():
-        bench.section(f"times {name}", partial(times, bench, shape, make, tokens))
-    bench.section("dequantise", partial(dequantise, bench, TINY if given.tiny else Shape(E=32, H=2048, I=768, K=8)))
-    bench.section("decode", partial(decode, bench, shape, int4, 1 if given.tiny else 3, few))
-    bench.section("stream", partial(stream, bench, shape, int4, tokens[:1] if given.tiny else (256, 1024, 4096)))
+        sections[f"check {options_of}"] = partial(check, bench, small, spec, 16, 96, True)
+    for name, compute in sections.items():
+        bench.section(name, compute)
     wrong = [name for name, result in bench.found["sections"].items() if "figures" not in result]
     wrong += [
         f"{name}: {place}"

@@ -36,8 +36,9 @@ def kernels(monkeypatch):
     monkeypatch.setattr(fast, "usable", lambda device: True)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(dequantise, "ROWS", 128)
-        monkeypatch.setattr(few, "SINGLE", (128, 256, 4))
-        monkeypatch.setattr(few, "TOGETHER", (128, 512, 4))
+        monkeypatch.setattr(few, "SINGLE", (128, 64, 4))
+        monkeypatch.setattr(few, "TOGETHER", (128, 64, 4))
+    monkeypatch.setattr(few, "SINGLE_SLOTS", 4)
 
 
 def matrices_of(spec, count, shape):

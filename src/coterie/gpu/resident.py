@@ -27,7 +27,7 @@ from coterie.gpu.rows import activated, combined, slope
 
 PIECE_NBYTES = 1 << 29  # of dense bfloat16 weights, at least; and of a device's memory:
 PIECE_SHARE = 1 / 48
-FEW_SLOTS = 512  # up to which codes are multiplied as they are packed
+FEW_SLOTS = 1024  # up to which codes are multiplied as they are packed
 KEPT = 3  # tensors of a piece, from the forward to the backward
 FIRST = ("gate", "up")  # the projections before the activation
 

@@ -35,10 +35,10 @@ from coterie.gpu.kernels.decode import (
 from coterie.gpu.kernels.rows import combine
 from coterie.gpu.matrices import Matrices
 
-SINGLE_SLOTS = 16  # up to which each slot has programs of its own
-# Of a program: rows, columns of a step, warps.
-SINGLE = 16, 256, 4
-TOGETHER = 64, 512, 4
+SINGLE_SLOTS = 64  # up to which each slot has programs of its own
+# Of a program: rows, words of a step, warps; on an H200 the fastest of a dozen.
+SINGLE = 8, 32, 2
+TOGETHER = 64, 16, 4
 TOKENS = tl.constexpr(16)  # of an expert together
 GROUP = 64  # columns that are taken together where scales are those of rows
 
@@ -106,9 +106,9 @@ def _words(codes, expert, row, group, rows, words, PER: tl.constexpr):
 
 @triton.jit
 def _less(zero, expert, row, group, rows, groups, HAS_ZERO: tl.constexpr, PER_ROW: tl.constexpr):
-    """Zero points, float32 [n, g, 1], or none."""
+    """Zero points of rows [n] and groups [g], float32 [n, g], or none."""
     if HAS_ZERO:
-        row, group = row[:, None, None], group[None, :, None]
+        row, group = row[:, None], group[None, :]
         where = expert * rows + row if PER_ROW else (expert * rows + row) * groups + group
         return tl.load(zero + where, mask=(row < rows) & (group < groups), other=0).to(tl.float32)
     else:
@@ -188,11 +188,13 @@ def _single(
             gate_words = _words(gate_codes, expert, row, group, rows, words, PER)
             gate_less = _less(gate_zero, expert, row, group, rows, groups, HAS_ZERO, not HAS_SCALE)
             gate_sum = tl.zeros([N, G, PER], tl.float32)
+        up_zero_of = up_less[:, :, None] if HAS_ZERO else up_less
+        gate_zero_of = gate_less[:, :, None] if HAS_ZERO and HAS_GATE else up_zero_of
         for part in tl.static_range(PARTS):
             inputs = tl.load(here + part * words, mask=inside, other=0).to(tl.float32)
-            up_sum += _part(up_words, up_less, table, part, BITS, KIND, MIDDLE) * inputs
+            up_sum += _part(up_words, up_zero_of, table, part, BITS, KIND, MIDDLE) * inputs
             if HAS_GATE:
-                gate_sum += _part(gate_words, gate_less, table, part, BITS, KIND, MIDDLE) * inputs
+                gate_sum += _part(gate_words, gate_zero_of, table, part, BITS, KIND, MIDDLE) * inputs
         up += tl.sum(up_sum, 2) * _factor(
             up_scale, up_row, expert, row, group, rows, groups, scale_rows, SCALE, TILE, HAS_SCALE, HAS_ROW
         )
@@ -207,12 +209,19 @@ def _single(
 
 
 @triton.jit
+def _spread(groups, PER: tl.constexpr):
+    """[n, g] -> [n, g PER]: for each word what its group has."""
+    n: tl.constexpr = groups.shape[0]
+    g: tl.constexpr = groups.shape[1]
+    return tl.reshape(tl.broadcast_to(groups[:, :, None], [n, g, PER]), [n, g * PER])
+
+
+@triton.jit
 def _dot(values, factor, x, sums):
-    """values [n, g, k] * factor [n, g], times x [g k, m], added to sums [n, m].
+    """values [n, k] * factor [n, k], times x [k, m], added to sums [n, m].
 
     Weights are rounded to bfloat16, as they are where they are dense."""
-    weight = rounded(values * factor[:, :, None])
-    weight = tl.reshape(weight, [weight.shape[0], weight.shape[1] * weight.shape[2]])
+    weight = rounded(values * factor)
     if INTERPRETED:  # whose products of bfloat16 are wrong
         return tl.dot(weight.to(tl.float32), x.to(tl.float32), sums)
     else:
@@ -249,21 +258,29 @@ def _together(
         up = tl.zeros([N, TOKENS], tl.float32)
         for first in range(0, groups, G):
             group = first + tl.arange(0, G)
-            word = (first * PER + tl.arange(0, G * PER))[:, None]
-            inside = valid[None, :] & (word < words)
-            up_words = _words(up_codes, expert, row, group, rows, words, PER)
+            word = first * PER + tl.arange(0, G * PER)
+            inside = valid[None, :] & (word < words)[:, None]
+            here = (expert * rows + row[:, None]) * words + word[None, :]
+            stored = (row < rows)[:, None] & (word < words)[None, :]
+            up_words = tl.load(up_codes + here, mask=stored, other=0)
             up_less = _less(up_zero, expert, row, group, rows, groups, HAS_ZERO, not HAS_SCALE)
             up_factor = _factor(
                 up_scale, up_row, expert, row, group, rows, groups, scale_rows, SCALE, TILE, HAS_SCALE, HAS_ROW
             )
+            up_factor = _spread(up_factor, PER)
+            if HAS_ZERO:
+                up_less = _spread(up_less, PER)
             if HAS_GATE:
-                gate_words = _words(gate_codes, expert, row, group, rows, words, PER)
+                gate_words = tl.load(gate_codes + here, mask=stored, other=0)
                 gate_less = _less(gate_zero, expert, row, group, rows, groups, HAS_ZERO, not HAS_SCALE)
                 gate_factor = _factor(
                     gate_scale, gate_row, expert, row, group, rows, groups, scale_rows, SCALE, TILE, HAS_SCALE, HAS_ROW
                 )
+                gate_factor = _spread(gate_factor, PER)
+                if HAS_ZERO:
+                    gate_less = _spread(gate_less, PER)
             for part in tl.static_range(PARTS):
-                inputs = tl.load(start + part * words + word, mask=inside, other=0)
+                inputs = tl.load(start + part * words + word[:, None], mask=inside, other=0)
                 up = _dot(_part(up_words, up_less, table, part, BITS, KIND, MIDDLE), up_factor, inputs, up)
                 if HAS_GATE:
                     gate = _dot(_part(gate_words, gate_less, table, part, BITS, KIND, MIDDLE), gate_factor, inputs, gate)
@@ -322,7 +339,7 @@ def _launch(
         HAS_SCALE=scale is not None, HAS_ROW=up.row_scale is not None, HAS_ZERO=up.zero is not None,
         ACT=-1 if activation is None else activation.native()[0], HAS_GATE=gate is not None,
         HAS_LIMIT=given.limit > 0, HAS_BIAS=up_bias is not None, OUT_PARTS=out_parts, OUT_KIND=out_kind,
-        SLOTS=triton.next_power_of_2(slots), N=height, G=max(1, step // group), num_warps=warps,
+        SLOTS=triton.next_power_of_2(slots), N=height, G=max(1, step * parts // group), num_warps=warps,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coterie.gpu.kernels.decode import INTERPRETED, rounded
 
-ROWS, COLUMNS = 64, 128  # of a step and of a program
+ROWS, COLUMNS = 32, 128  # of a step and of a program
 
 
 @triton.jit
