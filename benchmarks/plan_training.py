@@ -19,6 +19,7 @@ from transformers import Qwen3MoeConfig
 
 from coterie import plan, tiny
 from coterie.bench.random_model import random_model
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.formats import resolve
 
 SIZES = {
@@ -65,7 +66,7 @@ def main() -> None:
         source = plan.open_source(str(folder / "model"))
         anatomy = plan.inspect(source.config)
         train = plan.train_inspect(source.config, anatomy, given.rank, 1, given.tokens)
-        said = plan.train_estimate(anatomy, train, resolve(given.experts), ram=0)
+        said = plan.train_estimate(anatomy, train, ModelFormats(resolve(given.experts)), ram=0)
         subprocess.run(
             [sys.executable, "-c", "from coterie.cli import main; main()", "sft", str(folder / "sft.yaml")], check=True
         )

@@ -11,7 +11,7 @@ from streams import HALVES, floats, matrix_of, minima, take_apart
 from torch import Tensor
 
 from coterie import Experts, reference
-from coterie.formats import ENCODINGS, Format
+from coterie.formats import ENCODINGS, Format, Formats
 
 ACTIVATION_GROUP = 256  # columns of an activation that share one int8 scale
 BF16_ACTIVATIONS = ("avx512_bf16", "amx", "amx_emulated")  # the others compute bf16 weights with float32 activations
@@ -111,45 +111,42 @@ def int8_grid(x: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def decoded(experts: Experts) -> dict[str, Tensor]:
+def decoded(experts: Experts, name: str) -> Tensor:
     """Grouped weights of fewer than 8 bits as the engine multiplies them by many rows: codes times the ratio of their
     group's scale to the largest of 256 columns of the row, rounded to int8."""
-    spec, found = experts.spec, {}
+    spec = experts.formats[name]
     unit = UNITS.get(spec.name, 1.0)
     if spec.encoding.record and HALVES[spec.name] > 1:
-        return {name: torch.stack([decoded_with_minima(experts, name, e) for e in range(experts.num_experts)])
-                for name in experts.projections}
+        return torch.stack([decoded_with_minima(experts, name, e) for e in range(experts.num_experts)])
     steps = torch.tensor(15.0 if spec.zero_point else LARGEST[spec.name]) / 127
     width = spec.scale_columns
-    for name in experts.projections:
-        rows, cols = experts.shape(name)
-        matrices = []
-        for e in range(experts.num_experts):
-            parts = take_apart(spec, rows, cols, matrix_of(experts, name, e))
-            scale, row_scale = floats(spec, parts), parts.row_scale
-            assert scale is not None
-            per = ACTIVATION_GROUP // width
-            scale = torch.nn.functional.pad(scale, (0, -scale.shape[1] % per)).unflatten(1, (-1, per))
-            step = scale.abs().amax(-1, keepdim=True) * steps
-            inverse = torch.where(step > 0, 128 / step, 0)
-            ratio = (scale * inverse).round()
-            ratio = ratio.flatten(1)[:, : -(-cols // width), None]
-            scale = scale.flatten(1)[:, : -(-cols // width), None]
-            values = torch.nn.functional.pad(experts.dequantize_projection(name, e), (0, -cols % width))
-            values = values.unflatten(1, (-1, width))
-            if row_scale is not None:
-                values = torch.where(row_scale[:, None, None] != 0, values / row_scale[:, None, None], 0)
-            codes = torch.where(scale != 0, values / scale / unit, 0).round()
-            step = step.expand(-1, -1, per).flatten(1)[:, : -(-cols // width), None] * unit
-            matrix = (((codes * ratio + 64) / 128).floor() * step).flatten(1)[:, :cols]
-            matrices.append(matrix if row_scale is None else matrix * row_scale[:, None])
-        found[name] = torch.stack(matrices)
-    return found
+    rows, cols = experts.shape(name)
+    matrices = []
+    for e in range(experts.num_experts):
+        parts = take_apart(spec, rows, cols, matrix_of(experts, name, e))
+        scale, row_scale = floats(spec, parts), parts.row_scale
+        assert scale is not None
+        per = ACTIVATION_GROUP // width
+        scale = torch.nn.functional.pad(scale, (0, -scale.shape[1] % per)).unflatten(1, (-1, per))
+        step = scale.abs().amax(-1, keepdim=True) * steps
+        inverse = torch.where(step > 0, 128 / step, 0)
+        ratio = (scale * inverse).round()
+        ratio = ratio.flatten(1)[:, : -(-cols // width), None]
+        scale = scale.flatten(1)[:, : -(-cols // width), None]
+        values = torch.nn.functional.pad(experts.dequantize_projection(name, e), (0, -cols % width))
+        values = values.unflatten(1, (-1, width))
+        if row_scale is not None:
+            values = torch.where(row_scale[:, None, None] != 0, values / row_scale[:, None, None], 0)
+        codes = torch.where(scale != 0, values / scale / unit, 0).round()
+        step = step.expand(-1, -1, per).flatten(1)[:, : -(-cols // width), None] * unit
+        matrix = (((codes * ratio + 64) / 128).floor() * step).flatten(1)[:, :cols]
+        matrices.append(matrix if row_scale is None else matrix * row_scale[:, None])
+    return torch.stack(matrices)
 
 
 def decoded_with_minima(experts: Experts, name: str, expert: int) -> Tensor:
     """The same where a minimum is taken off: it is rounded like the ratio."""
-    spec, (rows, cols) = experts.spec, experts.shape(name)
+    spec, (rows, cols) = experts.formats[name], experts.shape(name)
     parts = take_apart(spec, rows, cols, matrix_of(experts, name, expert))
     per = ACTIVATION_GROUP // spec.scale_columns
     scale, minimum = (
@@ -186,7 +183,8 @@ def dense_of(experts: Experts) -> dict[str, Tensor]:
 def engine_truth(experts: Experts, isa: str, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """reference.forward with activations and weights rounded where the engine rounds them: what is left is the order of
     sums."""
-    spec, biases, integer = experts.spec, experts.biases(), experts.spec.encoding.int8_activations
+    biases, integer = experts.biases(), experts.formats.int8_activations
+    from_rows = DECODED_FROM_IN_TILES if isa in TILES else DECODED_FROM
 
     def rounded(v: Tensor) -> Tensor:
         if integer:
@@ -198,15 +196,14 @@ def engine_truth(experts: Experts, isa: str, x: Tensor, ids: Tensor, weights: Te
         t, k = (ids == e).nonzero(as_tuple=True)
         if not len(t):
             continue
-        matrices = dense_of(experts)
-        from_rows = DECODED_FROM_IN_TILES if isa in TILES else DECODED_FROM
-        if integer and spec.encoding.bits < 8 and spec.group_size and len(t) >= from_rows:
-            matrices = decoded(experts)
-        if not integer and rounds_weights(spec, isa, len(t)):
-            matrices = {name: matrix.bfloat16().float() for name, matrix in matrices.items()}
 
-        def linear(name: str, v: Tensor, e: int = e, matrices: dict[str, Tensor] = matrices) -> Tensor:
-            return torch.nn.functional.linear(v, matrices[name][e], biases[name][e] if name in biases else None)
+        def linear(name: str, v: Tensor, e: int = e) -> Tensor:
+            spec, matrix = experts.formats[name], dense_of(experts)[name][e]
+            if integer and spec.encoding.bits < 8 and spec.group_size and len(v) >= from_rows:
+                matrix = decoded(experts, name)[e]
+            if not integer and rounds_weights(spec, isa, len(v)):
+                matrix = matrix.bfloat16().float()
+            return torch.nn.functional.linear(v, matrix, biases[name][e] if name in biases else None)
 
         gate = linear("gate", x[t]) if experts.has_gate else None
         hidden = reference.act(experts.activation, gate, linear("up", x[t]))
@@ -223,7 +220,7 @@ def token_errors(found: Tensor, expected: Tensor) -> Tensor:
     return (found - expected).norm(dim=1) / torch.maximum(norms, norms.square().mean().sqrt().clamp(min=1e-30))
 
 
-def assert_close(spec: Format, found: Tensor, truth: Tensor, case: object = None) -> None:
+def assert_close(spec: Format | Formats, found: Tensor, truth: Tensor, case: object = None) -> None:
     """``found`` is what the engine must answer; ``truth`` from engine_truth.
 
     A sum in another order moves a hidden activation across a rounding boundary now and then. That is one bf16 step, or,
@@ -233,5 +230,5 @@ def assert_close(spec: Format, found: Tensor, truth: Tensor, case: object = None
     if not found.numel():
         return
     errors = token_errors(found, truth)
-    assert errors.max() < (2e-2 if spec.encoding.int8_activations else 2e-3), (case, errors.max())
+    assert errors.max() < (2e-2 if spec.int8_activations else 2e-3), (case, errors.max())
     assert len(errors) < 5 or errors.median() < 1e-5, (case, errors.median())

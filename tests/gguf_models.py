@@ -92,8 +92,8 @@ NAMES = {
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp", "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp", "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }  # fmt: skip
-# Experts that have no one format: gate and up are packed anew as q8_0.
-MIXED = {"gate": "Q4_1", "up": "Q4_1", "down": "Q8_0"}
+# Gate and up that have no one format: gate is packed anew as q8_0.
+MIXED = {"gate": "Q4_1", "up": "Q8_0", "down": "Q8_0"}
 ARCHITECTURES = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
 TOKENS = ["<pad>", "<s>", "</s>", *(chr(code) for code in range(33, 125)), "ab"]
 
@@ -101,15 +101,15 @@ TOKENS = ["<pad>", "<s>", "</s>", *(chr(code) for code in range(33, 125)), "ab"]
 def write_qwen(
     path: Path,
     model,
-    experts: str | dict[str, str] = "Q8_0",
+    experts: str | dict[str, str | list[str]] = "Q8_0",
     rest: str = "Q8_0",
     files: int = 1,
     change: tuple[str, str | None] | None = None,
     metadata: dict | None = None,
 ) -> Path:
-    """A Qwen2-MoE or Qwen3-MoE of Transformers as GGUF, matrices in these types, experts perhaps by projection, in one
-    file or several. The model gets the weights that the file stands for. change: a tensor that is added in a type, or
-    left out."""
+    """A Qwen2-MoE or Qwen3-MoE of Transformers as GGUF, matrices in these types, experts perhaps by projection, or by
+    layer too, in one file or several. The model gets the weights that the file stands for. change: a tensor that is
+    added in a type, or left out."""
     config, tensors = model.config, {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -129,7 +129,11 @@ def write_qwen(
                 continue
             for part, weights in named.items():
                 kind = experts if isinstance(experts, str) else experts[part]
-                made = quantize(weights.float().numpy(), Type[kind])
+                kind = kind if isinstance(kind, str) else kind[int(layer)]
+                if kind in SCALES:
+                    made = blocks(kind, tuple(weights.shape), seed=len(tensors))
+                else:
+                    made = quantize(weights.float().numpy(), Type[kind])
                 tensors[f"{stem}ffn_{part}_exps.weight"] = made, kind
                 weights.copy_(dense(made, kind))
     if change is not None and change[1] is None:

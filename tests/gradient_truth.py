@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from engine_cases import BF16_ACTIVATIONS, dense_of, rounds_weights
+from gradient_cases import ROUNDED_TOLERANCE, TOLERANCE, gradients, relative
 from torch import Tensor
 
-from coterie import ExpertLora, Experts, reference
+from coterie import ExpertLora, Experts, cpu, reference
 
 
 def bf16(v: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def engine_gradients(
             return None if a is None else (bf16(a[e].float()), bf16(b[e].float()), factors[name])
 
         def forward(name: str, v: Tensor, e: int = e, pair=pair) -> Tensor:
-            y = v @ (bf16(dense[name][e]) if rounds_weights(experts.spec, isa, len(v)) else dense[name][e]).T
+            y = v @ (bf16(dense[name][e]) if rounds_weights(experts.formats[name], isa, len(v)) else dense[name][e]).T
             if pair(name):
                 a, b, scaling = pair(name)
                 y = y + staged(scaling * (v @ a.T)) @ b.T
@@ -78,4 +79,24 @@ def engine_gradients(
         slopes = torch.autograd.grad(hidden, kept, d * weight)
         for name, slope in zip(experts.projections, slopes, strict=False):  # gate where there is one, and up
             found["x"].index_add_(0, t, backward(name, x[t], staged(slope), ones))
+    return found
+
+
+def compare(experts: Experts, batch, lora: dict[str, Tensor], scaling=2.0) -> dict[str, Tensor]:
+    """All gradients, after comparing them with plain torch's, and with the engine's own roundings."""
+    x, ids, weights, grad = batch
+    found = gradients(lambda x, w, adapter: experts(x, ids, w, lora=adapter), x, weights, lora, grad, scaling=scaling)
+    gate, up, down = experts.dequantize()
+    biases = {f"{name}_bias": bias for name, bias in experts.biases().items()}
+
+    def plain(x, w, adapter):
+        return reference.forward(x, ids, w, gate, up, down, experts.activation, lora=adapter, **biases)
+
+    wanted = gradients(plain, x, weights, lora, grad, torch.float32, scaling)
+    adapter = ExpertLora(**lora, scaling=scaling)
+    rounded = engine_gradients(experts, cpu.current_isa(), x, ids, weights, adapter, grad.to(x.dtype))
+    for name in wanted:
+        assert relative(found[name], wanted[name]) < TOLERANCE, name
+        assert relative(found[name], rounded[name].to(found[name].dtype)) < ROUNDED_TOLERANCE, name
+        assert name in ("y", "weights") or found[name].dtype == (x.dtype if name == "x" else lora[name].dtype)
     return found

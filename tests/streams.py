@@ -29,7 +29,7 @@ def matrix_of(experts: Experts, name: str, expert: int) -> Tensor:
     """The bytes of one matrix."""
     data, start = experts.packed(expert), 0
     for other in experts.projections:
-        size = experts.spec.matrix_nbytes(*experts.shape(other))
+        size = experts.formats[other].matrix_nbytes(*experts.shape(other))
         if other == name:
             return data[start : start + size]
         start += size

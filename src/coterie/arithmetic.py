@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .errors import ArgumentError
-from .formats import ENCODINGS, Format
+from .formats import ENCODINGS, Format, Formats
 
 ACTIVATIONS = ("auto", "bf16", "int8")
 
@@ -12,19 +12,19 @@ class Arithmetic:
     """Mixed into packed weights.
 
     Attributes:
-        spec: their format.
+        allows_int8: whether their formats do.
         activations: what they compute with: "int8", "bf16", or "auto": int8, where the format allows it, until they are
             adapted.
         adapted: whether they have an adapter or have been trained through.
     """
 
-    spec: Format
+    allows_int8: bool
     activations = "auto"
     adapted = False
 
     def uses_int8(self) -> bool:
         """Whether a forward without adapter and gradients rounds activations to int8."""
-        if not self.spec.encoding.int8_activations or self.activations == "bf16":
+        if not self.allows_int8 or self.activations == "bf16":
             return False
         return self.activations == "int8" or not self.adapted
 
@@ -41,11 +41,11 @@ class Arithmetic:
         self.adapted = True
 
 
-def check_activations(activations: str, spec: Format) -> None:
+def check_activations(activations: str, spec: Format | Formats) -> None:
     """Raises ArgumentError for activations that do not exist, or int8 with bf16 weights."""
     if activations not in ACTIVATIONS:
         raise ArgumentError(f"activations: expected one of {', '.join(ACTIVATIONS)}, found {activations!r}")
-    if activations == "int8" and not spec.encoding.int8_activations:
+    if activations == "int8" and not spec.int8_activations:
         able = ", ".join(name for name, encoding in ENCODINGS.items() if encoding.int8_activations)
         raise ArgumentError(
             f'activations="int8" needs weights of {able}; those of {spec.name} are computed with bf16'

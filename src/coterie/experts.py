@@ -18,7 +18,7 @@ from .border import BYTES, DTYPES, F32, FLOATS, address, is_plain
 from .checkpoints import Codes, LayerReader, PackedFile, open_layer, open_reader, packed, write_layer
 from .cpu import current_isa
 from .errors import ArgumentError
-from .formats import PANEL_ROWS, Format, resolve, round_up
+from .formats import PANEL_ROWS, Format, Formats, resolve, round_up
 from .gpu import hybrid, offload, streaming
 from .gpu.device import check_experts, usable
 from .gpu.matrices import Matrices
@@ -44,12 +44,12 @@ class Experts:
 
     Attributes:
         num_experts, hidden_size, intermediate_size: E, H and I.
-        spec: the weight format.
+        formats: the weight formats; gate and up have one, down another or the same.
         activation: the function between the matrices.
         has_gate: False for a plain MLP, ``down(act(up x))``.
         activations: what experts of integer and 4-bit formats compute with. ``int8`` is fast, ``bf16`` exact; ``auto``
             is int8 until the experts are adapted or trained through, from then on bf16 with and without the adapter.
-            May be set; setting ``auto`` starts anew. Other formats compute with bf16.
+            May be set; setting ``auto`` starts anew. Other formats compute with bf16, and so do those beside them.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Experts:
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
-        spec: Format,
+        formats: Format | Formats,
         activation: Activation = Activation(),  # noqa: B008
         has_gate: bool = True,
         activations: str = "auto",
@@ -68,15 +68,14 @@ class Experts:
                 raise ArgumentError(f"{name}: expected at least 1, found {value}")
         current_isa()
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
-        self.spec, self.activation, self.has_gate = spec, activation, has_gate
-        for name in self.projections:
-            spec.check_columns(name, self.shape(name)[1])
+        self.formats, self.activation, self.has_gate = Formats.of(formats), activation, has_gate
+        self.formats.check_columns(hidden_size, intermediate_size)
         self._weights: dict[int, Tensor] = {}
         self._biases: dict[str, Tensor] = {}
         self._mapped = False  # the weights are pages of a file
         self._placement: hybrid.Placement | None = None
         self._streaming: streaming.Streaming | None = None
-        self._layer = Layer(spec, num_experts, hidden_size, intermediate_size, activation, has_gate)
+        self._layer = Layer(self.formats, num_experts, hidden_size, intermediate_size, activation, has_gate)
         self._handle = handles.new_handle(self._layer)
         self.activations = activations
 
@@ -89,7 +88,7 @@ class Experts:
         up: Tensor,
         down: Tensor,
         *,
-        format: str = "int4",
+        format: str | Format | Formats = "int4",
         group_size: int | None = None,
         zero_point: bool = False,
         scale_search: bool = True,
@@ -106,7 +105,8 @@ class Experts:
         Args:
             format: ``bf16``, ``int8``, ``int4``, ``fp8_block``, ``fp8_channel``, ``mxfp4``, ``mxfp8``,
                 ``nvfp4``, or GGUF's ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q8_0``, ``q2_k``,
-                ``q4_k``, ``q5_k``, ``q6_k``, ``iq4_nl``, ``iq4_xs``.
+                ``q4_k``, ``q5_k``, ``q6_k``, ``iq4_nl``, ``iq4_xs``; or, with one of its own for down,
+                `coterie.formats.Formats`.
             group_size: columns that share a scale (int8, int4: 32, 64, 128; 0 = per row); None: the format's default,
                 32 for int4, per row for int8.
             zero_point: int4 with a zero point per scale.
@@ -139,7 +139,7 @@ class Experts:
         hidden_size: int,
         intermediate_size: int,
         *,
-        format: str | Format = "int4",
+        format: str | Format | Formats = "int4",
         group_size: int | None = None,
         zero_point: bool = False,
         activation: Activation = Activation(),  # noqa: B008
@@ -151,8 +151,8 @@ class Experts:
         ``format``: by name, with its options, or whole.
         Raises DeviceError, before anything is allocated, where there is not enough memory.
         """
-        spec = resolve(format, group_size, zero_point)
-        experts = cls(num_experts, hidden_size, intermediate_size, spec, activation, has_gate, activations)
+        formats = format if isinstance(format, Formats) else resolve(format, group_size, zero_point)
+        experts = cls(num_experts, hidden_size, intermediate_size, formats, activation, has_gate, activations)
         experts._allocate()
         return experts
 
@@ -168,12 +168,12 @@ class Experts:
                 f"{label}: expected columns adjacent in memory, found strides {weight.stride()}; call .contiguous()"
             )
         error = _native.pack(
-            self.spec.layout(*self.shape(name)),
+            self.formats[name].layout(*self.shape(name)),
             address(label, weight, FLOATS, self.shape(name), rows_apart=True), DTYPES[weight.dtype], weight.stride(0),
             scale_search, self._address(name, expert),
         )  # fmt: skip
         if error < 0:
-            raise ArgumentError(f"{label}: NaN or Inf in the weights cannot be held in {self.format}")
+            raise ArgumentError(f"{label}: NaN or Inf in the weights cannot be held in {self.formats[name].name}")
         return float(error)
 
     def pack_codes(
@@ -201,7 +201,7 @@ class Experts:
         label, shape = self._label(name, expert), self.shape(name)
         if isinstance(row_scale, (int, float)):
             row_scale = torch.full(shape[:1], row_scale, dtype=torch.float32, device="cpu")
-        pack_codes(label, self.spec, shape, self._address(name, expert), codes, scale, zero, row_scale)
+        pack_codes(label, self.formats[name], shape, self._address(name, expert), codes, scale, zero, row_scale)
 
     def pack_stored(self, name: str, expert: int, weight: Tensor | Codes, scale_search: bool = True) -> float:
         """Pack one matrix as a checkpoint stores it: codes of this very format as they are, others dequantised first.
@@ -209,7 +209,7 @@ class Experts:
         Returns the relative error of what was packed.
         """
         if isinstance(weight, Codes):
-            if weight.spec == self.spec and weight.held:
+            if weight.spec == self.formats[name] and weight.held:
                 kept = weight.fitted()
                 self.pack_codes(name, expert, kept.codes, kept.scale, kept.zero, kept.row_scale)
                 return kept.loss
@@ -245,7 +245,7 @@ class Experts:
         Raises ArgumentError for a number that is none of these experts'.
         """
         chosen = Experts(
-            len(slots), self.hidden_size, self.intermediate_size, self.spec, self.activation, self.has_gate,
+            len(slots), self.hidden_size, self.intermediate_size, self.formats, self.activation, self.has_gate,
             self.activations,
         )  # fmt: skip
         absent = memory.allocate(self.expert_nbytes, "the experts that are not here") if None in slots else None
@@ -264,7 +264,13 @@ class Experts:
 
     @property
     def format(self) -> str:
-        return self.spec.name
+        """The name of the format, or those of gate and up, and of down: ``q4_k/q6_k``."""
+        return self.formats.name
+
+    @property
+    def spec(self) -> Format | None:
+        """The format of all matrices; None where down has one of its own."""
+        return self.formats.spec
 
     @property
     def activations(self) -> str:
@@ -272,7 +278,7 @@ class Experts:
 
     @activations.setter
     def activations(self, value: str) -> None:
-        check_activations(value, self.spec)
+        check_activations(value, self.formats)
         self._layer.activations = value
         if value == "auto":
             self._layer.adapted = False
@@ -324,7 +330,7 @@ class Experts:
         if expert in self._weights or self._placement is None:
             return self._weights[expert]
         one = Experts.empty(
-            1, self.hidden_size, self.intermediate_size, format=self.spec, has_gate=self.has_gate
+            1, self.hidden_size, self.intermediate_size, format=self.formats, has_gate=self.has_gate
         )
         for name, matrices in self._placement.resident.matrices.items():
             one.pack_codes(name, 0, *matrices.parts(self._placement.experts.index(expert)))
@@ -349,7 +355,7 @@ class Experts:
         if self._placement is not None and expert in self._placement.experts:
             return self._placement.dequantize(name, expert)
         matrix = self._address(name, expert)
-        _native.unpack(self.spec.layout(rows, cols), matrix, address(name, out, F32, (rows, cols)))
+        _native.unpack(self.formats[name].layout(rows, cols), matrix, address(name, out, F32, (rows, cols)))
         return out
 
     def dequantize(self) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -361,11 +367,10 @@ class Experts:
         return dense.get("gate"), dense["up"], dense["down"]
 
     def __repr__(self) -> str:
-        group = f", group_size={self.spec.group_size}" if self.spec.group_size else ""
         sizes = f"{self.num_experts} x {self.hidden_size} x {self.intermediate_size}"
         place = self._placement
         moved = "" if place is None else f", {len(place.experts)} of them on {place.resident.device}"
-        return f"Experts({sizes}, {self.format}{group}, {self.nbytes / 1e6:.1f} MB{moved})"
+        return f"Experts({sizes}, {self.formats.described}, {self.nbytes / 1e6:.1f} MB{moved})"
 
     # --- computing ---
 
@@ -430,8 +435,8 @@ class Experts:
     def open(cls, path: str | Path, layer: int = 0, mmap: bool = False, activations: str = "auto") -> Experts:
         """Experts of one layer of a checkpoint in any format that can be read: a folder or a file.
 
-        Packed experts are opened as they are, quantised ones in their own format. Plain ones are packed into bf16, and
-        those of a layer in several formats.
+        Packed experts are opened as they are, quantised ones in their own formats, one for gate and up and one for
+        down. Plain ones are packed into bf16, and those that differ within one of these.
 
         Args:
             mmap: use the pages of the file itself, shared between processes and evicted under memory pressure; for
@@ -449,7 +454,7 @@ class Experts:
                 raise ArgumentError(
                     f"{path} is not packed, so its experts cannot be mapped: convert it, or open it with mmap=False"
                 )
-            experts = cls.from_reader(reader, format=reader.spec or "bf16")
+            experts = cls.from_reader(reader, format=reader.formats or "bf16")
         experts.activations = activations
         return experts
 
@@ -458,7 +463,7 @@ class Experts:
         """Experts of a packed layer's file, read into huge-page memory or, with ``mmap``, used where they lie."""
         layout = file.layout
         sizes = layout.num_experts, layout.hidden_size, layout.intermediate_size
-        experts = cls(*sizes, layout.spec, layout.activation, layout.has_gate)
+        experts = cls(*sizes, layout.formats, layout.activation, layout.has_gate)
         experts._mapped = mmap
         if not mmap:
             experts._allocate()
@@ -475,7 +480,7 @@ class Experts:
         cls,
         layer: LayerReader,
         *,
-        format: str | Format = "int4",
+        format: str | Format | Formats = "int4",
         group_size: int | None = None,
         zero_point: bool = False,
         scale_search: bool = True,
@@ -492,7 +497,7 @@ class Experts:
         for e in range(layer.num_experts):
             for name, weight in layer.expert(e).items():
                 error = experts.pack_stored(name, e, weight, scale_search)
-                if not layer.held(weight):
+                if not layer.held(name, weight):
                     errors.append(error)
             layer.release(e)
         if errors:  # Python shows the same words once
@@ -556,8 +561,8 @@ class Experts:
         [n, bytes]."""
         matrices, start = {}, 0
         for name in self.projections:
-            end = start + self.spec.matrix_nbytes(*self.shape(name))
-            matrices[name], start = unpacked(self.spec, *self.shape(name), part(slice(start, end))), end
+            end = start + self.formats[name].matrix_nbytes(*self.shape(name))
+            matrices[name], start = unpacked(self.formats[name], *self.shape(name), part(slice(start, end))), end
         return matrices
 
     def _release(self, moved: Sequence[int]) -> None:
@@ -598,7 +603,7 @@ class Experts:
             raise ArgumentError(f"{name} of expert {expert}: is on a device, where nothing can be packed")
         start = address(f"expert {expert}", self._weights[expert], BYTES, (self.expert_nbytes,))
         before = self.projections[: self.projections.index(name)]
-        return start + sum(self.spec.matrix_nbytes(*self.shape(other)) for other in before)
+        return start + sum(self.formats[other].matrix_nbytes(*self.shape(other)) for other in before)
 
 
 def _check_dense(label: str, weight: Tensor, shape: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ from .errors import ArgumentError
 
 PANEL_ROWS = 16
 EXPERT_ALIGN = 4096  # an expert begins on a page of the file, and of memory
+Layout = tuple[int, int, int, int, bool]  # encoding's number, rows, columns, group size, zero points
 
 
 def round_up(n: int, to: int) -> int:
@@ -128,6 +129,11 @@ class Format:
         return self.name + groups + (" with zero points" if self.zero_point else "")
 
     @property
+    def int8_activations(self) -> bool:
+        """Whether it can be multiplied with activations rounded to int8."""
+        return self.encoding.int8_activations
+
+    @property
     def scale_columns(self) -> int:
         """Columns that share one scale; 0 for one scale per row, or none."""
         record = self.encoding.record
@@ -142,12 +148,6 @@ class Format:
         """Bytes of a packed ``[rows, cols]`` matrix."""
         return _native.matrix_bytes(self.layout(rows, cols))
 
-    def expert_nbytes(self, hidden_size: int, intermediate_size: int, has_gate: bool) -> int:
-        """Bytes of an expert's matrices, back to back, and of what fills its last page."""
-        up = self.matrix_nbytes(intermediate_size, hidden_size)
-        down = self.matrix_nbytes(hidden_size, intermediate_size)
-        return round_up((1 + has_gate) * up + down, EXPERT_ALIGN)
-
     def check_columns(self, projection: str, cols: int) -> None:
         """Raise ArgumentError when the group size does not divide ``cols``."""
         if self.group_size and cols % self.group_size and not self.encoding.pads:
@@ -158,9 +158,66 @@ class Format:
                 + (choice if len(others) > 1 else f"{self.name} needs one: use another format")
             )
 
-    def layout(self, rows: int, cols: int) -> tuple[int, int, int, int, bool]:
+    def layout(self, rows: int, cols: int) -> Layout:
         """The native engine's description of a ``[rows, cols]`` matrix."""
         return FORMATS.index(self.name), rows, cols, self.group_size, self.zero_point
+
+
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """The formats of a layer's experts.
+
+    Attributes:
+        gate_up: of gate and up.
+        down: of down.
+    """
+
+    gate_up: Format
+    down: Format
+
+    @classmethod
+    def of(cls, spec: Format | Formats) -> Formats:
+        """Formats as they are, or one format for all."""
+        return spec if isinstance(spec, Formats) else cls(spec, spec)
+
+    def __getitem__(self, projection: str) -> Format:
+        """That of gate, up or down."""
+        return self.down if projection == "down" else self.gate_up
+
+    @property
+    def spec(self) -> Format | None:
+        """The format of all; None where there are two."""
+        return self.down if self.gate_up == self.down else None
+
+    @property
+    def name(self) -> str:
+        """Its name, or those of gate and up, and of down: ``q4_k/q6_k``."""
+        return "/".join(dict.fromkeys((self.gate_up.name, self.down.name)))
+
+    @property
+    def described(self) -> str:
+        """The formats in words, for people to read."""
+        return self.gate_up.described + ("" if self.spec else f" with down in {self.down.described}")
+
+    @property
+    def int8_activations(self) -> bool:
+        """Whether all can be multiplied with activations rounded to int8."""
+        return self.gate_up.int8_activations and self.down.int8_activations
+
+    def layouts(self, hidden_size: int, intermediate_size: int) -> tuple[Layout, Layout]:
+        """The native engine's descriptions of up, or gate, and down."""
+        up, down = (intermediate_size, hidden_size), (hidden_size, intermediate_size)
+        return self.gate_up.layout(*up), self.down.layout(*down)
+
+    def expert_nbytes(self, hidden_size: int, intermediate_size: int, has_gate: bool) -> int:
+        """Bytes of an expert's matrices, back to back, and of what fills its last page."""
+        up, down = map(_native.matrix_bytes, self.layouts(hidden_size, intermediate_size))
+        return round_up((1 + has_gate) * up + down, EXPERT_ALIGN)
+
+    def check_columns(self, hidden_size: int, intermediate_size: int, where: str = "") -> None:
+        """Raise ArgumentError, which begins with `where`, when a group size does not divide the columns of a matrix."""
+        self.gate_up.check_columns(f"{where}gate and up", hidden_size)
+        self.down.check_columns(f"{where}down", intermediate_size)
 
 
 def resolve(name: str | Format, group_size: int | None = None, zero_point: bool = False) -> Format:

@@ -8,7 +8,7 @@ from . import _native, handles
 from .activations import Activation
 from .arithmetic import Arithmetic
 from .border import BYTES, F32, address
-from .formats import PANEL_ROWS, Format, round_up
+from .formats import PANEL_ROWS, Formats, round_up
 
 PROJECTIONS = ("gate", "up", "down")  # in the order of the engine's numbers
 
@@ -18,7 +18,7 @@ class Layer(Arithmetic, _native.Layer):
 
     def __init__(
         self,
-        spec: Format,
+        formats: Formats,
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
@@ -26,17 +26,17 @@ class Layer(Arithmetic, _native.Layer):
         has_gate: bool,
     ) -> None:
         number = handles.new_number()
-        up, down = spec.layout(intermediate_size, hidden_size), spec.layout(hidden_size, intermediate_size)
+        up, down = formats.layouts(hidden_size, intermediate_size)
         super().__init__(number, up, down, activation.native(), num_experts, has_gate)
         self._layouts = up, down, has_gate
-        self.spec, self.num_experts = spec, num_experts
+        self.formats, self.num_experts, self.allows_int8 = formats, num_experts, formats.int8_activations
         self.hidden_size, self.intermediate_size, self.has_gate = hidden_size, intermediate_size, has_gate
         handles.register(number, self)
 
     @property
     def expert_nbytes(self) -> int:
         """Bytes of one packed expert."""
-        return self.spec.expert_nbytes(self.hidden_size, self.intermediate_size, self.has_gate)
+        return self.formats.expert_nbytes(self.hidden_size, self.intermediate_size, self.has_gate)
 
     def place(self, pages: Tensor) -> None:
         """Where there are several NUMA nodes: has fresh memory for experts lie on the nodes that compute them."""

@@ -30,6 +30,7 @@ class Weight(Arithmetic, _native.Linear):
         at = 0 if padded is None else address("bias", padded, F32, padded.shape)
         super().__init__(number, layout, matrix, at, (packed, padded))
         self.spec, self.layout, self.out_features, self.in_features = spec, layout, out_features, in_features
+        self.allows_int8 = spec.int8_activations
         self.packed, self.bias = packed, None if padded is None else padded[:out_features]
         handles.register(number, self)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf_models import PARTS, E, H, I, blocks, dense, experts, write_experts, write_gguf
 
-from coterie import Experts
+from coterie import Experts, reference
 from coterie.activations import Activation
 from coterie.checkpoints import open_reader
 from coterie.checkpoints.gguf_types import TYPES, widest
@@ -58,21 +58,48 @@ def test_what_is_packed_anew_is_said(tmp_path, recwarn):
     file, _ = write_experts(tmp_path / "kept.gguf", "MXFP4")
     Experts.open(file)
     assert not recwarn
-    file, _ = write_experts(tmp_path / "model.gguf", {"gate": "Q4_0", "up": "Q4_0", "down": "Q8_0"})
-    with pytest.warns(UserWarning, match=r"\(Q4_0\): they are .* packed anew as q8_0, with .* error of 0.00"):
+    file, _ = write_experts(tmp_path / "model.gguf", {"gate": "Q4_0", "up": "Q8_0", "down": "Q5_1"})
+    with pytest.warns(UserWarning, match=r"\(Q4_0\): they are .* packed anew as q8_0/q5_1, with .* error of 0.00"):
         Experts.open(file)
 
 
-def test_mixed_types_are_packed_as_the_widest(tmp_path):
-    file, (values,) = write_experts(tmp_path / "model.gguf", {"gate": "MXFP4", "up": "MXFP4", "down": "Q6_K"})
+@pytest.mark.parametrize(
+    ("kinds", "formats"),
+    [
+        (("Q4_K", "Q6_K"), "q4_k/q6_k"),
+        (("Q6_K", "Q4_K"), "q6_k/q4_k"),
+        (("Q2_K", "Q4_0"), "q2_k/q4_0"),
+        (("MXFP4", "BF16"), "mxfp4/bf16"),
+        (("IQ4_XS", "Q5_1"), "iq4_xs/q5_1"),
+    ],
+)
+def test_down_in_a_type_of_its_own(tmp_path, recwarn, kinds, formats):
+    """Not a bit is lost, opened, saved and opened again; what it computes is what its numbers say."""
+    file, (_, values) = write_experts(tmp_path / "model.gguf", dict(zip(PARTS, (kinds[0], *kinds), strict=True)), 2)
+    opened = Experts.open(file, layer=1)
+    assert opened.format == formats and errors(opened, values) == [0, 0, 0]
+    opened.save(tmp_path / "packed", layer=1)
+    assert not recwarn
+    x, ids, weights = torch.randn(9, H), torch.randint(0, E, (9, 2)), torch.rand(9, 2)
+    expected = reference.forward(x, ids, weights, *values.values())
+    opened.activations = "bf16"
+    assert ((opened(x, ids, weights) - expected).norm() / expected.norm()).item() < 0.01
+    for mmap in (False, True):
+        again = Experts.open(tmp_path / "packed", layer=1, mmap=mmap, activations="bf16")
+        assert again.formats == opened.formats and errors(again, values) == [0, 0, 0]
+        assert torch.equal(again(x, ids, weights), opened(x, ids, weights))
+
+
+def test_gate_and_up_have_the_wider_of_their_formats(tmp_path):
+    file, (values,) = write_experts(tmp_path / "model.gguf", {"gate": "MXFP4", "up": "Q6_K", "down": "Q4_0"})
     with pytest.warns(UserWarning, match=r"\(MXFP4\)"):
         opened = Experts.open(file)
-    assert opened.format == "q6_k"
-    *repacked, kept = errors(opened, values)
-    assert kept == 0 and 0 < max(repacked) < 0.03
-    file, _ = write_experts(tmp_path / "plain.gguf", {"gate": "MXFP4", "up": "MXFP4", "down": "BF16"})
-    with pytest.warns(UserWarning):
-        assert Experts.open(file).format == "bf16"
+    assert opened.format == "q6_k/q4_0"
+    repacked, *kept = errors(opened, values)
+    assert kept == [0, 0] and 0 < repacked < 0.03
+    file, _ = write_experts(tmp_path / "plain.gguf", {"gate": "MXFP4", "up": "BF16", "down": "IQ2_S"})
+    with pytest.warns(UserWarning, match=r"\(MXFP4, IQ2_S\)"):
+        assert Experts.open(file).format == "bf16/iq4_nl"
 
 
 @pytest.mark.parametrize(
@@ -104,13 +131,13 @@ def test_one_format_for_several_types(kinds, expected):
         assert (spec and spec.name) == expected
 
 
-def test_all_layers_have_one_format(tmp_path):
+def test_layers_have_formats_of_their_own(tmp_path):
     tensors, _ = experts(dict.fromkeys(PARTS, "MXFP4"))
     more, _ = experts(dict.fromkeys(PARTS, "Q6_K"))
     tensors |= {name.replace("blk.0", "blk.1"): made for name, made in more.items()}
     reader = open_reader(write_gguf(tmp_path / "model.gguf", tensors, {"block_count": 2}))
     assert reader.layers == (0, 1)
-    assert reader.layer(0).spec == reader.layer(1).spec == TYPES["Q6_K"].spec
+    assert [reader.layer(n).formats.name for n in reader.layers] == ["mxfp4", "q6_k"]
 
 
 def test_gate_and_up_in_one(tmp_path):

@@ -17,6 +17,7 @@ from coterie.checkpoints import LayerWriter, open_layer, packed, write_layer
 from coterie.checkpoints.packed import UNFINISHED, PackedLayer, layer_file, packed_layers, read_layout
 from coterie.checkpoints.tensorfile import TensorFile
 from coterie.errors import CheckpointError
+from coterie.formats import Formats, resolve
 
 SPECS = [
     {"format": "bf16"},
@@ -145,7 +146,7 @@ def test_an_interrupted_save_keeps_what_was_there(tmp_path):
     before = layer_file(tmp_path, 0).read_bytes()
     layout = PackedLayer(
         layer=0, num_experts=2, hidden_size=64, intermediate_size=64,
-        spec=experts_of({"format": "int8"}).spec, has_gate=True, activation=Activation(),
+        formats=Formats.of(resolve("int8")), has_gate=True, activation=Activation(),
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt), LayerWriter(tmp_path, layout):
         raise KeyboardInterrupt
@@ -260,6 +261,49 @@ def test_metadata_that_lies(tmp_path, key, value, message):
 def test_metadata_that_is_missing(tmp_path, key):
     folder = rewritten(tmp_path, lambda tensors, metadata: metadata.pop(f"coterie.{key}"))
     refuse(folder, f"is not a packed layer: its metadata has no coterie.{key}")
+
+
+LIES = {"coterie.experts": "mixed"}
+
+
+def of_mixed(gate_up=("int4", 64, True), down=("bf16", 0, False), **more):
+    parts = {"gate_up": gate_up, "down": down} | more
+    keys = ("format", "group_size", "zero_point")
+    return json.dumps({part: dict(zip(keys, spec, strict=True)) for part, spec in parts.items()})
+
+
+def test_metadata_of_two_formats(tmp_path):
+    formats = Formats(resolve("int4", 64, True), resolve("bf16"))
+    Experts.pack(**random_experts(1, sizes=SIZES), format=formats).save(tmp_path)
+    metadata = TensorFile(layer_file(tmp_path, 0)).metadata
+    assert metadata["coterie.experts"] == "mixed" and metadata["coterie.formats"] == of_mixed()
+    assert not {"coterie.group_size", "coterie.zero_point"} & metadata.keys()
+    assert Experts.open(tmp_path).formats == formats
+
+
+MIXED = {
+    "no JSON": ("{", "coterie.formats is '{', expected JSON"),
+    "nested": ("[" * 100_000, "expected JSON"),
+    "a list": ("[]", r"coterie.formats: expected an object of gate_up and down, found \[\]"),
+    "a part too many": (of_mixed(gate=("int4", 64, True)), "expected an object of gate_up and down"),
+    "a format that is text": ('{"gate_up": "int4", "down": "int4"}', "a format as an object of format, .*found 'int4'"),
+    "a number of another kind": (of_mixed(("int4", True, True)), "expected a format as an object of"),
+    "an unknown format": (of_mixed(("int3", 64, True)), "expected one of bf16, .*, found 'int3'"),
+    "a format of another kind": (of_mixed(([], 64, True)), "expected a format as an object of"),
+    "a group size that it has not": (of_mixed(("int4", 48, True)), "group_size of int4: expected .*, found 48"),
+    "a group size that does not divide": (of_mixed(down=("int4", 128, False)), "down: 64 columns are not a multiple"),
+    "another format": (of_mixed(("int8", 64, False)), "expected U8"),
+}
+
+
+@pytest.mark.parametrize("formats, message", MIXED.values(), ids=MIXED)
+def test_metadata_of_two_formats_that_lies(tmp_path, formats, message):
+    refuse(rewritten(tmp_path, lambda _, metadata: metadata.update(LIES | {"coterie.formats": formats})), message)
+
+
+def test_metadata_of_two_formats_that_is_missing(tmp_path):
+    folder = rewritten(tmp_path, lambda _, metadata: metadata.update(LIES))
+    refuse(folder, "is not a packed layer: its metadata has no coterie.formats")
 
 
 NAME = "blk.0.ffn_exps.1"

@@ -13,14 +13,16 @@ from coterie import Experts
 from coterie.checkpoints import open_layer
 from coterie.checkpoints.packed import layer_file
 from coterie.errors import CheckpointError
+from coterie.formats import FORMATS, Formats, resolve
 
+MIXED = Formats(resolve("int4"), resolve("int8"))
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @functools.cache
-def sound():
+def sound(format="int4"):
     """The bytes of a sound packed file."""
-    experts = Experts.pack(**random_experts(0, sizes=(2, 64, 64)), format="int4", up_bias=torch.randn(2, 64))
+    experts = Experts.pack(**random_experts(0, sizes=(2, 64, 64)), format=format, up_bias=torch.randn(2, 64))
     with tempfile.TemporaryDirectory() as folder:
         experts.save(folder)
         return layer_file(folder, 0).read_bytes()
@@ -108,10 +110,11 @@ def test_mutated_headers(tmp_path, data):
 @FUZZ
 @given(data=st.data())
 def test_mutated_metadata(tmp_path, data):
-    header, tail = header_of(sound())
+    header, tail = header_of(sound(data.draw(st.sampled_from(["int4", MIXED]))))
     metadata = header["__metadata__"]
     key = data.draw(st.sampled_from(sorted(metadata)))
-    words = ["0", "1", "2", "63", "64", "65", "128", "true", "false", "bf16", "int8", "int4", "1.1", "{}", "null"]
+    words = ["0", "1", "2", "63", "64", "65", "128", "true", "false", "bf16", "int8", "int4", "mixed", "1.1", "{}"]
+    words += [metadata["coterie.formats"].replace("int8", name) for name in FORMATS if "coterie.formats" in metadata]
     metadata[key] = data.draw(st.sampled_from(words) | st.text(max_size=12) | JSON.map(json.dumps))
     open_both_ways(tmp_path / "x.safetensors", with_header(header, tail))
 

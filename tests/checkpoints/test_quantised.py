@@ -47,7 +47,7 @@ def test_plain_experts_of_a_method_that_is_read(tmp_path, method, nested):
     assert experts.format == "bf16"
     for found, name in zip(experts.dequantize(), ("gate", "up", "down"), strict=True):
         assert torch.equal(found, layers[1][name].float())
-    assert convert_cpu(folder, tmp_path / "out").quant_method == "int4"
+    assert convert_cpu(folder, tmp_path / "out").formats.name == "int4"
 
 
 def test_packed_but_no_layers(tmp_path):

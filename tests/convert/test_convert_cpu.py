@@ -21,6 +21,7 @@ from coterie.convert import convert_cpu
 from coterie.convert import rest as rest_of_checkpoint
 from coterie.convert import tensors as tensors_of_checkpoint
 from coterie.errors import ArgumentError, CheckpointError, CoterieError, MissingTensorError
+from coterie.formats import resolve
 
 EXPERT_BYTES = 3 * H * I * 2
 
@@ -108,7 +109,7 @@ def test_report(tmp_path):
         for expert in (1, 2, 3)
     ]
     assert (report.read_bytes, report.resumed) == (2 * E * EXPERT_BYTES, ())
-    assert (report.quant_method, report.group_size, report.zero_point, report.layers) == ("int8", 0, False, (0, 1))
+    assert (report.formats.spec, report.layers) == (resolve("int8"), (0, 1))
     assert report.source_bytes == 2 * E * EXPERT_BYTES
     assert report.packed_bytes == sum(Experts.open(tmp_path / "out", layer).nbytes for layer in (0, 1))
     assert report.seconds > 0

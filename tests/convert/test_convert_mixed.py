@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from coterie import Experts
 from coterie.convert import convert_cpu
+from coterie.convert.verify import verify
 from coterie.errors import ArgumentError, CheckpointError
 
 
@@ -59,13 +60,34 @@ MIXES = {
 }  # fmt: skip
 
 
+# Where gate and up have one format, and down: of both layers.
+KEPT = {"ModelOpt": "nvfp4/fp8_channel", "compressed-tensors": "int4/int8"}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_down_in_a_format_of_its_own(tmp_path, case):
+    folder, dense = mixed(tmp_path / "in", *MIXES[case])
+    report = convert_cpu(folder, tmp_path / "out")
+    assert report.kept and report.repacked == 0 and report.formats.name == "mixed"
+    for layer in range(2):
+        opened = Experts.open(folder, layer)
+        for experts in (opened, Experts.open(tmp_path / "out", layer, mmap=True)):
+            assert experts.format == KEPT[case] and experts.formats == report.formats[layer]
+            for weights, expected in zip(experts.dequantize(), stacks(dense, layer).values(), strict=True):
+                rtol = 2**-7 if "int8" in KEPT[case] else 0  # -127 for -128
+                torch.testing.assert_close(weights, expected, rtol=rtol, atol=0)
+    assert all(check.worst < 0.01 for check in verify(tmp_path / "out", folder))
+
+
 @pytest.mark.parametrize("case", MIXES)
 def test_each_matrix_is_read_by_its_own(tmp_path, case):
     """Those of the format that is asked for keep their codes; the others are packed anew from what theirs stand for."""
     config, first, others = MIXES[case]
     folder, dense = mixed(tmp_path / "in", config, first, others)
-    with pytest.raises(ArgumentError, match=r"quantised in different ways \(layer \d .*\): name one format for all"):
-        convert_cpu(folder, tmp_path / "out")
+    if case not in KEPT:
+        refused = r"layer \d: matrices of \w+ are quantised in different ways \(.*\): name one format for all"
+        with pytest.raises(ArgumentError, match=refused):
+            convert_cpu(folder, tmp_path / "out")
     spec = METHODS[first][2]
     report = convert_cpu(folder, tmp_path / "out", spec.name, spec.group_size)
     assert not report.kept
@@ -73,7 +95,8 @@ def test_each_matrix_is_read_by_its_own(tmp_path, case):
         experts = Experts.open(tmp_path / "out", layer)
         expected = Experts.pack(**stacks(dense, layer), format=spec.name, group_size=spec.group_size)
         whole = not any(re.search(p, b) for p in others for b in dense if f"layers.{layer}." in b and "experts" in b)
-        assert Experts.open(folder, layer).format == (spec.name if whole else "bf16")
+        opened = Experts.open(folder, layer).formats
+        assert (opened.spec == spec) == whole
         for part, weights in stacks(dense, layer).items():
             for e in range(E):
                 base = f"{STEM.format(layer)}.{e}.{part}_proj"
@@ -87,10 +110,11 @@ def test_each_matrix_is_read_by_its_own(tmp_path, case):
 
 
 def test_opened_without_a_format(tmp_path):
-    """A layer in several formats is dequantised to bf16."""
-    folder, dense = mixed(tmp_path / "in", *MIXES["ModelOpt"])
+    """Gate and up in several formats are dequantised to bf16."""
+    folder, dense = mixed(tmp_path / "in", *MIXES["compressed-tensors, floats"])
+    assert Experts.open(folder).format == "bf16/int4"
     for found, weights in zip(Experts.open(folder).dequantize(), stacks(dense, 0).values(), strict=True):
-        assert torch.equal(found, weights.bfloat16().float())
+        assert torch.equal(found, weights.bfloat16().float()) or torch.equal(found, weights)
 
 
 NOT_UNDERSTOOD = {

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from coterie import Experts
 from coterie.checkpoints.folder import PACKED_INDEX
 from coterie.convert import convert_cpu
-from coterie.errors import ArgumentError, CheckpointError
+from coterie.errors import CheckpointError
 from coterie.formats import resolve
 
 BLOCKS = "fp8 by blocks"
@@ -53,7 +53,7 @@ def test_codes_are_kept(tmp_path, method):
     folder, dense = made(tmp_path / "in", method)
     spec = METHODS[method][2]
     report = convert_cpu(folder, tmp_path / "out")
-    assert (report.quant_method, report.group_size, report.zero_point) == (spec.name, spec.group_size, spec.zero_point)
+    assert report.formats.spec == spec
     assert report.kept and report.repacked == 0
     for layer in range(2):
         converted, opened = Experts.open(tmp_path / "out", layer), Experts.open(folder, layer)
@@ -128,7 +128,7 @@ def test_codes_that_no_format_holds(tmp_path, case):
     tensors, config, dense = quantised_as(make, config)
     folder = write_checkpoint(tmp_path / "in", tensors, config)
     report = convert_cpu(folder, tmp_path / "out")
-    assert (report.quant_method, report.group_size, report.zero_point) == (spec.name, spec.group_size, spec.zero_point)
+    assert report.formats.spec == spec
     assert report.repacked == 2 * 3 * E and not report.kept
     for layer in range(2):
         with pytest.warns(UserWarning, match="codes that no format holds .* packed anew"):
@@ -181,21 +181,23 @@ def test_config_of_multimodal_models(tmp_path):
 
 
 def test_layers_of_two_formats(tmp_path):
-    """Kept where the one format is asked for that a layer has, packed anew in the others; without a name, refused."""
+    """Kept in both; where one is asked for, in the layer that has it, and packed anew in the other."""
     first, config, dense = quantised("compressed-tensors fp8 by rows")
     second, _, other = quantised("compressed-tensors nvfp4")
     tensors = {k: v for k, v in first.items() if ".layers.1." not in k}
     tensors |= {k: v for k, v in second.items() if ".layers.1." in k}
     folder = write_checkpoint(tmp_path / "in", tensors, config)
-    with pytest.raises(ArgumentError, match=r"different ways \(layer 0 fp8_channel, layer 1 nvfp4 in groups of 16\)"):
-        convert_cpu(folder, tmp_path / "out")
+    report = convert_cpu(folder, tmp_path / "kept")
+    assert report.kept and report.formats.described == "fp8_channel (layer 0); nvfp4 in groups of 16 (layer 1)"
+    for layer, values in enumerate((dense, other)):
+        found = Experts.open(tmp_path / "kept", layer).dequantize()
+        assert_same(found, stacks(values, layer), "compressed-tensors nvfp4")
     convert_cpu(folder, tmp_path / "out", "fp8_channel")
     assert_same(Experts.open(tmp_path / "out", 0).dequantize(), stacks(dense, 0), "")
     expected = Experts.open(folder, 1).dequantize()
     assert Experts.open(folder, 1).format == "nvfp4"
     for found, weights in zip(Experts.open(tmp_path / "out", 1).dequantize(), expected, strict=True):
         assert 0 < (found - weights).norm() / weights.norm() < 0.05
-    assert stacks(other, 1)["up"].shape == expected[1].shape
 
 
 REFUSED = {
@@ -328,7 +330,7 @@ def test_gpt_oss(tmp_path):
     tensors, config, dense = gpt_oss(layers=2)
     folder = write_checkpoint(tmp_path / "in", tensors | {"model.norm.weight": torch.ones(4)}, config, shards=2)
     report = convert_cpu(folder, tmp_path / "out")
-    assert report.quant_method == "mxfp4"
+    assert report.formats.name == "mxfp4"
     for layer, expected in enumerate(dense):
         experts = Experts.open(tmp_path / "out", layer)
         assert_same(experts.dequantize(), expected, "")

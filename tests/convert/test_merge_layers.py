@@ -1,5 +1,6 @@
 """Loose layers put together are the checkpoint that one conversion writes."""
 
+import json
 import shutil
 
 import pytest
@@ -40,7 +41,7 @@ def test_it_is_what_one_conversion_writes(tmp_path, source, way):
     else:
         convert_cpu(source, inputs[0], "int8", loose=True)
     done = merge(inputs, tmp_path / "out", source)
-    assert done.whole and done.layers == (0, 1) and done.format.name == "int8"
+    assert done.whole and done.layers == (0, 1) and done.formats.name == "int8"
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert done.bytes == sum(map(len, files(tmp_path / "out").values()))
 
@@ -72,12 +73,22 @@ def test_biases_and_activation(tmp_path):
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+def test_layers_of_several_formats(tmp_path, source):
+    convert_cpu(source, tmp_path / "a", "int8", layers=[0])
+    convert_cpu(source, tmp_path / "b", "int4", layers=[1])
+    done = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out", source)
+    assert done.formats.described == "int8 (layer 0); int4 in groups of 32 (layer 1)"
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stored["experts"] == "mixed" and list(stored["formats"]) == ["0", "1"]
+    assert [Experts.open(tmp_path / "out", layer).format for layer in range(2)] == ["int8", "int4"]
+
+
 def test_what_cannot_be_put_together(tmp_path, source):
     def loose(name, method="int8", layers=(0, 1), of=source):
         convert_cpu(of, tmp_path / name, method, layers=list(layers), loose=True)
         return tmp_path / name
 
-    a, first, second = loose("a"), loose("first", layers=[0]), loose("second", "int4", layers=[1])
+    a, first = loose("a"), loose("first", layers=[0])
     shutil.copytree(a, tmp_path / "renamed")
     wrong = tmp_path / "renamed" / "_layer_0" / "_numa_0" / "experts-00000.safetensors"
     wrong.rename(wrong.with_name("experts-00007.safetensors"))
@@ -96,7 +107,6 @@ def test_what_cannot_be_put_together(tmp_path, source):
         ([broken], None, "truncated in tensor", CheckpointError),
         ([a, first], None, "layer 0 is in both .*first", ArgumentError),
         ([twice], None, "layer 0 is in both", CheckpointError),
-        ([first, second], None, "is packed as int4 in groups of 32, .* as int8: a checkpoint has one", ArgumentError),
         ([tmp_path / "renamed"], None, "holds layer 0, its name says 7", CheckpointError),
         ([first], source, "layers 1 of .* are not there, only 0: convert", ArgumentError),
         ([a], larger, "was not packed from .*larger: hidden_size is 64, expected 256", ArgumentError),

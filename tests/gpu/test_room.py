@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_cases import FORMATS, dense, name_of, options
+from engine_cases import FORMATS, dense, name_of
 
 from coterie import Experts
 from coterie.errors import ArgumentError, DeviceError
+from coterie.formats import Formats
 from coterie.gpu import device as devices
 from coterie.gpu.device import check_experts, free_nbytes
 from coterie.gpu.room import WORK, Room, expert_nbytes, token_nbytes
@@ -15,13 +16,13 @@ from coterie.gpu.room import WORK, Room, expert_nbytes, token_nbytes
 CUDA = torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("spec", FORMATS, ids=name_of)
+@pytest.mark.parametrize("spec", [*FORMATS, Formats(FORMATS[6], FORMATS[1])], ids=name_of)
 @pytest.mark.parametrize("has_gate", [True, False], ids=["gate", "no gate"])
 def test_bytes_of_an_expert(spec, has_gate):
     """They are those that experts take once they are moved."""
-    experts = Experts.pack(*dense((3, 256, 512), has_gate), **options(spec))
+    experts = Experts.pack(*dense((3, 256, 512), has_gate), format=spec)
     experts.move("cpu", (0, 2))
-    assert expert_nbytes(spec, 256, 512, has_gate) * 2 == experts._placement.resident.nbytes
+    assert expert_nbytes(Formats.of(spec), 256, 512, has_gate) * 2 == experts._placement.resident.nbytes
 
 
 def room(free: int, **changes) -> Room:

@@ -42,9 +42,10 @@ def room(folder, pretend):
 
     def measured(context=8192):
         model = coterie.from_pretrained(folder, "int4", dtype=torch.bfloat16)
-        layouts = {name: packed.layout for name, packed in packed_modules(model)}
-        spec = next(packed_modules(model))[1].experts.spec
-        return find_room(0, piece_nbytes(pretend.DEVICE), context, model, layouts, spec)
+        packed = dict(packed_modules(model))
+        layouts = {name: module.layout for name, module in packed.items()}
+        formats = {name: module.experts.formats for name, module in packed.items()}
+        return find_room(0, piece_nbytes(pretend.DEVICE), context, model, layouts, formats)
 
     return measured
 
@@ -110,7 +111,7 @@ def test_too_much(folder, room, pretend, monkeypatch):
     with pytest.raises(DeviceError, match=r"all but the experts \(.*\) needs .* are free: use device='cpu'"):
         open_model(folder, pretend, None, found.rest - 1, monkeypatch)
     layers = found.layers
-    monkeypatch.setattr("coterie.hf.room.device_nbytes", lambda layout, spec: big)
+    monkeypatch.setattr("coterie.hf.room.device_nbytes", lambda layout, formats: big)
     with pytest.raises(DeviceError, match=r"chosen by gpu_experts .*: gpu_experts=1 would fit, .* 8192 tokens"):
         open_model(folder, pretend, 3, found.besides + len(layers) * big, monkeypatch)
     assert not packed

@@ -61,7 +61,7 @@ def test_resumed_by_the_command(tmp_path):
     ran = CliRunner().invoke(app, command)
     said = " ".join(ran.output.split())
     assert ran.exit_code == 0, ran.output
-    assert "32 of 48 matrices have codes that no format holds (Q4_1)" in said
+    assert "16 of 48 matrices have codes that no format holds (Q4_1)" in said
     assert "2 layers, 1 of them before" in said
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import coterie
 from coterie.convert import convert_cpu
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
+from coterie.hf.modules import packed_modules
 
 # Columns in every group size, rows in every number of an element.
 SIZES = {"hidden_size": 128, "moe_intermediate_size": 192, "intermediate_size": 192}
@@ -157,15 +158,16 @@ def test_act_order_is_said_once(tmp_path, recwarn):
 
 
 def test_experts_in_several_formats(tmp_path):
-    """Attention may be in another, or plain; experts need a name for all."""
+    """By projection they keep theirs, as attention does its own, and what is plain; or all become what is named."""
     rows, int4 = METHODS["compressed-tensors fp8 by rows"][0], METHODS["compressed-tensors int4"][0]
 
     def either(random, rows_, cols):
         return (rows if rows_ == SIZES["hidden_size"] else int4)(random, rows_, cols)
 
     folder = write(tmp_path / "in", "qwen3_moe", either, COMPRESSED, which=r"experts\.\d+\.\w+\.weight|[qk]_proj")
-    with pytest.raises(ArgumentError, match=r"quantised in different ways .*: name one format for all"):
-        coterie.from_pretrained(folder)
+    model = coterie.from_pretrained(folder)
+    assert [module.experts.format for _, module in packed_modules(model)] == 2 * ["int4/fp8_channel"]
+    assert_opens_as_converted(folder, tmp_path / "kept")
     assert_opens_as_converted(folder, tmp_path, ("int4",), experts="int4")
 
 

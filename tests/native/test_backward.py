@@ -6,12 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_cases import FORMATS, dense, name_of, options
-from gradient_cases import ROUNDED_TOLERANCE, TOLERANCE, gradients, random_batch, random_lora, relative
-from gradient_truth import engine_gradients
+from gradient_cases import gradients, random_batch, random_lora, relative
+from gradient_truth import compare
 from torch import Tensor
 
 import coterie
-from coterie import Activation, ExpertLora, Experts, reference
+from coterie import Activation, ExpertLora, Experts
 from coterie.errors import ArgumentError
 from coterie.formats import Format
 
@@ -26,25 +26,6 @@ SIZES = {
     "middle rank": ((4, 64, 128), 4, 64, 64),
     "most experts empty": ((256, 64, 64), 4, 7, 8),
 }
-
-
-def compare(experts: Experts, batch, lora: dict[str, Tensor], scaling=2.0) -> dict[str, Tensor]:
-    x, ids, weights, grad = batch
-    found = gradients(lambda x, w, adapter: experts(x, ids, w, lora=adapter), x, weights, lora, grad, scaling=scaling)
-    gate, up, down = experts.dequantize()
-    biases = {f"{name}_bias": bias for name, bias in experts.biases().items()}
-
-    def plain(x, w, adapter):
-        return reference.forward(x, ids, w, gate, up, down, experts.activation, lora=adapter, **biases)
-
-    wanted = gradients(plain, x, weights, lora, grad, torch.float32, scaling)
-    adapter = ExpertLora(**lora, scaling=scaling)
-    rounded = engine_gradients(experts, coterie.cpu.current_isa(), x, ids, weights, adapter, grad.to(x.dtype))
-    for name in wanted:
-        assert relative(found[name], wanted[name]) < TOLERANCE, name
-        assert relative(found[name], rounded[name].to(found[name].dtype)) < ROUNDED_TOLERANCE, name
-        assert name in ("y", "weights") or found[name].dtype == (x.dtype if name == "x" else lora[name].dtype)
-    return found
 
 
 @pytest.mark.parametrize("case", SIZES)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from coterie import formats, plan, tiny
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.gpu.delivery import STAGED_NBYTES
 from coterie.gpu.resident import PIECE_NBYTES
 
-SPEC = formats.resolve("int4")
+SPEC = ModelFormats(formats.resolve("int4"))
 RATES = plan.Rates(bandwidth=1e9, bf16=2e9, int8=4e9, layer=1e-4, forward=2e-4, reached=0.5)
 GPU = plan.GpuRates(memory=50e9, delivered=2e9, products=1e12)
 PLENTY = 10**12

@@ -12,8 +12,10 @@ from made_checkpoints import write_checkpoint
 from quantised_checkpoints import quantised
 
 import coterie
-from coterie import formats, machine, plan, tiny
+from coterie import Experts, formats, machine, plan, tiny
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
+from coterie.formats import Formats
 from coterie.hf.modules import packed_modules
 from coterie.plan import source as plan_source
 from coterie.train import config as sft
@@ -23,6 +25,10 @@ RATES = plan.Rates(bandwidth=1e9, bf16=2e9, int8=4e9)
 
 def inspect(path, context=4096):
     return plan.inspect(plan.open_source(str(path)).config, context)
+
+
+def one(*format):
+    return ModelFormats(formats.resolve(*format))
 
 
 def write(folder, values):
@@ -60,8 +66,28 @@ def test_expert_bytes_are_those_of_the_packed_model(format):
     model = coterie.from_pretrained(tiny.PATH, experts=format)
     packed = sum(module.experts.nbytes for _, module in packed_modules(model))
     anatomy = inspect(tiny.PATH)
-    assert anatomy.experts_nbytes(formats.resolve(format)) == packed
-    assert anatomy.experts_read_nbytes(formats.resolve(format)) == packed * 4 // 16
+    assert anatomy.experts_nbytes(one(format)) == packed
+    assert anatomy.experts_read_nbytes(one(format)) == packed * 4 // 16
+
+
+def test_bytes_and_speed_of_several_formats(tmp_path):
+    """By layer, as config.json alone says them; a layer is multiplied in int8 where both of its formats are."""
+    layers = [Formats.of(formats.resolve("int4")), Formats(formats.resolve("q4_k"), formats.resolve("bf16"))]
+    packing = ModelFormats.of({n: layers[n % 2] for n in range(4)})
+    stored = json.loads(json.dumps({"quant_method": "coterie", "version": "2.0", **packing.stored()}))
+    assert list(stored["formats"]) == ["0, 2", "1, 3"]
+    source = plan.open_source(str(write(tmp_path, tiny_config(quantization_config=stored))))
+    assert source.formats() == [packing] and source.problem is None
+    with pytest.raises(ArgumentError, match="packed as mixed"):
+        source.formats("int4")
+    anatomy = plan.inspect(source.config)
+    whole = sum(Experts.empty(16, 128, 128, format=each).nbytes for each in layers)
+    assert anatomy.experts_nbytes(packing) == 2 * whole
+    found = plan.estimate(anatomy, packing, 10**10, RATES)
+    assert (found.format, found.experts, found.problem) == ("mixed", 2 * whole, None)
+    halves = anatomy.active_expert_parameters / 2
+    products = halves / 4e9 + (halves + anatomy.active_rest_parameters - anatomy.head_parameters) / 2e9
+    assert found.prefill == pytest.approx(1 / (2 * products))
 
 
 def test_stored_bytes_come_from_the_headers(tmp_path):
@@ -70,7 +96,7 @@ def test_stored_bytes_come_from_the_headers(tmp_path):
 
 
 def test_what_is_needed_and_the_bounds():
-    anatomy, spec = inspect(tiny.PATH), formats.resolve("int4")
+    anatomy, spec = inspect(tiny.PATH), one("int4")
     needed = anatomy.experts_nbytes(spec) + anatomy.rest_nbytes + anatomy.cache_nbytes + plan.RESERVE
     found = plan.estimate(anatomy, spec, needed - 5, RATES)
     assert (found.ram, found.ram_short, found.problem) == (needed, 5, None)
@@ -83,7 +109,7 @@ def test_what_is_needed_and_the_bounds():
 
 def test_what_is_predicted():
     """Bytes, operations and overheads, each at a rate of its own."""
-    anatomy, spec = inspect(tiny.PATH), formats.resolve("fp8_block")  # multiplied in bf16
+    anatomy, spec = inspect(tiny.PATH), one("fp8_block")  # multiplied in bf16
     besides = {"row": 0.5e9, "attention": 3e9, "layer": 0.01, "forward": 0.02, "reached": 0.5}
     rates = plan.Rates(bandwidth=1e9, bf16=2e9, int8=4e9, **besides)
     found = plan.estimate(anatomy, spec, 10**10, rates)
@@ -105,14 +131,14 @@ def test_overhead_and_rates_are_measured():
 
 def test_a_format_that_does_not_divide_the_columns_is_said_so(tmp_path):
     anatomy = inspect(write(tmp_path, tiny_config(moe_intermediate_size=80)))
-    assert "80 columns" in plan.estimate(anatomy, formats.resolve("int4"), 10**10, RATES).problem
+    assert "80 columns" in plan.estimate(anatomy, one("int4"), 10**10, RATES).problem
 
 
 def test_a_packed_folder_is_its_own_format_alone(tmp_path):
     packed = {"quant_method": "coterie", "version": "2.0", "experts": "int4", "group_size": 64, "zero_point": True}
     source = plan.open_source(str(write(tmp_path, tiny_config(quantization_config=packed))))
     assert source.problem is None and source.quantised is None
-    assert source.formats() == source.formats("int4") == [formats.resolve("int4", 64, True)]
+    assert source.formats() == source.formats("int4") == [one("int4", 64, True)]
     with pytest.raises(ArgumentError, match="packed as int4"):
         source.formats("int8")
 

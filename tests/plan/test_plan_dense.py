@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import coterie
 from coterie import plan, tiny
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.cli import app
 from coterie.errors import ArgumentError
 from coterie.formats import resolve
@@ -17,6 +18,7 @@ from coterie.hf.converting import convert
 from coterie.hf.dense import packed_linears
 
 RATES = plan.Rates(bandwidth=1e9, bf16=2e9, int8=4e9)
+INT4 = ModelFormats(resolve("int4"))
 
 
 def anatomy_of(path):
@@ -47,7 +49,7 @@ def test_a_tied_head_is_a_copy():
 
 
 def test_what_is_needed_and_the_bounds():
-    anatomy, spec = anatomy_of(tiny.PATH), resolve("int4")
+    anatomy, spec = anatomy_of(tiny.PATH), INT4
     dense = plan.dense(anatomy, resolve("int8"))
     plain, found = plan.estimate(anatomy, spec, 10**10, RATES), plan.estimate(anatomy, spec, 10**10, RATES, dense)
     assert plain.ram - found.ram == dense.saved
@@ -64,8 +66,8 @@ def test_what_is_sensible():
     """Much of what a token reads, or little: here the cache is what there is most of."""
     config = plan.open_source(str(tiny.PATH)).config
     short, long = (plan.inspect(config, context) for context in (1, 8192))
-    assert plan.sensible(short, resolve("int4")) == plan.dense(short, resolve("int8"))
-    assert plan.sensible(long, resolve("int4")) is None
+    assert plan.sensible(short, INT4) == plan.dense(short, resolve("int8"))
+    assert plan.sensible(long, INT4) is None
 
 
 def test_groups_that_do_not_divide(tmp_path):
@@ -85,7 +87,7 @@ def test_a_packed_folder(tmp_path):
     assert plan.dense(plan.inspect(source.config), source.dense, source.dense_skip).count == report.linear_errors.count
     ran = CliRunner().invoke(app, ["plan", str(tmp_path / "out"), "--bandwidth", "20GB"])
     said = " ".join(ran.output.split())
-    assert ran.exit_code == 0 and "experts in int4, linear layers in int8." in said
+    assert ran.exit_code == 0 and "experts in int4 in groups of 32, linear layers in int8." in said
     assert "13 linear layers in int8 (406 kB), what remains in bf16 (675 kB)" in said
 
 

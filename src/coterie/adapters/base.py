@@ -99,7 +99,7 @@ def open_plain(path: Path, layouts: dict[str, Layout], adapted: set[str]) -> Bas
         if name not in adapted:
             continue
         layer, layout = reader.layer(numbers[name]), layouts[name]
-        quantised = " and ".join(spec.name for spec in layer.specs if spec is not None)
+        quantised = " and ".join(spec.name for spec in layer.kinds if spec is not None)
         if quantised:
             raise CheckpointError(f"{path} is quantised ({quantised}): merge into the original model")
         found = layer.num_experts, layer.hidden_size, layer.intermediate_size, layer.has_gate

@@ -15,7 +15,6 @@ from coterie.checkpoints.gguf_types import TYPES, Type, widest
 from coterie.checkpoints.reader import LayerReader, Reader, spans
 from coterie.checkpoints.tensorfile import shown
 from coterie.errors import CheckpointError, MissingTensorError, UnsupportedModelError
-from coterie.formats import Format
 
 EXPERTS = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.(?P<kind>\w+)")
 # The metadata does not say what the experts compute. Architectures that are known to compute silu(gate) * up:
@@ -32,7 +31,7 @@ PLAIN_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat1
 
 
 class GgufReader(Reader):
-    """The experts of a GGUF model. All layers have one format, the smallest that no matrix is larger than.
+    """The experts of a GGUF model.
 
     types: the names of the types that they are stored in.
     Raises CheckpointError for a broken file, MissingTensorError for one without experts.
@@ -59,8 +58,6 @@ class GgufReader(Reader):
                     f"{file.path}, tensor {shown(name)}: type {kind}, this version reads {', '.join(TYPES)}"
                 )
         self.types = tuple(found)
-        self.spec = widest([TYPES[kind] for kind in found])
-        self._odd = ", ".join(kind for kind in found if TYPES[kind].codes is None or TYPES[kind].spec != self.spec)
 
     def __deepcopy__(self, memo: dict) -> GgufReader:
         """Copies of a config that holds one share it."""
@@ -75,7 +72,7 @@ class GgufReader(Reader):
             raise CheckpointError(
                 f"{self.file.path} has no experts in layer {layer}; layers with experts: {spans(self._layers)}"
             )
-        return _open_layer(self.file, layer, self.spec, self._odd)
+        return _open_layer(self.file, layer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +109,11 @@ def _bias(name: str) -> str:
     return name.removesuffix(".weight") + ".bias"
 
 
-def _open_layer(file: GgufFile, layer: int, spec: Format | None, odd: str) -> GgufExperts:
-    """Checks every tensor of the layer. Raises CheckpointError."""
+def _open_layer(file: GgufFile, layer: int) -> GgufExperts:
+    """Checks every tensor of the layer. Raises CheckpointError.
+
+    Gate and up have one format, down has one: that of their types, or the smallest that none of them is larger than.
+    """
     stem = f"blk.{layer}.ffn_"
     parts = ("gate_up", "down") if f"{stem}gate_up_exps.weight" in file.names else ("gate", "up", "down")
     names = {part: f"{stem}{part}_exps.weight" for part in parts}
@@ -150,6 +150,9 @@ def _open_layer(file: GgufFile, layer: int, spec: Format | None, odd: str) -> Gg
             raise CheckpointError(
                 f"{file.path}, tensor {shown(name)}: this version does not know what it is to experts"
             )
+    kinds = {"gate_up": [file.type(names[part]) for part in parts[:-1]], "down": [file.type(names["down"])]}
+    specs = {part: widest([TYPES[kind] for kind in found]) for part, found in kinds.items()}
+    odd = [kind for part, found in kinds.items() for kind in found if not TYPES[kind].keeps(specs[part])]
     return GgufExperts(
         num_experts=experts,
         hidden_size=hidden,
@@ -157,10 +160,10 @@ def _open_layer(file: GgufFile, layer: int, spec: Format | None, odd: str) -> Gg
         has_gate=True,
         biased=biased,
         activation=_activation(file),
-        specs=(spec,),
+        specs={part: (spec,) for part, spec in specs.items()},
         tensors=own,
         nbytes=sum(file.nbytes(name) for name in names.values()),
-        odd=odd,
+        odd=", ".join(dict.fromkeys(odd)),
         file=file,
         names=names,
     )

@@ -23,6 +23,10 @@ class Type:
     spec: Format | None
     codes: Callable[[Format, Tensor], Codes] | None = None
 
+    def keeps(self, spec: Format | None) -> bool:
+        """Whether weights keep their codes in that format, None for plain numbers, which have none."""
+        return self.spec is None or (self.spec == spec and self.codes is not None)
+
 
 def _halves(packed: Tensor) -> Tensor:
     """Two codes to a byte [..., n], the first n of them in the low halves -> [..., 2n]."""

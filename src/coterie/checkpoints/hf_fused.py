@@ -110,7 +110,7 @@ def open_fused(
         has_gate=names.has_gate,
         biased=(("gate",) if names.has_gate else ()) + ("up", "down") if biased else (),
         activation=activation,
-        specs=(scheme.spec,),
+        specs={"gate_up": (scheme.spec,), "down": (scheme.spec,)},
         tensors=(
             *scheme.names(folder, first),
             *scheme.names(folder, down),

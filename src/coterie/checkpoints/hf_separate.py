@@ -17,6 +17,7 @@ from coterie.checkpoints.scheme import Scheme
 from coterie.checkpoints.schemes import choose, choose_all
 from coterie.checkpoints.tensorfile import PLAIN_DTYPES, shown
 from coterie.errors import CheckpointError, MissingTensorError
+from coterie.formats import Format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +104,7 @@ def open_separate(
         has_gate="gate" in leaves,
         biased=biased,
         activation=activation,
-        specs=tuple(dict.fromkeys(scheme.spec for scheme in chosen.values())),
+        specs={"gate_up": _specs(chosen, leaves["up"], leaves.get("gate")), "down": _specs(chosen, leaves["down"])},
         tensors=(*(name for base, scheme in chosen.items() for name in scheme.names(folder, base)), *biases),
         nbytes=sum(scheme.nbytes(folder, base) for base, scheme in chosen.items()),
         folder=folder,
@@ -111,6 +112,11 @@ def open_separate(
         leaves=leaves,
         schemes=chosen,
     )
+
+
+def _specs(chosen: dict[str, Scheme], *leaves: str | None) -> tuple[Format | None, ...]:
+    """The formats of the matrices that these leaves end the names of, each once."""
+    return tuple(dict.fromkeys(scheme.spec for base, scheme in chosen.items() if base.rpartition(".")[2] in leaves))
 
 
 def _drop_zero_points(folder: Folder, chosen: dict[str, Scheme]) -> dict[str, Scheme]:

@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from coterie.activations import Activation
+from coterie.checkpoints.packed_formats import MIXED, read_formats, stored_formats
 from coterie.checkpoints.tensorfile import TensorFile, shown
 from coterie.errors import ArgumentError, CheckpointError
-from coterie.formats import FORMATS, Format, resolve
+from coterie.formats import FORMATS, Format, Formats, resolve
 
 VERSION = "2.0"
+FORMATS_KEY = "coterie.formats"  # where there are several
 # A folder that holds this file is a conversion still running, or one that was killed.
 UNFINISHED = "coterie-unfinished.json"
 FILE_NAME = re.compile(r"experts-(\d{5,})\.safetensors")
@@ -43,7 +45,7 @@ class PackedLayer:
     num_experts: int
     hidden_size: int
     intermediate_size: int
-    spec: Format
+    formats: Formats
     has_gate: bool
     activation: Activation
     biased: tuple[str, ...] = ()
@@ -76,7 +78,7 @@ class PackedLayer:
 
     @property
     def expert_nbytes(self) -> int:
-        return self.spec.expert_nbytes(self.hidden_size, self.intermediate_size, self.has_gate)
+        return self.formats.expert_nbytes(self.hidden_size, self.intermediate_size, self.has_gate)
 
     @property
     def nbytes(self) -> int:
@@ -88,9 +90,7 @@ class PackedLayer:
         return {
             "format": "pt",
             "coterie.version": VERSION,
-            "coterie.experts": self.spec.name,
-            "coterie.group_size": str(self.spec.group_size),
-            "coterie.zero_point": str(self.spec.zero_point).lower(),
+            **self._formats(),
             "coterie.num_experts": str(self.num_experts),
             "coterie.hidden_size": str(self.hidden_size),
             "coterie.intermediate_size": str(self.intermediate_size),
@@ -99,6 +99,20 @@ class PackedLayer:
             "coterie.activation": json.dumps(asdict(self.activation)),
             "coterie.source": self.source.encode("utf-8", "replace").decode(),
         }
+
+    def _formats(self) -> dict[str, str]:
+        if (spec := self.formats.spec) is not None:
+            return format_metadata("coterie.experts", spec)
+        return {"coterie.experts": MIXED, FORMATS_KEY: json.dumps(stored_formats(self.formats))}
+
+
+def format_metadata(key: str, spec: Format) -> dict[str, str]:
+    """The metadata of one format, its name under `key`."""
+    return {
+        key: spec.name,
+        "coterie.group_size": str(spec.group_size),
+        "coterie.zero_point": str(spec.zero_point).lower(),
+    }
 
 
 def is_packed(file: TensorFile) -> bool:
@@ -115,14 +129,13 @@ def read_layout(file: TensorFile) -> PackedLayer:
         num_experts=get.number("coterie.num_experts", 1),
         hidden_size=get.number("coterie.hidden_size", 1),
         intermediate_size=get.number("coterie.intermediate_size", 1),
-        spec=get.spec("coterie.experts"),
+        formats=get.formats(),
         has_gate=get.flag("coterie.has_gate"),
         activation=get.activation(),
         source=file.metadata.get("coterie.source", ""),
     )
     try:
-        for projection in layout.projections:
-            layout.spec.check_columns(projection, layout.matrix(projection)[1])
+        layout.formats.check_columns(layout.hidden_size, layout.intermediate_size)
     except ArgumentError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
     biased = tuple(p for p in layout.projections if layout.bias_name(p) in file.entries)
@@ -191,6 +204,17 @@ class Metadata:
             return resolve(name, group_size, self.flag("coterie.zero_point"))
         except ArgumentError as error:
             raise CheckpointError(f"{self.file.path}: {error}") from error
+
+    def formats(self) -> Formats:
+        if self.text("coterie.experts") != MIXED:
+            return Formats.of(self.spec("coterie.experts"))
+        text = self.text(FORMATS_KEY)
+        try:
+            return read_formats(json.loads(text))
+        except ArgumentError as error:
+            raise CheckpointError(f"{self.file.path}, {FORMATS_KEY}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise self.bad(FORMATS_KEY, "JSON") from error
 
     def activation(self) -> Activation:
         key = "coterie.activation"

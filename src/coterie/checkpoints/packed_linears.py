@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coterie.checkpoints.packed import VERSION, Metadata, check_tensors, check_version
+from coterie.checkpoints.packed import VERSION, Metadata, check_tensors, check_version, format_metadata
 from coterie.checkpoints.tensorfile import TensorFile, shown
 from coterie.checkpoints.tensorwriter import TensorWriter
 from coterie.errors import ArgumentError, CheckpointError
@@ -44,9 +44,7 @@ class PackedLinears:
         return {
             "format": "pt",
             "coterie.version": VERSION,
-            "coterie.linears": self.spec.name,
-            "coterie.group_size": str(self.spec.group_size),
-            "coterie.zero_point": str(self.spec.zero_point).lower(),
+            **format_metadata("coterie.linears", self.spec),
             SHAPES: json.dumps({name: list(shape) for name, shape in self.shapes.items()}),
         }
 

@@ -62,7 +62,7 @@ def write_layer(path: str | os.PathLike, layer: int, experts: Experts, source: s
         num_experts=experts.num_experts,
         hidden_size=experts.hidden_size,
         intermediate_size=experts.intermediate_size,
-        spec=experts.spec,
+        formats=experts.formats,
         has_gate=experts.has_gate,
         activation=experts.activation,
         biased=tuple(biases),

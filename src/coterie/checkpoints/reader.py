@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from coterie.activations import Activation
 from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.scheme import Scheme
-from coterie.formats import Format
+from coterie.formats import Format, Formats, resolve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +20,8 @@ class LayerReader(ABC):
     """The experts of one layer of a checkpoint. Everything but the weights' values was checked when it was made.
 
     num_experts (E), hidden_size (H), intermediate_size (I), has_gate, biased (those of gate,
-    up, down that have biases) and activation say what the layer is; `specs` are the formats of its matrices, each once,
-    None for plain ones;
+    up, down that have biases) and activation say what the layer is; `specs` are the formats of its matrices, those of
+    "gate_up" and those of "down", each once, None for plain ones;
     `tensors` names every tensor it is made of, `nbytes` counts the bytes of its weights as stored; `odd` says in words
     which of them no format holds as they are.
     """
@@ -31,28 +32,36 @@ class LayerReader(ABC):
     has_gate: bool
     biased: tuple[str, ...]
     activation: Activation
-    specs: tuple[Format | None, ...]
+    specs: Mapping[str, tuple[Format | None, ...]]
     tensors: tuple[str, ...]
     nbytes: int
     odd: str = "columns in act-order, or 8 bits with zero points"
 
-    def held(self, weight: Tensor | Codes) -> bool:
-        """Whether the layer's own format holds a matrix that `expert` gave as it is."""
-        if isinstance(weight, Codes):
-            return weight.held and self.spec in (None, weight.spec)
-        return self.spec is None
+    def held(self, projection: str, weight: Tensor | Codes) -> bool:
+        """Whether one of the layer's own formats holds a matrix that `expert` gave as it is."""
+        specs = self.specs["down" if projection == "down" else "gate_up"]
+        return weight.held and weight.spec in specs if isinstance(weight, Codes) else None in specs
 
     @property
-    def spec(self) -> Format | None:
-        """The format of all matrices; None where they are plain, or of several formats."""
-        return self.specs[0] if len(self.specs) == 1 else None
+    def kinds(self) -> tuple[Format | None, ...]:
+        """The formats of all matrices, each once, None for plain ones."""
+        return tuple(dict.fromkeys(spec for specs in self.specs.values() for spec in specs))
+
+    @property
+    def formats(self) -> Formats | None:
+        """The formats that hold the layer: where several are mixed in gate and up, or in down, bf16, as for what is
+        plain beside others; None where all is plain."""
+        if self.kinds == (None,):
+            return None
+        one = {part: specs[0] if len(specs) == 1 else None for part, specs in self.specs.items()}
+        return Formats(one["gate_up"] or resolve("bf16"), one["down"] or resolve("bf16"))
 
     @abstractmethod
     def expert(self, expert: int) -> dict[str, Tensor | Codes]:
         """The weights of one expert: {"gate": [I, H], "up": [I, H], "down": [H, I]}, no "gate" where has_gate is False.
 
         Floating point, rows contiguous; views of the mapped file wherever the stored layout allows. Where they are
-        quantised, `Codes` of one of `specs`.
+        quantised, `Codes`.
         """
 
     @abstractmethod

@@ -10,7 +10,6 @@ import typer
 from coterie.cli.console import console, errors, significant, size, table, telling_of_ctrl_c
 from coterie.cli.progress import ConversionProgress
 from coterie.errors import ArgumentError, CheckpointError
-from coterie.formats import resolve
 
 if TYPE_CHECKING:
     from coterie.convert import ConversionReport
@@ -121,9 +120,16 @@ def _kept(output: Path) -> str:
     return f"{layers} kept in {output}: go on by the same command with --resume"
 
 
+def _scales(report: ConversionReport) -> str:
+    """What scales are rounded to where those of a source are finer."""
+    parts = [spec for formats in report.formats.each for spec in (formats.gate_up, formats.down)]
+    dtypes = dict.fromkeys(spec.encoding.scales for spec in parts if spec.encoding.scales is not None)
+    return " or ".join(str(dtype).removeprefix("torch.").replace("float", "f") for dtype in dtypes)
+
+
 def _print(report: ConversionReport) -> None:
     ratio = report.source_bytes / report.packed_bytes
-    summary = table(f"{report.output}: experts in {report.quant_method}", "", "input", "output", "ratio")
+    summary = table(f"{report.output}: experts in {report.formats.name}", "", "input", "output", "ratio")
     summary.add_row("experts", size(report.source_bytes), size(report.packed_bytes), significant(ratio))
     if report.rest_bytes:
         ratio = report.rest_source_bytes / report.rest_bytes
@@ -145,8 +151,7 @@ def _print(report: ConversionReport) -> None:
     if report.kept:
         exact = all(error.worst == 0 for error in report.errors.values())
         kept = "Codes and scales of the experts are the checkpoint's own."
-        scales = str(resolve(report.quant_method).encoding.scales).removeprefix("torch.").replace("float", "f")
-        rounded = f"Codes of the experts are the checkpoint's own, their scales rounded to {scales}."
+        rounded = f"Codes of the experts are the checkpoint's own, their scales rounded to {_scales(report)}."
         console.print(kept if exact else rounded, highlight=False)
     elif report.own:
         matrices = sum(error.matrices for error in report.errors.values())
@@ -160,7 +165,7 @@ def _print(report: ConversionReport) -> None:
         console.print(
             f"[yellow]The experts were quantised already ({names}), and these errors come on top:[/] without "
             "--quant-method they keep their codes, and the unquantised original makes a better "
-            f"{report.quant_method}.",
+            f"{report.formats.name}.",
             highlight=False,
         )
     before = f", {len(report.resumed)} of them before" if report.resumed else ""

@@ -33,7 +33,7 @@ def merge(
         done = merge(input_path, output, original_path, max_tensors)
     summary = facts("Layers put together")
     summary.add_row("folder", str(output))
-    summary.add_row("layers", f"{len(done.layers)}, experts in {done.format.described}")
+    summary.add_row("layers", f"{len(done.layers)}, experts in {done.formats.described}")
     summary.add_row("rest", "copied" if done.whole else "left out: give --original-path for a model that loads")
     summary.add_row("size", size(done.bytes))
     summary.add_row("time", f"{significant(done.seconds)} s")

@@ -10,7 +10,7 @@ from rich.markup import escape
 from coterie.cli.console import console, count, errors, significant, size, table
 
 if TYPE_CHECKING:
-    from coterie.formats import Format
+    from coterie.checkpoints.packed_formats import ModelFormats
     from coterie.plan import Anatomy, Dense, Rates, Source
 
 
@@ -73,14 +73,14 @@ def plan(
             *planning.overhead(),
             planning.REACHED,
         )
-        packing = {spec.name: machine.packing_rate(spec.name) for spec in formats}
+        packing = {} if source.packed else {every.name: machine.packing_rate(every.name) for every in formats}
     usable = planning.usable(available)
     what = "planned for, as given" if ram else f"available, of {size(here.total)} here"
     console.print(f"RAM: {size(available)} {what}; {size(usable)} after a margin of 5%.", highlight=False)
     report = table("", "experts in", "experts", "RAM needed", "", "decode", "prefill")
     impossible = []
-    for spec in formats:
-        e = planning.estimate(anatomy, spec, usable, rates, linears)
+    for every in formats:
+        e = planning.estimate(anatomy, every, usable, rates, linears)
         speeds = significant(e.decode), significant(e.prefill)
         report.add_row(e.format, size(e.experts), size(e.ram), fits(e.ram_short), *speeds)
         if e.problem:
@@ -112,7 +112,7 @@ def plan(
             highlight=False,
         )
     if linears is None:
-        print_sensible(anatomy, next((spec for spec in formats if spec.name == "int4"), formats[0]))
+        print_sensible(anatomy, next((every for every in formats if every.name == "int4"), formats[0]))
     if source.packed is None:
         print_conversion(source, anatomy, formats, packing, given.get("disk") or planning.DISK, linears)
     if train:
@@ -135,7 +135,9 @@ def print_rates(rates: Rates, context: int) -> None:
     )
 
 
-def print_placements(anatomy: Anatomy, formats: list[Format], ram: int, vram: str | None, rates: Rates) -> None:
+def print_placements(
+    anatomy: Anatomy, formats: list[ModelFormats], ram: int, vram: str | None, rates: Rates
+) -> None:
     """Where the experts go with a GPU: the one here, or one of `vram`; nothing where there is neither."""
     from coterie import machine, memory
     from coterie import plan as planning
@@ -157,16 +159,16 @@ def print_placements(anatomy: Anatomy, formats: list[Format], ram: int, vram: st
         highlight=False,
     )
     report = table("", "experts in", "gpu_experts=", "VRAM needed", "", "RAM needed", "", "decode", "prefill")
-    found = [p for spec in formats for p in planning.placements(anatomy, spec, usable, ram, rates, gpu)]
+    found = [p for every in formats for p in planning.placements(anatomy, every, usable, ram, rates, gpu)]
     for p in found:
         needed = size(p.vram), fits(p.vram_short), size(p.ram), fits(p.ram_short)
         report.add_row(p.format, str(p.gpu_experts), *needed, significant(p.decode), significant(p.prefill))
     console.print(report)
-    for spec in formats:
-        best = planning.choose([p for p in found if p.format == spec.name])
+    for every in formats:
+        best = planning.choose([p for p in found if p.format == every.name])
         if best is not None:
             asked = best.gpu_experts if isinstance(best.gpu_experts, int) else f'"{best.gpu_experts}"'
-            console.print(f'{spec.name}: [bold]device="cuda", gpu_experts={asked}[/]', highlight=False)
+            console.print(f'{every.name}: [bold]device="cuda", gpu_experts={asked}[/]', highlight=False)
     rated = "measured here" if gpus else "assumed"
     console.print(
         f"VRAM needed: all but the experts in bf16 ({size(anatomy.rest_nbytes)}), the KV cache of {anatomy.context} "
@@ -186,7 +188,8 @@ def print_verdict(source: Source, anatomy: Anatomy) -> None:
     elif source.packed:
         linears = f", linear layers in {source.dense.name}" if source.dense else ""
         console.print(
-            f"[green]Opened as it is:[/] packed by coterie, experts in {source.packed.name}{linears}.", highlight=False
+            f"[green]Opened as it is:[/] packed by coterie, experts in {source.packed.described}{linears}.",
+            highlight=False,
         )
     elif source.quantised:
         console.print(
@@ -207,20 +210,20 @@ def print_verdict(source: Source, anatomy: Anatomy) -> None:
         console.print(f"On disk: {kept}.", highlight=False)
 
 
-def print_sensible(anatomy: Anatomy, spec: Format) -> None:
-    """Which format of linear layers makes sense beside experts in format `spec`, and why."""
+def print_sensible(anatomy: Anatomy, formats: ModelFormats) -> None:
+    """Which format of linear layers makes sense beside experts in these formats, and why."""
     from coterie import plan as planning
 
-    found = planning.sensible(anatomy, spec)
-    read = anatomy.experts_read_nbytes(spec) + anatomy.rest_read_nbytes + anatomy.cache_nbytes
+    found = planning.sensible(anatomy, formats)
+    read = anatomy.experts_read_nbytes(formats) + anatomy.rest_read_nbytes + anatomy.cache_nbytes
     if found is None:
-        said = f"Linear layers are a small part of what a token reads beside {spec.name} experts: --dense saves little."
-        console.print(said, highlight=False)
+        beside = f"beside {formats.name} experts: --dense saves little."
+        console.print(f"Linear layers are a small part of what a token reads {beside}", highlight=False)
         return
     ram = f"{size(found.saved)} less RAM" if found.saved >= 0 else f"{size(-found.saved)} more RAM (the head is a copy)"
     console.print(
         f"Sensible on a CPU: [bold]--dense {found.spec.name}[/] (from_pretrained: dense={found.spec.name!r}). Beside "
-        f"{spec.name} experts a token then reads {size(read - found.read_saved)} instead of {size(read)}; {ram}.",
+        f"{formats.name} experts a token then reads {size(read - found.read_saved)} instead of {size(read)}; {ram}.",
         highlight=False,
     )
 
@@ -228,7 +231,7 @@ def print_sensible(anatomy: Anatomy, spec: Format) -> None:
 def print_conversion(
     source: Source,
     anatomy: Anatomy,
-    formats: list[Format],
+    formats: list[ModelFormats],
     packing: dict[str, float],
     disk: float,
     linears: Dense | None,
@@ -238,9 +241,9 @@ def print_conversion(
 
     console.print("\n[bold]coterie convert cpu[/]" + (", of a copy in bf16" if source.problem else ""))
     report = table("", "experts in", "reads", "writes", "about")
-    for spec in formats:
-        c = planning.conversion(anatomy, spec, packing[spec.name], disk, linears)
-        report.add_row(spec.name, size(c.read), size(c.written), duration(c.seconds))
+    for every in formats:
+        c = planning.conversion(anatomy, every, packing[every.name], disk, linears)
+        report.add_row(every.name, size(c.read), size(c.written), duration(c.seconds))
     console.print(report)
     console.print(
         f"An estimate: packing as fast as measured here, reading and writing {size(disk)}/s (--disk).",
@@ -252,7 +255,7 @@ def print_conversion(
 def print_training(
     source: Source,
     anatomy: Anatomy,
-    formats: list[Format],
+    formats: list[ModelFormats],
     ram: int,
     linears: Dense | None,
     rank: int,
@@ -267,8 +270,8 @@ def print_training(
     title = f"LoRA of rank {rank} on attention and experts, {batch} x {tokens} tokens"
     console.print(f"\n[bold]coterie sft[/]: {title}", highlight=False)
     report = table("", "experts in", "weights", "RAM needed", "", "with checkpointing")
-    for spec in formats:
-        t = planning.train_estimate(anatomy, train, spec, ram, linears)
+    for every in formats:
+        t = planning.train_estimate(anatomy, train, every, ram, linears)
         report.add_row(t.format, size(t.weights), size(t.ram), fits(t.ram_short), size(t.ram_checkpointed))
     console.print(report)
     console.print(

@@ -12,6 +12,7 @@ from pathlib import Path
 from coterie import cpu
 from coterie.checkpoints import LayerReader, LayerWriter, Reader, TensorFile
 from coterie.checkpoints.packed import PackedLayer, layer_file, read_layout
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.checkpoints.reader import spans
 from coterie.convert.background import Background
 from coterie.convert.linears import Dense
@@ -23,7 +24,7 @@ from coterie.convert.rest import Rest
 from coterie.convert.source import AUTO, check_input_type, open_source, rest_of
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.experts import Experts
-from coterie.formats import Format, resolve
+from coterie.formats import Format, Formats, resolve
 
 
 def convert_cpu(
@@ -48,7 +49,7 @@ def convert_cpu(
     `rest` is the folder that has everything but the experts where `source`, a GGUF file, has it in names of its own:
     `coterie.hf.converting.convert` makes one. `dense` packs the linear layers of the rest, which that knows too.
 
-    `quant_method` None: int4 for a plain checkpoint; for a quantised one its own format, which keeps codes and scales
+    `quant_method` None: int4 for a plain checkpoint; for a quantised one its own formats, which keep codes and scales
     (rounded to the format's own where they are finer). For any other a quantised checkpoint is dequantised, a matrix at
     a time. Beyond the page cache, one expert is in memory at a time, and a packed one that is being written. `layers`
     packs those layers alone, `loose` each in a folder of its own: files to be merged, without the rest of the
@@ -70,19 +71,16 @@ def convert_cpu(
     reader = open_source(source)
     readers = {layer: reader.layer(layer) for layer in _selected(reader, layers)}
     check_input_type(input_type, source, reader, readers.values())
-    spec = format_for(readers, quant_method, group_size, zero_point)
-    layouts = {layer: _layout(layer, r, spec, source) for layer, r in readers.items()}
-    scratch = {
-        (r.hidden_size, r.intermediate_size, r.has_gate): (_one_expert(r, spec), _one_expert(r, spec))
-        for r in readers.values()
-    }
+    formats = formats_for(readers, quant_method, group_size, zero_point)
+    layouts = {layer: _layout(layer, r, formats[layer], source) for layer, r in readers.items()}
+    scratch = {_kind(layout): (_one_expert(layout), _one_expert(layout)) for layout in layouts.values()}
     experts = {name for r in readers.values() for name in r.tensors}
     others = None
     if not loose and layers is None:
         others = Rest(rest_of(source, reader, rest), experts, reader.schemes, dense)
     packed_bytes = sum(layout.nbytes for layout in layouts.values())
     names = {layer: loose_name(layer) if loose else layer_file("", layer).name for layer in layouts}
-    conversion = {"source": str(source.resolve()), "format": spec.described, "layers": spans(tuple(names))}
+    conversion = {"source": str(source.resolve()), "format": formats.described, "layers": spans(tuple(names))}
     conversion["layout"] = "loose files" if loose else "one checkpoint"
     conversion["linear layers"] = dense.described if dense else "as they are"
 
@@ -96,18 +94,16 @@ def convert_cpu(
         for part, (layer, r) in enumerate(readers.items(), 1):
             if layer in resumed:
                 continue
-            two = scratch[r.hidden_size, r.intermediate_size, r.has_gate]
+            two = scratch[_kind(layouts[layer])]
             told = partial(meter.add, part, r.num_experts)
             packings[layer] = _pack_layer(r, layouts[layer], folder.file(names[layer]), two, told)
             folder.finish(layer, packings[layer].notes())
         if others is not None:
-            others.copy(spec, layouts.values(), folder.file)
+            others.copy(formats, layouts.values(), folder.file)
     return ConversionReport(
         source=source,
         output=output,
-        quant_method=spec.name,
-        group_size=spec.group_size,
-        zero_point=spec.zero_point,
+        formats=formats,
         layers=tuple(readers),
         source_bytes=sum(r.nbytes for r in readers.values()),
         packed_bytes=packed_bytes,
@@ -115,11 +111,12 @@ def convert_cpu(
         rest_bytes=others.tensor_bytes if others else 0,
         seconds=time.perf_counter() - started,
         errors=together(packings[layer] for layer in readers),
-        sources=tuple(dict.fromkeys(spec for r in readers.values() for spec in r.specs)),
+        sources=tuple(dict.fromkeys(spec for r in readers.values() for spec in r.kinds)),
+        own=all(r.formats == formats[layer] for layer, r in readers.items()),
         repacked=sum(packing.repacked for packing in packings.values()),
         linear_bytes=others.linears.nbytes if others and others.linears else 0,
         linear_errors=others.linears.errors if others and others.linears else None,
-        odd=", ".join(dict.fromkeys(r.odd for r in readers.values())),
+        odd=", ".join(dict.fromkeys(r.odd for r in readers.values() if r.odd)),
         resumed=resumed,
         read_bytes=meter.done,
     )
@@ -163,37 +160,44 @@ def _selected(reader: Reader, layers: Sequence[int] | None) -> Sequence[int]:
     return sorted(set(layers))
 
 
-def format_for(
+def formats_for(
     readers: Mapping[int, LayerReader],
     quant_method: str | None = None,
     group_size: int | None = None,
     zero_point: bool = False,
-) -> Format:
-    """The format asked for, or else that of the experts of all layers, by number, int4 where they are plain.
+) -> ModelFormats:
+    """The format asked for, or else those of the experts of each layer, by number; int4 where all are plain.
 
-    Raises ArgumentError for options that do not go together, and where several formats and none asked for are found.
+    Raises ArgumentError for options that do not go together, and where several formats are mixed in gate and up, or in
+    down, of a layer, and none is asked for.
     """
-    if quant_method is None:
-        first: dict[Format | None, int] = {}
-        for layer, reader in readers.items():
-            for spec in reader.specs:
-                first.setdefault(spec, layer)
-        if len(first) > 1:
-            named = ", ".join(f"layer {layer} {spec.described if spec else 'plain'}" for spec, layer in first.items())
-            raise ArgumentError(f"the experts are quantised in different ways ({named}): name one format for all")
-        own = next(iter(first))
-        if own is not None:
-            return resolve(own.name, own.group_size if group_size is None else group_size, zero_point or own.zero_point)
-    return resolve(quant_method or "int4", group_size, zero_point)
+    if quant_method is not None or all(reader.formats is None for reader in readers.values()):
+        return ModelFormats(resolve(quant_method or "int4", group_size, zero_point))
+
+    def changed(own: Format) -> Format:
+        return resolve(own.name, own.group_size if group_size is None else group_size, zero_point or own.zero_point)
+
+    found = {}
+    for layer, reader in readers.items():
+        for part, specs in reader.specs.items():
+            if len(specs) > 1:
+                named = ", ".join(spec.described if spec else "plain" for spec in specs)
+                raise ArgumentError(
+                    f"layer {layer}: matrices of {part} are quantised in different ways ({named}): name one format for "
+                    "all experts"
+                )
+        own = reader.formats or Formats.of(resolve("bf16"))
+        found[layer] = Formats(changed(own.gate_up), changed(own.down))
+    return ModelFormats.of(found)
 
 
-def _layout(layer: int, reader: LayerReader, spec: Format, source: Path) -> PackedLayer:
+def _layout(layer: int, reader: LayerReader, formats: Formats, source: Path) -> PackedLayer:
     return PackedLayer(
         layer=layer,
         num_experts=reader.num_experts,
         hidden_size=reader.hidden_size,
         intermediate_size=reader.intermediate_size,
-        spec=spec,
+        formats=formats,
         has_gate=reader.has_gate,
         activation=reader.activation,
         biased=reader.biased,
@@ -201,15 +205,20 @@ def _layout(layer: int, reader: LayerReader, spec: Format, source: Path) -> Pack
     )
 
 
-def _one_expert(reader: LayerReader, spec: Format) -> Experts:
+def _kind(layout: PackedLayer) -> tuple[int, int, bool, Formats]:
+    """What layers have in common whose experts take the same room."""
+    return layout.hidden_size, layout.intermediate_size, layout.has_gate, layout.formats
+
+
+def _one_expert(layout: PackedLayer) -> Experts:
     """Room for one packed expert."""
     return Experts.empty(
         1,
-        reader.hidden_size,
-        reader.intermediate_size,
-        format=spec,
-        activation=reader.activation,
-        has_gate=reader.has_gate,
+        layout.hidden_size,
+        layout.intermediate_size,
+        format=layout.formats,
+        activation=layout.activation,
+        has_gate=layout.has_gate,
     )
 
 
@@ -241,7 +250,7 @@ def _pack_expert(reader: LayerReader, layer: int, expert: int, one: Experts, pac
         except ArgumentError as problem:
             raise CheckpointError(f"layer {layer}, expert {expert}, {projection}: {problem}") from problem
         packing.errors.setdefault(projection, ProjectionError()).add(layer, expert, error)
-        packing.repacked += not reader.held(weight)
+        packing.repacked += not reader.held(projection, weight)
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from coterie.checkpoints import TensorFile
 from coterie.checkpoints.folder import PACKED_INDEX
 from coterie.checkpoints.folderwriter import new_folder
 from coterie.checkpoints.packed import UNFINISHED, PackedLayer, layer_file, read_layout
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.checkpoints.reader import LayerReader, spans
 from coterie.checkpoints.tensorwriter import check_room, copy_file, path_within
 from coterie.convert.loose import loose_files
 from coterie.convert.rest import Rest, write_index
 from coterie.convert.source import open_source, rest_of
 from coterie.errors import ArgumentError, CheckpointError
-from coterie.formats import Format
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Merged:
     """What was written. whole: with the rest of the original, so that it is a model."""
 
     layers: tuple[int, ...]
-    format: Format
+    formats: ModelFormats
     bytes: int
     seconds: float
     whole: bool
@@ -45,14 +45,17 @@ def merge(
     `max_tensors` tensors; without it, the result is experts alone, which `Experts.open` opens. An experts' file stays
     what it is.
 
-    Raises ArgumentError for layers that are missing, there twice, or of several formats, CheckpointError for broken or
-    unfinished ones and for an output that cannot be written.
+    Raises ArgumentError for layers that are missing or there twice, CheckpointError for broken or unfinished ones and
+    for an output that cannot be written.
     """
     started = time.perf_counter()
     output = Path(output)
     files = _found([Path(folder) for folder in inputs])
     layouts = {layer: read_layout(TensorFile(path)) for layer, path in files.items()}
-    spec = _one_format(files, layouts)
+    for layer, layout in layouts.items():
+        if layout.layer != layer:
+            raise CheckpointError(f"{files[layer]} holds layer {layout.layer}, its name says {layer}")
+    formats = ModelFormats.of({layer: layout.formats for layer, layout in layouts.items()})
     rest = None
     if original is not None:
         reader = open_source(Path(original))
@@ -67,14 +70,14 @@ def merge(
         for layer, path in files.items():
             copy_file(path, layer_file(new, layer))
         if rest is not None:
-            rest.copy(spec, layouts.values(), partial(path_within, new), max_tensors)
+            rest.copy(formats, layouts.values(), partial(path_within, new), max_tensors)
         else:
             weight_map = {
                 name: layer_file("", layer).name for layer, layout in layouts.items() for name, _, _ in layout.tensors()
             }
             write_index(new / PACKED_INDEX, weight_map, total_size=sum(layout.nbytes for layout in layouts.values()))
         nbytes = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
-    return Merged(tuple(files), spec, nbytes, time.perf_counter() - started, rest is not None)
+    return Merged(tuple(files), formats, nbytes, time.perf_counter() - started, rest is not None)
 
 
 def _found(folders: Sequence[Path]) -> dict[int, Path]:
@@ -98,19 +101,6 @@ def _found(folders: Sequence[Path]) -> dict[int, Path]:
             "there and in folders below, such as _layer_N/_numa_0"
         )
     return dict(sorted(found.items()))
-
-
-def _one_format(files: Mapping[int, Path], layouts: Mapping[int, PackedLayer]) -> Format:
-    first = next(iter(layouts.values()))
-    for layer, layout in layouts.items():
-        if layout.layer != layer:
-            raise CheckpointError(f"{files[layer]} holds layer {layout.layer}, its name says {layer}")
-        if layout.spec != first.spec:
-            raise ArgumentError(
-                f"{files[layer]} is packed as {layout.spec.described}, {files[first.layer]} as "
-                f"{first.spec.described}: a checkpoint has one format; convert one of them again"
-            )
-    return first.spec
 
 
 def _check_original(

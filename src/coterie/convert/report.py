@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.errors import CheckpointError
 from coterie.formats import Format
 
@@ -85,16 +86,14 @@ class ConversionReport:
     """source_bytes and packed_bytes count the experts alone, rest_source_bytes and rest_bytes every other tensor;
     linear_bytes those of the rest that are packed linear layers, linear_errors theirs, None where there are none.
     errors by projection, 0 where codes and scales were kept. sources: the formats that the experts were in, None for
-    plain ones. repacked: matrices whose codes no format holds, so that they were packed anew whatever was asked for;
-    odd: in words, which.
+    plain ones; own: whether they were packed into those. repacked: matrices whose codes no format holds, so that they
+    were packed anew whatever was asked for; odd: in words, which.
     resumed: the layers that an earlier run had finished. read_bytes, seconds: of experts in this run; its time in all.
     """
 
     source: Path
     output: Path
-    quant_method: str
-    group_size: int
-    zero_point: bool
+    formats: ModelFormats
     layers: tuple[int, ...]
     source_bytes: int
     packed_bytes: int
@@ -103,6 +102,7 @@ class ConversionReport:
     seconds: float
     errors: dict[str, ProjectionError]
     sources: tuple[Format | None, ...]
+    own: bool
     repacked: int
     linear_bytes: int
     linear_errors: LinearErrors | None
@@ -114,11 +114,6 @@ class ConversionReport:
     def quantised(self) -> tuple[Format, ...]:
         """The formats that the experts were quantised in."""
         return tuple(spec for spec in self.sources if spec is not None)
-
-    @property
-    def own(self) -> bool:
-        """Whether the format is that of the source."""
-        return self.sources == (Format(self.quant_method, self.group_size, self.zero_point),)
 
     @property
     def kept(self) -> bool:

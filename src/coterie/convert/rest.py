@@ -12,13 +12,13 @@ import torch
 
 from coterie.checkpoints.folder import PACKED_INDEX, Folder
 from coterie.checkpoints.packed import VERSION, PackedLayer, layer_file
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.checkpoints.quantised import MODELOPT_FILE, without_quantisation
 from coterie.checkpoints.scheme import Scheme
 from coterie.checkpoints.tensorfile import DTYPES
 from coterie.checkpoints.tensorwriter import TensorWriter, copy_file, write_text
 from coterie.convert.linears import Dense, LinearPacking
 from coterie.convert.tensors import Written, written_tensors
-from coterie.formats import Format
 
 SHARD_BYTES = 5 << 30
 NewFile = Callable[[str], Path]  # from the name of a file within the output to its path, its parents made
@@ -50,10 +50,12 @@ class Rest:
         self.tensor_bytes += self.linears.nbytes if self.linears else 0
         self.nbytes = self.tensor_bytes + sum((folder.root / name).stat().st_size for name in self._files)
 
-    def copy(self, spec: Format, layers: Iterable[PackedLayer], file: NewFile, max_tensors: int | None = None) -> None:
+    def copy(
+        self, formats: ModelFormats, layers: Iterable[PackedLayer], file: NewFile, max_tensors: int | None = None
+    ) -> None:
         """Copies it, then writes config.json and, last, the index of everything, which makes a checkpoint of them.
 
-        `layers` are the layers packed there already, as `spec`. max_tensors: of a shard.
+        `layers` are the layers packed there already, as `formats`. max_tensors: of a shard.
         """
         weight_map = write_shards(self._folder, self._tensors, file, max_tensors)
         if self.linears is not None:
@@ -64,7 +66,7 @@ class Rest:
             total_size += layer.nbytes
         copy_files(self._folder.root, self._files, file)
         config = without_quantisation(self._folder.config) | {
-            "quantization_config": quantization_config(spec, self._dense)
+            "quantization_config": quantization_config(formats, self._dense)
         }
         write_json(file("config.json"), config)
         write_index(file(PACKED_INDEX), weight_map, total_size=total_size, dtype=self._dtype())
@@ -150,15 +152,9 @@ def other_files(root: Path) -> Iterator[str]:
                 yield str(path.relative_to(root))
 
 
-def quantization_config(spec: Format, dense: Dense | None = None) -> dict:
+def quantization_config(formats: ModelFormats, dense: Dense | None = None) -> dict:
     """What config.json says of the packed experts and linear layers."""
-    found = {
-        "quant_method": "coterie",
-        "version": VERSION,
-        "experts": spec.name,
-        "group_size": spec.group_size,
-        "zero_point": spec.zero_point,
-    }
+    found = {"quant_method": "coterie", "version": VERSION, **formats.stored()}
     if dense is not None:
         found |= {"dense": dense.spec.name} | ({"dense_skip": list(dense.skip)} if dense.skip else {})
     return found

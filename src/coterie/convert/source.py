@@ -67,10 +67,10 @@ def _input_types(reader: Reader, layers: Iterable[LayerReader]) -> set[str]:
     if (method := method_of(reader.folder)) is not None:
         found.add(method[0])
     for layer in layers:
-        for spec in layer.specs:
+        for spec in layer.kinds:
             if spec is not None:
                 found |= {spec.name, spec.name.partition("_")[0]}  # fp8_block is fp8
-        if layer.specs == (None,):
+        if layer.kinds == (None,):
             dtypes = (reader.folder.file_of(name).entry(name).dtype for name in layer.tensors)
             found.update(PLAIN_TYPES[dtype] for dtype in dtypes if dtype in PLAIN_TYPES)
     return found

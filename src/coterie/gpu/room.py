@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from coterie.formats import Format
+from coterie.formats import Format, Formats
 from coterie.gpu.stream import unpacked
 
 # Bytes for workspaces of CUDA's libraries, for what the allocator rounds up, and, where no kernel does it at once, for
@@ -15,13 +15,15 @@ WORK = 3 << 29
 CONTEXT = 8192  # tokens of the KV cache that there is to be room for, where nothing else is said
 
 
-def expert_nbytes(spec: Format, hidden_size: int, intermediate_size: int, has_gate: bool) -> int:
+def expert_nbytes(formats: Formats, hidden_size: int, intermediate_size: int, has_gate: bool) -> int:
     """Bytes that one expert's matrices take on a device, which has codes of 5 and 6 bits in a byte each."""
-    up, down = (
-        unpacked(spec, rows, cols, torch.empty(1, spec.matrix_nbytes(rows, cols), dtype=torch.uint8, device="meta"))
-        for rows, cols in ((intermediate_size, hidden_size), (hidden_size, intermediate_size))
-    )
-    return (1 + has_gate) * up.nbytes + down.nbytes
+    up = _nbytes(formats.gate_up, intermediate_size, hidden_size)
+    return (1 + has_gate) * up + _nbytes(formats.down, hidden_size, intermediate_size)
+
+
+def _nbytes(spec: Format, rows: int, cols: int) -> int:
+    data = torch.empty(1, spec.matrix_nbytes(rows, cols), dtype=torch.uint8, device="meta")
+    return unpacked(spec, rows, cols, data).nbytes
 
 
 def token_nbytes(per_token: int, hidden_size: int, intermediate_size: int) -> int:

@@ -13,12 +13,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from coterie.arithmetic import check_activations
 from coterie.checkpoints.gguf import GgufReader
 from coterie.checkpoints.packed import VERSION
+from coterie.checkpoints.packed_formats import MIXED, ModelFormats, read_layers
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import Format, resolve
 from coterie.gpu.room import CONTEXT
 
 METHOD = "coterie"
-STORED = ("experts", "group_size", "zero_point", "dense", "dense_skip")  # what is packed, and how
+STORED = ("experts", "group_size", "zero_point", "formats", "dense", "dense_skip")  # what is packed, and how
 # How packed experts are opened, what they compute with, and which are on the GPU.
 LOADING = ("mmap", "activations", "gpu_experts", "gpu_context")
 OPTIONS = (*STORED, "scale_search", *LOADING)
@@ -28,9 +29,11 @@ OPTIONS = (*STORED, "scale_search", *LOADING)
 class CoterieConfig(QuantizationConfigMixin):
     """How the experts of a model are packed, and its linear layers; the rest of the model keeps its dtype.
 
-    experts: "bf16", "int8" or "int4", which is the default.
+    experts: "bf16", "int8" or "int4", which is the default. "mixed" where they are packed in several formats, as a
+        quantised checkpoint has them.
     group_size: columns that share one scale, 0 for one scale per row. Default: 32 for int4, per row for int8.
     zero_point: int4 with zero points (asymmetric): more accurate, slightly larger.
+    formats: of "mixed" experts, by layer; as docs/format.md has it.
     scale_search: choose scales that minimise the squared error, at pack time.
     mmap: read a packed checkpoint in place instead of copying it into huge pages; for models larger than memory.
     activations: what int8 and int4 experts compute with, "auto", "bf16" or "int8"; see `Experts`.
@@ -62,6 +65,7 @@ class CoterieConfig(QuantizationConfigMixin):
         gpu_context: int = CONTEXT,
         dense: str | None = None,
         dense_skip: Sequence[str] | str = (),
+        formats: dict[str, Any] | None = None,
         quant_method: str = METHOD,
         version: str = VERSION,
         **unknown: Any,
@@ -85,7 +89,8 @@ class CoterieConfig(QuantizationConfigMixin):
         given = {"experts": experts, "group_size": group_size, "zero_point": zero_point, "dense": self.dense}
         given["dense_skip"] = self.dense_skip or None
         self.asked = {name: value for name, value in given.items() if value is not None}
-        spec = resolve("int4" if experts is None else experts, group_size, bool(zero_point))
+        if (experts == MIXED) != (formats is not None):
+            raise ArgumentError(f"experts={MIXED!r} and formats are of packed checkpoints, and go together")
         self.quant_method = METHOD
         self.version = VERSION
         self.scale_search = scale_search
@@ -96,19 +101,24 @@ class CoterieConfig(QuantizationConfigMixin):
             raise ArgumentError(f"gpu_context: expected a number of tokens, at least 1, found {gpu_context!r}")
         self.gpu_context = gpu_context
         self.gguf: GgufReader | None = None  # where the experts are, while a GGUF file is loaded
-        self.become(spec)
+        if formats is not None:
+            self.become(ModelFormats(None, read_layers(formats)))
+        else:
+            self.become(ModelFormats(resolve("int4" if experts is None else experts, group_size, bool(zero_point))))
 
-    def become(self, spec: Format) -> None:
-        """Sets the format of the packed weights. Raises ArgumentError where `activations` does not go with it."""
-        check_activations(self.activations, spec)
-        self.experts = spec.name
-        self.group_size = spec.group_size
-        self.zero_point = spec.zero_point
+    def become(self, formats: ModelFormats) -> None:
+        """Sets the formats of the packed weights. Raises ArgumentError where `activations` does not go with one."""
+        for each in formats.each:
+            check_activations(self.activations, each)
+        self.packing = formats
+        self.experts = formats.name
+        self.group_size = self.zero_point = self.formats = None
+        vars(self).update(formats.stored())
 
     @property
-    def spec(self) -> Format:
-        """The format of the packed weights."""
-        return resolve(self.experts, self.group_size, self.zero_point)
+    def spec(self) -> Format | None:
+        """The format of the packed experts; None where they have several, which `packing` has."""
+        return self.packing.spec
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What Transformers copies onto the config of a packed checkpoint when this one is given for it too."""
@@ -133,7 +143,8 @@ class CoterieConfig(QuantizationConfigMixin):
         stored = {
             name: value for name, value in super().to_dict().items() if name in ("quant_method", "version", *STORED)
         }
-        return {name: value for name, value in stored.items() if not (name.startswith("dense") and not value)}
+        dropped = ("dense", "dense_skip") if self.spec else ("dense", "dense_skip", "group_size", "zero_point")
+        return {name: value for name, value in stored.items() if value or name not in (*dropped, "formats")}
 
 
 def check_skip(patterns: Sequence[str] | str) -> list[str]:

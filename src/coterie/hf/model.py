@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from coterie.checkpoints.folderwriter import replaced_folder
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.checkpoints.packed_write import write_layer
 from coterie.errors import ArgumentError
 from coterie.hf.attention import attend_as_before, attend_here
@@ -39,17 +40,19 @@ class PackedModel:
 
     def extra_repr(self) -> str:
         """What print(model) says of the whole model."""
-        experts = [module.experts for _, module in packed_modules(self)]
+        packed = dict(packed_modules(self))
+        experts = [module.experts for module in packed.values()]
         if not experts:
             return super().extra_repr()
         nbytes = sum(e.nbytes for e in experts)
         linears = [linear for _, linear in packed_linears(self)]
         dense = sum(linear.nbytes for linear in linears)
         rest = self.get_memory_footprint() - nbytes - dense
-        packed = f"experts packed as {experts[0].spec.described}: {nbytes / 1e6:,.1f} MB"
+        formats = ModelFormats.of({n: packed[name].experts.formats for name, n in number_layers(list(packed)).items()})
+        said = f"experts packed as {formats.described}: {nbytes / 1e6:,.1f} MB"
         if linears:
-            packed += f"; {len(linears)} linear layers as {linears[0].spec.described}: {dense / 1e6:,.1f} MB"
-        return f"{packed}; the rest {str(self.dtype).removeprefix('torch.')}: {rest / 1e6:,.1f} MB"
+            said += f"; {len(linears)} linear layers as {linears[0].spec.described}: {dense / 1e6:,.1f} MB"
+        return f"{said}; the rest {str(self.dtype).removeprefix('torch.')}: {rest / 1e6:,.1f} MB"
 
     def train(self, mode: bool = True) -> PreTrainedModel:
         """Sets the mode; once a model has been in training its experts compute as in training, see `Experts`.

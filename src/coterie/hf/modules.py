@@ -8,8 +8,10 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import nn
 
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.errors import UnsupportedModelError
 from coterie.experts import Experts
+from coterie.formats import Formats
 from coterie.hf.layout import Layout, is_experts, read_layout
 from coterie.hf.packed import PackedModule
 from coterie.hf.weight import PackedWeight
@@ -49,6 +51,11 @@ def number_layers(names: list[str]) -> dict[str, int]:
     if len(set(numbers)) < len(names):
         numbers = list(range(len(names)))
     return dict(zip(names, numbers, strict=True))
+
+
+def formats_by_name(formats: ModelFormats, names: list[str]) -> dict[str, Formats]:
+    """The formats of experts modules, by their names."""
+    return {name: formats[number] for name, number in number_layers(names).items()}
 
 
 def packed_module(module: nn.Module) -> PackedModule | None:

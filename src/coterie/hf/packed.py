@@ -33,7 +33,7 @@ class PackedModule:
         """What print(model) says of it."""
         layout = self.layout
         sizes = f"num_experts={layout.num_experts}, hidden_size={layout.hidden_size}"
-        packed = f"packed as {self.experts.spec.described}, {self.experts.nbytes / 1e6:,.1f} MB"
+        packed = f"packed as {self.experts.formats.described}, {self.experts.nbytes / 1e6:,.1f} MB"
         return f"{sizes}, intermediate_size={layout.intermediate_size}, {packed}"
 
     def dense_expert(self, name: str, expert: int, dtype: torch.dtype) -> Tensor:

@@ -14,12 +14,13 @@ from transformers.core_model_loading import WeightTransform
 
 from coterie.checkpoints import LayerReader, Reader, open_reader
 from coterie.checkpoints.folder import Folder
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.checkpoints.quantised import says_quantised
-from coterie.convert.cpu import format_for
+from coterie.convert.cpu import formats_for
 from coterie.convert.tensors import Written, written_tensors
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.experts import Experts
-from coterie.formats import Format
+from coterie.formats import Formats
 from coterie.hf.layout import Layout
 from coterie.hf.modules import hide_parameters, number_layers
 from coterie.hf.names import parameters_in
@@ -36,19 +37,19 @@ class Quantised:
     readers: dict[str, LayerReader]
     rest: tuple[Written, ...]
 
-    def format(self, asked: dict[str, Any]) -> Format:
+    def formats(self, asked: dict[str, Any]) -> ModelFormats:
         """The format asked for (`experts`, `group_size`, `zero_point`, if they were given), or else the experts' own.
 
-        Raises ArgumentError where several formats and none asked for are found.
+        Raises ArgumentError as `formats_for` does.
         """
         numbers = number_layers(list(self.readers))
         readers = {numbers[name]: reader for name, reader in self.readers.items()}
-        return format_for(readers, asked.get("experts"), asked.get("group_size"), asked.get("zero_point", False))
+        return formats_for(readers, asked.get("experts"), asked.get("group_size"), asked.get("zero_point", False))
 
-    def experts(self, name: str, spec: Format, scale_search: bool) -> Experts:
-        """The experts of a module, packed as `spec`. Raises CheckpointError for weights that it cannot hold."""
+    def experts(self, name: str, formats: Formats, scale_search: bool) -> Experts:
+        """The experts of a module, packed as `formats`. Raises CheckpointError for weights that it cannot hold."""
         try:
-            return Experts.from_reader(self.readers[name], format=spec, scale_search=scale_search)
+            return Experts.from_reader(self.readers[name], format=formats, scale_search=scale_search)
         except ArgumentError as error:
             raise CheckpointError(f"{name}: {error}") from error
 

@@ -37,6 +37,7 @@ from coterie.hf.linears import ModelLinears
 from coterie.hf.model import become_packed, compute_here
 from coterie.hf.modules import (
     attach,
+    formats_by_name,
     hide_parameters,
     number_layers,
     packed_modules,
@@ -96,7 +97,7 @@ class CoterieQuantizer(HfQuantizer):
         if options.gguf is not None:
             readers = read_experts(options.gguf, self._layouts, options.gguf.file.path)
             self._quantised = Quantised(None, readers, ())
-            options.become(self._quantised.format(options.asked))
+            options.become(self._quantised.formats(options.asked))
         elif self.pre_quantized:
             self._folder = files[0].parent
             self._check_packed()
@@ -112,10 +113,13 @@ class CoterieQuantizer(HfQuantizer):
             if self._quantised is None:
                 self._files = [TensorFile(file) for file in files]
             else:
-                options.become(self._quantised.format(options.asked))
+                options.become(self._quantised.formats(options.asked))
+        self._formats = formats_by_name(options.packing, list(self._layouts))
         for name, layout in self._layouts.items():
-            self._check_format(name, layout)
-        self._moved = choose(options.gpu_experts, options.gpu_context, model, self._layouts, options.spec, self._device)
+            self._formats[name].check_columns(layout.hidden_size, layout.intermediate_size, f"{name}, ")
+        self._moved = choose(
+            options.gpu_experts, options.gpu_context, model, self._layouts, self._formats, self._device
+        )
         self._streamed = streamed(options.gpu_experts)
         if options.dense is not None and self._device.type != "cpu":
             raise ArgumentError(
@@ -125,7 +129,12 @@ class CoterieQuantizer(HfQuantizer):
         dense = None if options.dense is None else resolve(options.dense)
         self._linears = ModelLinears(model, dense, options.dense_skip, files if self.pre_quantized else [])
         needed = loaded_nbytes(
-            model, self._layouts, options.spec, options.mmap, self._device.type == "cpu", [len(m) for m in self._moved]
+            model,
+            self._layouts,
+            self._formats,
+            options.mmap,
+            self._device.type == "cpu",
+            [len(m) for m in self._moved],
         )
         needed -= self._linears.saved_nbytes(options.mmap)
         memory.require(needed, f"{type(model).__name__} with experts in {options.experts}")
@@ -168,18 +177,13 @@ class CoterieQuantizer(HfQuantizer):
             compute_here(model)
             cpu.warn_of_spinning()
         self.quantization_config.gguf = model.config.quantization_config.gguf = None
-        del self._model, self._layouts, self._moved, self._streamed, self._linears
+        del self._model, self._layouts, self._formats, self._moved, self._streamed, self._linears
         if not self.pre_quantized and self._quantised is None:
             del self._sources, self._files
         elif not self.pre_quantized:
             for parameter in self._hidden:
                 remove_hooks(model.get_submodule(parameter.rpartition(".")[0]))
             del self._quantised, self._hidden
-
-    def _check_format(self, name: str, layout: Layout) -> None:
-        """Raises ArgumentError when the group size does not divide the columns of the layer's matrices."""
-        for projection, columns in (("gate and up", layout.hidden_size), ("down", layout.intermediate_size)):
-            self.quantization_config.spec.check_columns(f"{name}, {projection}", columns)
 
     def _check_packed(self) -> None:
         """Checks every layer's file against the model. Raises CheckpointError, naming the file, expected and found."""
@@ -189,17 +193,19 @@ class CoterieQuantizer(HfQuantizer):
             layout, file = self._layouts[name], layer_file(self._folder, number)
             if not file.exists():
                 raise CheckpointError(f"{file} is missing: the packed experts of {name}")
-            found, spec = read_layout(TensorFile(file)), self.quantization_config.spec
+            found, said = read_layout(TensorFile(file)), self.quantization_config.packing[number]
             layout.check_found(str(file), found)
-            if found.spec != spec:
-                raise CheckpointError(f"{file}: packed as {found.spec}, config.json says {spec}")
+            if found.formats != said:
+                raise CheckpointError(
+                    f"{file}: packed as {found.formats.described}, config.json says {said.described}"
+                )
 
     def _load(self, name: str, layout: Layout, number: int) -> Experts:
         config = self.quantization_config
         if self.pre_quantized:
             return Experts.from_packed(open_layer(self._folder, number), mmap=config.mmap)
         if self._quantised is not None:
-            return self._quantised.experts(name, config.spec, config.scale_search)
+            return self._quantised.experts(name, self._formats[name], config.scale_search)
         return self._pack(name, layout)
 
     def _codes(self, name: str) -> Codes | None:
@@ -213,7 +219,7 @@ class CoterieQuantizer(HfQuantizer):
             layout.num_experts,
             layout.hidden_size,
             layout.intermediate_size,
-            format=config.spec,
+            format=self._formats[name],
             activation=layout.activation,
             has_gate=layout.has_gate,
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from coterie.errors import ArgumentError, DeviceError
-from coterie.formats import Format
+from coterie.formats import Formats
 from coterie.gpu.choice import AUTO, chosen, streamed
 from coterie.gpu.device import MEMORY_VARIABLE, check_experts, free_nbytes
 from coterie.gpu.resident import piece_nbytes
@@ -26,7 +27,7 @@ def choose(
     context: int,
     model: PreTrainedModel,
     layouts: dict[str, Layout],
-    spec: Format,
+    formats: Mapping[str, Formats],
     device: torch.device,
 ) -> list[tuple[int, ...]]:
     """The experts of each layer of `model`, which need not have its weights, that go to `device`.
@@ -45,14 +46,14 @@ def choose(
         raise ArgumentError(
             f'gpu_experts="auto": how much memory of {device} is free is not known: {MEMORY_VARIABLE}=24GB says it'
         )
-    room = functools.cache(lambda: find_room(free, piece_nbytes(device), context, model, layouts, spec))
+    room = functools.cache(lambda: find_room(free, piece_nbytes(device), context, model, layouts, formats))
     found = chosen(gpu_experts, counts, lambda: room().most)
     if any(found) or streamed(gpu_experts):
         check_experts(device)
     if gpu_experts == AUTO and not any(found):
         warnings.warn(f'gpu_experts="auto": {shortage(room(), device)}', stacklevel=2)
     elif free is not None:
-        sizes = [device_nbytes(layout, spec) for layout in layouts.values()]
+        sizes = [device_nbytes(layout, formats[name]) for name, layout in layouts.items()]
         experts = sum(len(moved) * size for moved, size in zip(found, sizes, strict=True))
         if rest_nbytes(model, layouts) + experts > free:
             raise DeviceError(too_much(room(), experts, device))
@@ -60,7 +61,12 @@ def choose(
 
 
 def find_room(
-    free: int, piece: int, context: int, model: PreTrainedModel, layouts: dict[str, Layout], spec: Format
+    free: int,
+    piece: int,
+    context: int,
+    model: PreTrainedModel,
+    layouts: dict[str, Layout],
+    formats: Mapping[str, Formats],
 ) -> Room:
     """The memory of a device with `free` bytes, where `piece` bytes of experts are dense at a time, and what `model`
     takes there. Builds it once more, without weights."""
@@ -73,14 +79,14 @@ def find_room(
         tokens=context,
         token=max(token_nbytes(used, layout.hidden_size, layout.intermediate_size) for layout in layouts.values()),
         piece=piece,
-        layers=tuple((layout.num_experts, device_nbytes(layout, spec)) for layout in layouts.values()),
+        layers=tuple((x.num_experts, device_nbytes(x, formats[name])) for name, x in layouts.items()),
     )
 
 
 @functools.cache
-def device_nbytes(layout: Layout, spec: Format) -> int:
+def device_nbytes(layout: Layout, formats: Formats) -> int:
     """Bytes of one expert on a device, biases included."""
-    matrices = expert_nbytes(spec, layout.hidden_size, layout.intermediate_size, layout.has_gate)
+    matrices = expert_nbytes(formats, layout.hidden_size, layout.intermediate_size, layout.has_gate)
     return matrices + bias_nbytes(layout)
 
 

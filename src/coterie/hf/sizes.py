@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from coterie.formats import Format
+from coterie.formats import Formats
 from coterie.hf.layout import Layout
 
 
@@ -22,9 +22,9 @@ def expert_parameters(layout: Layout) -> int:
     return sum(rows * cols + (rows if layout.has_bias else 0) for rows, cols in expert_matrices(layout))
 
 
-def expert_nbytes(layout: Layout, spec: Format) -> int:
+def expert_nbytes(layout: Layout, formats: Formats) -> int:
     """Packed bytes of one expert, biases (float32) included."""
-    packed = spec.expert_nbytes(layout.hidden_size, layout.intermediate_size, layout.has_gate)
+    packed = formats.expert_nbytes(layout.hidden_size, layout.intermediate_size, layout.has_gate)
     return packed + bias_nbytes(layout)
 
 
@@ -42,19 +42,20 @@ def rest_of(model: nn.Module, experts: list[nn.Module]) -> list[nn.Parameter]:
 def loaded_nbytes(
     model: PreTrainedModel,
     layouts: dict[str, Layout],
-    spec: Format,
+    formats: Mapping[str, Formats],
     mmap: bool = False,
     rest_in_ram: bool = True,
     moved: Sequence[int] = (),
 ) -> int:
-    """Bytes of RAM that `model` takes with its experts packed as `spec`; mapped ones are the page cache's.
+    """Bytes of RAM that `model` takes with its experts packed as `formats`; mapped ones are the page cache's.
 
+    formats: by the name of the experts module, as layouts.
     moved: how many experts of each layer go to a device. A layer is whole in RAM until then.
     """
     counts = moved or [0] * len(layouts)
     packed = whole = 0
-    for layout, count in zip(layouts.values(), counts, strict=True):
-        expert = expert_nbytes(layout, spec)
+    for (name, layout), count in zip(layouts.items(), counts, strict=True):
+        expert = expert_nbytes(layout, formats[name])
         packed += (layout.num_experts - count) * expert
         whole = max(whole, layout.num_experts * expert if count else 0)
     packed = 0 if mmap else packed + whole

@@ -85,7 +85,7 @@ class LayerExperts(Buffers):
         save = self._options.cpu_save and isinstance(source, Dense)
         needed = list(range(source.num_experts)) if save else sorted({e for e in here if e is not None})
         held = Experts.empty(
-            max(1, len(needed)), source.hidden_size, source.intermediate_size, format=source.spec,
+            max(1, len(needed)), source.hidden_size, source.intermediate_size, format=source.formats,
             activation=self._options.activation(source.activation), has_gate=source.has_gate,
         )  # fmt: skip
         held.set_biases(**{name: bias[needed or [0]] for name, bias in source.biases().items()})

@@ -10,7 +10,7 @@ from coterie.activations import Activation
 from coterie.checkpoints import LayerReader, PackedFile, open_layer, open_reader, packed
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.experts import Experts
-from coterie.formats import Format
+from coterie.formats import Formats
 from coterie.kt.methods import Method
 
 
@@ -19,7 +19,7 @@ class Source(ABC):
 
     Attributes:
         num_experts, hidden_size, intermediate_size, has_gate, activation: what the layer is.
-        spec: the format to pack into.
+        formats: the formats to pack into.
     """
 
     num_experts: int
@@ -27,7 +27,7 @@ class Source(ABC):
     intermediate_size: int
     has_gate: bool
     activation: Activation
-    spec: Format
+    formats: Formats
 
     @abstractmethod
     def read(self, expert: int, into: Experts, place: int) -> None:
@@ -43,14 +43,15 @@ class Packed(Source):
 
     def __init__(self, file: PackedFile, method: Method):
         layout = file.layout
-        if layout.spec.name != method.spec.name:
+        found = layout.formats.name
+        if found != method.spec.name:
             raise CheckpointError(
-                f"{file.file.path} is packed as {layout.spec.name}, method {method.name} expects {method.spec.name}: "
-                f"choose a method of {layout.spec.name}, or convert the original checkpoint again"
+                f"{file.file.path} is packed as {found}, method {method.name} expects {method.spec.name}: choose a "
+                f"method of {found}, or convert the original checkpoint again"
             )
         self.num_experts, self.hidden_size = layout.num_experts, layout.hidden_size
         self.intermediate_size, self.has_gate = layout.intermediate_size, layout.has_gate
-        self.activation, self.spec, self._file = layout.activation, layout.spec, file
+        self.activation, self.formats, self._file = layout.activation, layout.formats, file
 
     def read(self, expert: int, into: Experts, place: int) -> None:
         self._file.read_into(expert, into.packed(place))
@@ -66,8 +67,8 @@ class Unpacked(Source):
         self.num_experts, self.hidden_size = layer.num_experts, layer.hidden_size
         self.intermediate_size, self.has_gate = layer.intermediate_size, layer.has_gate
         self.activation, self._layer = layer.activation, layer
-        stored = layer.spec
-        self.spec = stored if stored is not None and stored.name == method.spec.name else method.spec
+        own = layer.formats
+        self.formats = own if own is not None and own.name == method.spec.name else Formats.of(method.spec)
 
     def read(self, expert: int, into: Experts, place: int) -> None:
         for name, weight in self._layer.expert(expert).items():
@@ -91,7 +92,7 @@ class Dense(Source):
         for name, tensor, shape in (("gate_proj", gate, tuple(up.shape)), ("down_proj", down, turned)):
             if tuple(tensor.shape) != shape:
                 raise ArgumentError(f"{name}: expected shape {list(shape)}, found {list(tensor.shape)}")
-        self.spec, self._dense = method.spec, {"gate": gate, "up": up, "down": down}
+        self.formats, self._dense = Formats.of(method.spec), {"gate": gate, "up": up, "down": down}
 
     def read(self, expert: int, into: Experts, place: int) -> None:
         for name, stack in self._dense.items():

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.errors import ArgumentError
-from coterie.formats import Format
 from coterie.hf import skeleton
 from coterie.hf.dense import linear_names
 from coterie.hf.empty import empty_model
 from coterie.hf.layout import Layout
-from coterie.hf.modules import read_layouts
+from coterie.hf.modules import number_layers, read_layouts
 from coterie.hf.sizes import expert_nbytes, expert_parameters, rest_of
 
 PROMPT = 512  # tokens of the prompt whose speed is predicted
@@ -21,9 +21,10 @@ PROMPT = 512  # tokens of the prompt whose speed is predicted
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayer:
-    """The experts of one layer, and how many of them a token uses."""
+    """The experts of one layer, and how many of them a token uses; `number` is the layer's in packed checkpoints."""
 
     name: str
+    number: int
     layout: Layout
     per_token: int
 
@@ -82,12 +83,12 @@ class Anatomy:
         """Bytes of everything but the experts that one token reads."""
         return 2 * self.active_rest_parameters
 
-    def experts_nbytes(self, spec: Format) -> int:
-        return sum(layer.layout.num_experts * expert_nbytes(layer.layout, spec) for layer in self.experts)
+    def experts_nbytes(self, formats: ModelFormats) -> int:
+        return sum(x.layout.num_experts * expert_nbytes(x.layout, formats[x.number]) for x in self.experts)
 
-    def experts_read_nbytes(self, spec: Format) -> int:
+    def experts_read_nbytes(self, formats: ModelFormats) -> int:
         """Bytes of experts that one token reads."""
-        return sum(layer.per_token * expert_nbytes(layer.layout, spec) for layer in self.experts)
+        return sum(x.per_token * expert_nbytes(x.layout, formats[x.number]) for x in self.experts)
 
 
 def inspect(config: Any, context: int = 4096) -> Anatomy:
@@ -100,6 +101,7 @@ def inspect(config: Any, context: int = 4096) -> Anatomy:
     model = empty_model(config, dtype=torch.bfloat16).eval()
     layouts = read_layouts(model)
     cache, per_token = skeleton.trace(model, context)
+    numbers = number_layers(list(layouts))
     modules = {name: model.get_submodule(name) for name in layouts}
     rest = rest_of(model, list(modules.values()))
     language = sum(p.numel() for p in rest_of(model.get_decoder(), list(modules.values())))
@@ -111,7 +113,7 @@ def inspect(config: Any, context: int = 4096) -> Anatomy:
     return Anatomy(
         model_type=config.model_type,
         experts=tuple(
-            ExpertLayer(name, layout, per_token[modules[name]])
+            ExpertLayer(name, numbers[name], layout, per_token[modules[name]])
             for name, layout in layouts.items()
             if modules[name] in per_token
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coterie.formats import Format
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.plan.anatomy import Anatomy
 from coterie.plan.dense import Dense
 
@@ -21,11 +21,11 @@ class Conversion:
 
 
 def conversion(
-    anatomy: Anatomy, spec: Format, packing: float, disk: float = DISK, dense: Dense | None = None
+    anatomy: Anatomy, formats: ModelFormats, packing: float, disk: float = DISK, dense: Dense | None = None
 ) -> Conversion:
-    """A bf16 checkpoint packed as `spec`, and its linear layers as `dense` says; `packing` bytes of bf16 experts a
+    """A bf16 checkpoint packed as `formats`, and its linear layers as `dense` says; `packing` bytes of bf16 experts a
     second, `disk` bytes read or written."""
     experts = 2 * anatomy.expert_parameters
-    read, written = experts + anatomy.rest_nbytes, anatomy.experts_nbytes(spec) + anatomy.rest_nbytes
+    read, written = experts + anatomy.rest_nbytes, anatomy.experts_nbytes(formats) + anatomy.rest_nbytes
     written -= dense.saved if dense else 0
     return Conversion(read, written, (read + written) / disk + experts / packing)

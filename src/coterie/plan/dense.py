@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.formats import Format, resolve
 from coterie.plan.anatomy import Anatomy
 
@@ -51,8 +52,8 @@ def dense(anatomy: Anatomy, spec: Format, skip: Sequence[str] = ()) -> Dense:
     return Dense(spec, count, nbytes, saved, read, read_saved, prompt)
 
 
-def sensible(anatomy: Anatomy, spec: Format) -> Dense | None:
-    """What is worth packing beside experts in format `spec`, on a CPU; None where it saves few of a token's bytes."""
+def sensible(anatomy: Anatomy, formats: ModelFormats) -> Dense | None:
+    """What is worth packing beside experts in these formats, on a CPU; None where it saves few of a token's bytes."""
     packed = dense(anatomy, resolve(SENSIBLE))
-    read = anatomy.experts_read_nbytes(spec) + anatomy.rest_read_nbytes + anatomy.cache_nbytes
+    read = anatomy.experts_read_nbytes(formats) + anatomy.rest_read_nbytes + anatomy.cache_nbytes
     return packed if packed.read_saved >= WORTH_IT * read else None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.errors import ArgumentError
-from coterie.formats import Format
+from coterie.formats import Format, Formats
+from coterie.hf.sizes import expert_parameters
 from coterie.plan.anatomy import PROMPT, Anatomy
 from coterie.plan.dense import Dense
 
@@ -36,9 +38,9 @@ class Rates:
     forward: float = 0.0
     reached: float = 1.0
 
-    def of(self, spec: Format) -> float:
+    def of(self, spec: Format | Formats) -> float:
         """The rate of the dot products that weights of a format are multiplied with."""
-        return self.int8 if spec.encoding.int8_activations else self.bf16
+        return self.int8 if spec.int8_activations else self.bf16
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +66,18 @@ def usable(ram: int) -> int:
     return int(ram * (1 - MARGIN))
 
 
-def estimate(anatomy: Anatomy, spec: Format, ram: int, rates: Rates, dense: Dense | None = None) -> Estimate:
-    """The model with its experts in format `spec` and everything else in bf16, but for linear layers that are packed as
+def estimate(
+    anatomy: Anatomy, formats: ModelFormats, ram: int, rates: Rates, dense: Dense | None = None
+) -> Estimate:
+    """The model with its experts in these formats and everything else in bf16, but for linear layers that are packed as
     `dense` says, in `ram` usable bytes."""
-    experts = anatomy.experts_nbytes(spec)
+    experts = anatomy.experts_nbytes(formats)
     needed = experts + anatomy.rest_nbytes + anatomy.cache_nbytes + RESERVE
-    packed, plain = anatomy.experts_read_nbytes(spec) + anatomy.cache_nbytes, anatomy.rest_read_nbytes
+    packed, plain = anatomy.experts_read_nbytes(formats) + anatomy.cache_nbytes, anatomy.rest_read_nbytes
     rest = anatomy.active_rest_parameters - anatomy.head_parameters
-    products = anatomy.active_expert_parameters / rates.of(spec)
+    products = sum(
+        layer.per_token * expert_parameters(layer.layout) / rates.of(formats[layer.number]) for layer in anatomy.experts
+    )
     if dense is not None:
         needed -= dense.saved
         packed += dense.read
@@ -81,21 +87,20 @@ def estimate(anatomy: Anatomy, spec: Format, ram: int, rates: Rates, dense: Dens
     besides = anatomy.layers * rates.layer + rates.forward
     seconds = 2 * PROMPT * (products + rest / rates.bf16) + anatomy.prompt_operations / rates.attention + besides
     return Estimate(
-        format=spec.name,
+        format=formats.name,
         experts=experts,
         ram=needed,
         ram_short=max(0, needed - ram),
         decode=1 / ((packed / rates.bandwidth + besides) / rates.reached + plain / (rates.row or rates.bandwidth)),
         prefill=rates.reached * PROMPT / seconds,
-        problem=_problem(anatomy, spec),
+        problem=_problem(anatomy, formats),
     )
 
 
-def _problem(anatomy: Anatomy, spec: Format) -> str | None:
+def _problem(anatomy: Anatomy, formats: ModelFormats) -> str | None:
     try:
         for layer in anatomy.experts:
-            spec.check_columns("gate and up", layer.layout.hidden_size)
-            spec.check_columns("down", layer.layout.intermediate_size)
+            formats[layer.number].check_columns(layer.layout.hidden_size, layer.layout.intermediate_size)
     except ArgumentError as error:
         return str(error)
     return None

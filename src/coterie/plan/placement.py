@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coterie.formats import Format
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.gpu import rates as gpu_rates
 from coterie.gpu.delivery import STAGED_NBYTES
 from coterie.gpu.resident import PIECE_NBYTES
@@ -61,11 +61,11 @@ class Placement:
 
 
 def placements(
-    anatomy: Anatomy, spec: Format, vram: int, ram: int, rates: Rates, gpu: GpuRates
+    anatomy: Anatomy, formats: ModelFormats, vram: int, ram: int, rates: Rates, gpu: GpuRates
 ) -> list[Placement]:
-    """The ways to place the experts in format `spec`, in `vram` and `ram` usable bytes: "all", where they fit; else as
+    """The ways to place the experts in these formats, in `vram` and `ram` usable bytes: "all", where they fit; else as
     many of each layer's as do, if any do, and "stream"."""
-    packed = [expert_nbytes(layer.layout, spec) for layer in anatomy.experts]
+    packed = [expert_nbytes(layer.layout, formats[layer.number]) for layer in anatomy.experts]
     fixed = anatomy.rest_nbytes + anatomy.cache_nbytes + GPU_RESERVE
     free = vram - fixed - PIECE_NBYTES
     counts = [layer.layout.num_experts for layer in anatomy.experts]
@@ -73,14 +73,14 @@ def placements(
 
     def placed(gpu_experts: str | int, there: Sequence[int], buffers: int) -> Placement:
         experts_there = sum(n * nbytes for n, nbytes in zip(there, packed, strict=True))
-        needed, held = fixed + buffers + experts_there, anatomy.experts_nbytes(spec) - experts_there + RESERVE
+        needed, held = fixed + buffers + experts_there, anatomy.experts_nbytes(formats) - experts_there + RESERVE
         parts = [n / count for n, count in zip(there, counts, strict=True)]
-        decode, prefill = _speeds(anatomy, spec, parts, gpu_experts == "stream", rates, gpu)
+        decode, prefill = _speeds(anatomy, formats, parts, gpu_experts == "stream", rates, gpu)
         return Placement(
-            gpu_experts, spec.name, needed, max(0, needed - vram), held, max(0, held - ram), decode, prefill
+            gpu_experts, formats.name, needed, max(0, needed - vram), held, max(0, held - ram), decode, prefill
         )
 
-    if anatomy.experts_nbytes(spec) <= free:
+    if anatomy.experts_nbytes(formats) <= free:
         return [placed("all", counts, PIECE_NBYTES)]
     streamed = placed("stream", [0] * len(counts), PIECE_NBYTES + 3 * STAGED_NBYTES)
     return [streamed, placed(number, [number] * len(counts), PIECE_NBYTES)] if number else [streamed]
@@ -92,7 +92,7 @@ def choose(found: Sequence[Placement]) -> Placement | None:
 
 
 def _speeds(
-    anatomy: Anatomy, spec: Format, parts: Sequence[float], streamed: bool, rates: Rates, gpu: GpuRates
+    anatomy: Anatomy, formats: ModelFormats, parts: Sequence[float], streamed: bool, rates: Rates, gpu: GpuRates
 ) -> tuple[float, float]:
     """Tokens per second of decoding and of a prompt, with these parts of each layer's experts on the GPU.
 
@@ -100,13 +100,13 @@ def _speeds(
     send those in RAM where that is less; all else on the GPU comes on top, and what layers take whatever their size.
     """
     compared = gpu_rates.Rates(rates.bandwidth, rates.bf16, rates.int8, gpu.delivered, gpu.products)
-    integer = spec.encoding.int8_activations
 
     def experts(tokens: int) -> float:
         seconds = 0.0
         for layer, part in zip(anatomy.experts, parts, strict=True):
+            integer = formats[layer.number].int8_activations
             used = gpu_rates.expected_experts(layer.layout.num_experts, layer.per_token, tokens)
-            nbytes = used * expert_nbytes(layer.layout, spec)
+            nbytes = used * expert_nbytes(layer.layout, formats[layer.number])
             operations = 2 * tokens * layer.per_token * expert_parameters(layer.layout)
             in_ram = compared.in_ram((1 - part) * nbytes, (1 - part) * operations, integer) / rates.reached
             if streamed:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from coterie.checkpoints.folder import Folder, read_json
 from coterie.checkpoints.packed import UNFINISHED
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.checkpoints.quantised import METHODS, Quantised, quantisation_of, read_quantised, unread
 from coterie.checkpoints.tensorfile import PLAIN_DTYPES
 from coterie.errors import ArgumentError, CheckpointError
@@ -27,29 +28,28 @@ class Source:
     """A model to plan for.
 
     problem: why this version does not open it and what to do, None where it opens it.
-    packed: the format of its experts where coterie packed them; dense, dense_skip: that of its linear layers, and which
-    of them are not. quantised: what somebody else made of its weights.
+    packed: the formats of its experts where coterie packed them; dense, dense_skip: that of its linear layers, and
+    which of them are not. quantised: what somebody else made of its weights.
     stored: {dtype: bytes} of its safetensors files, {} where there are none.
     """
 
     config: Any
     problem: str | None = None
-    packed: Format | None = None
+    packed: ModelFormats | None = None
     dense: Format | None = None
     dense_skip: tuple[str, ...] = ()
     quantised: Quantised | None = None
     stored: dict[str, int] = field(default_factory=dict)
 
-    def formats(self, name: str | None = None) -> list[Format]:
-        """The formats to compare: the one that it is packed in, or all that it can be packed into, or the one named."""
+    def formats(self, name: str | None = None) -> list[ModelFormats]:
+        """The formats to compare: those that it is packed in, or all that it can be packed into, or the one named."""
         if self.packed is None:
-            return [resolve(n) for n in ([name] if name else FORMATS)]
+            return [ModelFormats(resolve(n)) for n in ([name] if name else FORMATS)]
         if name not in (None, self.packed.name):
             raise ArgumentError(
                 f"it is packed as {self.packed.name}, and packed experts do not become {name}: plan the original"
             )
         return [self.packed]
-
 
     def dense_format(self, name: str | None = None) -> Format | None:
         """The format of linear layers to plan for: the one that they are packed in, or the one named."""
@@ -94,7 +94,7 @@ def open_source(model: str) -> Source:
     if ours is None:
         return found
     dense = resolve(ours.dense) if ours.dense else None
-    return replace(found, packed=ours.spec, dense=dense, dense_skip=tuple(ours.dense_skip))
+    return replace(found, packed=ours.packing, dense=dense, dense_skip=tuple(ours.dense_skip))
 
 
 def stored_nbytes(folder: Path) -> dict[str, int]:

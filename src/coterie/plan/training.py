@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.errors import ArgumentError
-from coterie.formats import Format
 from coterie.hf import skeleton
 from coterie.hf.empty import empty_model
 from coterie.plan.anatomy import Anatomy
@@ -86,13 +86,13 @@ def train_inspect(config: Any, anatomy: Anatomy, rank: int = 16, batch: int = 1,
 
 
 def train_estimate(
-    anatomy: Anatomy, train: TrainAnatomy, spec: Format, ram: int, dense: Dense | None = None
+    anatomy: Anatomy, train: TrainAnatomy, formats: ModelFormats, ram: int, dense: Dense | None = None
 ) -> Training:
-    """Training with the experts in format `spec`, and linear layers packed as `dense` says, in `ram` usable bytes."""
-    weights = anatomy.experts_nbytes(spec) + anatomy.rest_nbytes - (dense.saved if dense else 0)
+    """Training with the experts in these formats, and linear layers packed as `dense` says, in `ram` usable bytes."""
+    weights = anatomy.experts_nbytes(formats) + anatomy.rest_nbytes - (dense.saved if dense else 0)
     fixed = weights + 4 * train.lora + train.workspace + RESERVE
     needed = fixed + train.activations
-    return Training(spec.name, weights, needed, fixed + train.checkpointed, max(0, needed - ram))
+    return Training(formats.name, weights, needed, fixed + train.checkpointed, max(0, needed - ram))
 
 
 def _kept(config: Any, anatomy: Anatomy, batch: int, tokens: int) -> int:

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig
 
+from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.errors import ArgumentError, UnsupportedModelError
-from coterie.formats import Format
 from coterie.gpu.choice import chosen
 from coterie.hf import CoterieConfig
 from coterie.hf.adapter_fit import check_adapter
 from coterie.hf.config import METHOD
 from coterie.hf.empty import empty_model
-from coterie.hf.modules import read_layouts
+from coterie.hf.modules import formats_by_name, read_layouts
 from coterie.hf.room import choose
 from coterie.train.adapter import add_adapter, check_keys
 from coterie.train.config import ALL_LINEAR, ATTENTION, TrainConfig
@@ -47,11 +47,12 @@ def check_model(config: TrainConfig, base: str, device: torch.device) -> None:
     layouts = read_layouts(model)
     experts = tuple(f"{path}.{name}" for path, layout in layouts.items() for name in layout.parameters)
     unfrozen = find_unfrozen(model, config.unfrozen_parameters, experts)
-    spec = packed_as(config, described)
-    if spec is None:
+    packing = packed_as(config, described)
+    if packing is None:
         chosen(config.gpu_experts, [layout.num_experts for layout in layouts.values()])
     else:
-        choose(config.gpu_experts, config.sequence_len, model, layouts, spec, device)
+        formats = formats_by_name(packing, list(layouts))
+        choose(config.gpu_experts, config.sequence_len, model, layouts, formats, device)
     if config.adapter and config.lora_model_dir:
         check_keys(config)
         check_fit(model, config.lora_model_dir)
@@ -61,14 +62,14 @@ def check_model(config: TrainConfig, base: str, device: torch.device) -> None:
             add_adapter(model, config, task, unfrozen)
 
 
-def packed_as(config: TrainConfig, described: Any) -> Format | None:
-    """The format that the experts of a plain or packed checkpoint will have; None of others, whose files say it."""
+def packed_as(config: TrainConfig, described: Any) -> ModelFormats | None:
+    """The formats that the experts of a plain or packed checkpoint will have; None of others, whose files say it."""
     parts = described, described.get_text_config()
     stored = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
     if stored is None:
-        return CoterieConfig(config.experts or "int4", config.group_size, config.zero_point).spec
+        return CoterieConfig(config.experts or "int4", config.group_size, config.zero_point).packing
     stored = stored if isinstance(stored, dict) else stored.to_dict()
-    return CoterieConfig(**stored).spec if stored.get("quant_method") == METHOD else None
+    return CoterieConfig(**stored).packing if stored.get("quant_method") == METHOD else None
 
 
 def check_targets(config: TrainConfig, model: nn.Module) -> None:
