@@ -31,7 +31,9 @@ FORMATS = (
 )
 
 
-def name_of(spec: Format) -> str:
+def name_of(spec: Format | Formats) -> str:
+    if isinstance(spec, Formats):
+        return f"{name_of(spec.gate_up)}+{name_of(spec.down)}"
     return f"{spec.name}-{spec.group_size or 'row'}{'-zero' if spec.zero_point else ''}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from batches import SIZES, batches
-from engine_cases import FORMATS, dense, name_of, options
+from engine_cases import FORMATS, dense, name_of
 from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, relative
 from torch.utils.checkpoint import checkpoint
 
@@ -13,17 +13,20 @@ import coterie
 from coterie import Activation, ExpertLora, Experts, ops, reference
 from coterie.activations import KINDS
 from coterie.errors import ArgumentError, DeviceError
+from coterie.formats import Formats, resolve
 from coterie.gpu import resident
 from coterie.gpu.activate import activate
 from coterie.gpu.transfer import Transfer
 
 SPEC = FORMATS[6]
+# Gate and up in the first, down in the second.
+TWO = [Formats(resolve(a), resolve(b)) for a, b in (("q4_k", "q6_k"), ("int8", "nvfp4"), ("fp8_block", "int4"))]
 PLACES = {"all": None, "some": (0, 2, 3)}  # experts on the device
 
 
 def moved(spec=SPEC, sizes=SIZES, experts=None, has_gate=True, **more):
-    found = Experts.pack(*dense(sizes, has_gate), **options(spec), **more)
-    found.activations = "bf16" if spec.encoding.int8_activations else "auto"
+    found = Experts.pack(*dense(sizes, has_gate), format=spec, **more)
+    found.activations = "bf16" if spec.int8_activations else "auto"
     truth = found.dequantize()
     found.move("cpu", experts)
     return found, truth
@@ -37,7 +40,7 @@ def pieces(request, monkeypatch):
 
 
 @pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("spec", FORMATS, ids=name_of)
+@pytest.mark.parametrize("spec", [*FORMATS, *TWO], ids=name_of)
 def test_formats(spec, where):
     experts, truth = moved(spec, experts=PLACES[where])
     x, ids, weights, _ = random_batch(SIZES, 2, 33)
@@ -106,7 +109,7 @@ def test_activate(kind, has_gate):
 
 
 @pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("spec", [FORMATS[0], FORMATS[1], FORMATS[6], FORMATS[9], *FORMATS[13:]], ids=name_of)
+@pytest.mark.parametrize("spec", [FORMATS[0], FORMATS[1], FORMATS[6], FORMATS[9], *FORMATS[13:], *TWO], ids=name_of)
 def test_gradients(spec, where):
     check_gradients(spec, PLACES[where], 8, torch.float32)
 
@@ -251,7 +254,7 @@ def test_compiled(where):
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("spec", FORMATS, ids=name_of)
+@pytest.mark.parametrize("spec", [*FORMATS, *TWO], ids=name_of)
 def test_values_and_files(spec, tmp_path):
     experts, truth = moved(spec, experts=(1, 4))
     for found, expected in zip(experts.dequantize(), truth, strict=True):

@@ -12,6 +12,7 @@ from made_checkpoints import CONFIG, separate, write_checkpoint
 from coterie import Experts, reference
 from coterie.convert import convert_cpu
 from coterie.errors import CheckpointError, StateError
+from coterie.formats import Formats, resolve
 
 SHUFFLED = torch.tensor([3, 1, 0, 7, 5, 6, 2, 4])
 
@@ -137,6 +138,18 @@ def test_groups_of_a_packed_checkpoint_are_its_own(tmp_path):
     made = wrapper(weight_path=str(tmp_path / "packed"))
     made.load_weights(IDENTITY)
     assert made.experts.spec.group_size == 64
+
+
+def test_a_packed_checkpoint_of_two_formats(tmp_path):
+    """Groups may differ; for another format than the method's there is no way."""
+    parts = dense()
+    Experts.pack(*parts, format=Formats(resolve("int4", 64), resolve("int4", 32))).save(tmp_path / "groups")
+    made = wrapper(weight_path=str(tmp_path / "groups"))
+    made.load_weights(IDENTITY)
+    assert made.experts.formats == Formats(resolve("int4", 64), resolve("int4", 32))
+    Experts.pack(*parts, format=Formats(resolve("int4"), resolve("int8"))).save(tmp_path / "formats")
+    with pytest.raises(CheckpointError, match="packed as int4/int8, method AMXINT4 expects int4"):
+        wrapper(weight_path=str(tmp_path / "formats")).load_weights(IDENTITY)
 
 
 def test_biases_of_a_checkpoint_go_to_their_slots(tmp_path):

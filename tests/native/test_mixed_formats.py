@@ -21,15 +21,11 @@ OF_GGUF = [Formats(resolve(a), resolve(b)) for a, b in (("q4_k", "q6_k"), ("q2_k
 SIZES = [(4, 128, 256), (3, 320, 192)]
 
 
-def name_of_both(formats: Formats) -> str:
-    return f"{name_of(formats.gate_up)}+{name_of(formats.down)}"
-
-
 def mixed(formats: Formats, sizes: tuple[int, int, int]) -> Experts:
     return Experts.pack(*dense(sizes), format=formats)
 
 
-@pytest.mark.parametrize("formats", [*PAIRS, *OF_GGUF], ids=name_of_both)
+@pytest.mark.parametrize("formats", [*PAIRS, *OF_GGUF], ids=name_of)
 def test_forward(isa, formats):
     for sizes in SIZES:
         experts = mixed(formats, sizes)
@@ -38,13 +34,13 @@ def test_forward(isa, formats):
             assert_close(formats, experts(x, ids, weights), engine_truth(experts, isa, x, ids, weights), batch)
 
 
-@pytest.mark.parametrize("formats", PAIRS[::2] + OF_GGUF, ids=name_of_both)
+@pytest.mark.parametrize("formats", PAIRS[::2] + OF_GGUF, ids=name_of)
 def test_every_gradient(isa, formats):
     for sizes in SIZES[: 2 if formats in OF_GGUF else 1]:
         compare(mixed(formats, sizes), random_batch(sizes, 2, 40), random_lora(sizes, 8, torch.float32))
 
 
-@pytest.mark.parametrize("formats", [*PAIRS, *OF_GGUF], ids=name_of_both)
+@pytest.mark.parametrize("formats", [*PAIRS, *OF_GGUF], ids=name_of)
 def test_each_matrix_is_that_of_its_format(formats):
     experts = mixed(formats, SIZES[0])
     expected = dense_of(packed(formats.gate_up, SIZES[0])) | {"down": dense_of(packed(formats.down, SIZES[0]))["down"]}

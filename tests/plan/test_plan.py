@@ -78,13 +78,13 @@ def test_bytes_and_speed_of_several_formats(tmp_path):
     assert list(stored["formats"]) == ["0, 2", "1, 3"]
     source = plan.open_source(str(write(tmp_path, tiny_config(quantization_config=stored))))
     assert source.formats() == [packing] and source.problem is None
-    with pytest.raises(ArgumentError, match="packed as mixed"):
+    with pytest.raises(ArgumentError, match="packed as int4/q4_k/bf16"):
         source.formats("int4")
     anatomy = plan.inspect(source.config)
     whole = sum(Experts.empty(16, 128, 128, format=each).nbytes for each in layers)
     assert anatomy.experts_nbytes(packing) == 2 * whole
     found = plan.estimate(anatomy, packing, 10**10, RATES)
-    assert (found.format, found.experts, found.problem) == ("mixed", 2 * whole, None)
+    assert (found.format, found.experts, found.problem) == ("int4/q4_k/bf16", 2 * whole, None)
     halves = anatomy.active_expert_parameters / 2
     products = halves / 4e9 + (halves + anatomy.active_rest_parameters - anatomy.head_parameters) / 2e9
     assert found.prefill == pytest.approx(1 / (2 * products))

@@ -75,7 +75,8 @@ class ModelFormats:
 
     @property
     def name(self) -> str:
-        return MIXED if self.spec is None else self.spec.name
+        """The names of all, each once: ``q4_k/q6_k``."""
+        return "/".join(dict.fromkeys(spec.name for each in self.each for spec in (each.gate_up, each.down)))
 
     @property
     def described(self) -> str:

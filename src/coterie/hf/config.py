@@ -111,7 +111,6 @@ class CoterieConfig(QuantizationConfigMixin):
         for each in formats.each:
             check_activations(self.activations, each)
         self.packing = formats
-        self.experts = formats.name
         self.group_size = self.zero_point = self.formats = None
         vars(self).update(formats.stored())
 

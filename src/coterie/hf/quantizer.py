@@ -137,7 +137,7 @@ class CoterieQuantizer(HfQuantizer):
             [len(m) for m in self._moved],
         )
         needed -= self._linears.saved_nbytes(options.mmap)
-        memory.require(needed, f"{type(model).__name__} with experts in {options.experts}")
+        memory.require(needed, f"{type(model).__name__} with experts in {options.packing.name}")
         self._linears.hide()
         for name in self._layouts:
             module = model.get_submodule(name)

@@ -92,7 +92,7 @@ def train(config: TrainConfig, folder: Path, console: Console, overwrite: bool =
     metrics = read_metrics(output / METRICS)
     if not stop.stopping:
         write_card(output, checked.base, [str(locate(entry.path, folder) or entry.path) for entry in config.datasets])
-        experts = trainer.model.config.quantization_config.experts
+        experts = trainer.model.config.quantization_config.packing.name
         draw_losses(metrics, output / CURVE, f"{Path(checked.base).name}, experts in {experts}", unit(config))
     return Report(
         steps=trainer.state.global_step,
