@@ -151,6 +151,39 @@ def test_mixed_types_saved_and_converted(tmp_path):
     assert compared.same and all(e.largest == 0 for e in compared.errors if "ffn_exps" in e.name)
 
 
+def test_mixed_types_by_the_commands(tmp_path):
+    file = write_qwen(tmp_path / "model.gguf", qwen3(hidden_size=256, moe_intermediate_size=256), experts=Q4_K_M)
+    ran = CliRunner().invoke(app, ["convert", "cpu", "-i", str(file), "-o", str(tmp_path / "out")])
+    said = " ".join(ran.output.split())
+    assert ran.exit_code == 0 and "experts in q4_k/q6_k" in said
+    assert "Codes and scales of the experts are the checkpoint's own." in said
+    ran = CliRunner().invoke(app, ["plan", str(tmp_path / "out"), "--bandwidth", "10GB"])
+    said = " ".join(ran.output.split())
+    assert ran.exit_code == 0, ran.output
+    assert "experts in q4_k in groups of 256 with down in q6_k in groups of 256 (layer 0); q4_k in groups" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda formats: formats.update({"1": formats["0"]}), "packed as q4_k .*, config.json says q4_k .* with down"),
+        (lambda formats: formats.pop("1"), "config.json: formats say nothing of layer 1, only of 0"),
+        (lambda formats: formats.update({"1, x": formats["1"]}), 'numbers of layers such as "0-3, 5", found'),
+        (lambda formats: formats["0"].pop("down"), "formats of layers 0: expected an object of gate_up and down"),
+        (lambda formats: formats.clear(), "formats: expected an object"),
+    ],
+    ids=["another", "missing", "no numbers", "no down", "none"],
+)
+def test_a_config_that_says_other_formats(tmp_path, change, message):
+    file = write_qwen(tmp_path / "model.gguf", qwen3(hidden_size=256, moe_intermediate_size=256), experts=Q4_K_M)
+    coterie.from_pretrained(file).save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    change(config["quantization_config"]["formats"])
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ArgumentError, CheckpointError), match=message):
+        coterie.from_pretrained(tmp_path / "saved")
+
+
 def test_a_mixed_model_trains(tmp_path):
     file = write_qwen(tmp_path / "model.gguf", qwen3(hidden_size=256, moe_intermediate_size=256), experts=Q4_K_M)
     model = coterie.from_pretrained(file, dtype=torch.float32)

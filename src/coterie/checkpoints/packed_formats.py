@@ -9,7 +9,7 @@ from typing import Any
 
 from coterie.checkpoints.reader import spans
 from coterie.checkpoints.tensorfile import shown
-from coterie.errors import ArgumentError
+from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import FORMATS, Format, Formats, resolve
 
 MIXED = "mixed"  # in place of the name of a format
@@ -55,12 +55,12 @@ class ModelFormats:
         return cls(None, dict(layers)) if spec is None else cls(spec)
 
     def __getitem__(self, layer: int) -> Formats:
-        """Those of a layer. Raises ArgumentError where nothing is said of it."""
+        """Those of a layer. Raises CheckpointError where nothing is said of it."""
         if self.spec is not None:
             return Formats.of(self.spec)
         if layer not in self.layers:
             known = spans(tuple(sorted(self.layers)))
-            raise ArgumentError(f"formats: nothing is said of layer {layer}, only of {known}")
+            raise CheckpointError(f"config.json: formats say nothing of layer {layer}, only of {known}")
         return self.layers[layer]
 
     @property
