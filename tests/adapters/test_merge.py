@@ -29,6 +29,7 @@ from coterie.adapters.base import open_plain
 from coterie.adapters.export import export_adapter
 from coterie.adapters.merge import merge_adapter
 from coterie.convert import convert_cpu
+from coterie.convert.merge import merge as put_together
 from coterie.errors import ArgumentError, CheckpointError
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -135,6 +136,16 @@ def test_a_packed_base_gives_the_checkpoint_that_a_plain_one_does(family, adapt,
     assert all(torch.equal(found[key], expected[key]) for key in found)
     config = json.loads((tmp_path / "from packed" / "config.json").read_text())
     assert config == json.loads((tmp_path / "base" / "config.json").read_text())
+
+
+def test_a_packed_base_of_several_formats(adapt, tmp_path):
+    tiny_models.make("qwen3_moe").save_pretrained(tmp_path / "base")
+    for layer, format in enumerate(("int4", "bf16")):
+        convert_cpu(tmp_path / "base", tmp_path / format, format, layers=[layer])
+    put_together([tmp_path / "int4", tmp_path / "bf16"], tmp_path / "packed", tmp_path / "base")
+    model = coterie.from_pretrained(tmp_path / "packed", dtype=torch.float32, activations="bf16")
+    assert model.config.quantization_config.experts == "mixed"
+    assert_merged(adapt(model, target_parameters=EXPERTS), tmp_path, base=str(tmp_path / "packed"))
 
 
 def test_draft_layers_are_kept(adapt, tmp_path):
