@@ -9,6 +9,7 @@ from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, rela
 
 from coterie import Activation, Experts, reference
 from coterie.activations import KINDS
+from coterie.formats import Formats, resolve
 from coterie.gpu import fast, products, resident, rows
 from coterie.gpu.stream import unpacked
 
@@ -20,6 +21,8 @@ FEW = [spec for spec in FORMATS if DEVICE.type == "cuda" or name_of(spec) in (
     "bf16-row", "int8-row", "int8-64", "int4-32", "int4-row-zero", "int4-64-zero", "fp8_block-128", "fp8_channel-row",
     "mxfp4-32", "mxfp8-32", "nvfp4-16", "iq4_nl-32",
 )]  # fmt: skip
+# Gate and up in the first, down in the second.
+TWO = [Formats(resolve(a), resolve(b)) for a, b in (("int8", "nvfp4"), ("fp8_block", "int4"), ("q4_0", "bf16"))]
 OPTIONS = {
     **{kind: Activation(kind) for kind in KINDS},
     "gpt-oss": Activation("silu", alpha=1.702, limit=1.0, up_offset=1.0),
@@ -104,8 +107,8 @@ def test_gram_of_tokens_where_they_are(rank, kernels):
 
 
 def moved(spec, sizes=SIZES, has_gate=True, experts=None, **more):
-    found = Experts.pack(*dense(sizes, has_gate), **options(spec), **more)
-    found.activations = "bf16" if spec.encoding.int8_activations else "auto"
+    found = Experts.pack(*dense(sizes, has_gate), format=spec, **more)
+    found.activations = "bf16" if spec.int8_activations else "auto"
     truth = found.dequantize()
     found.move(DEVICE, experts)
     return found, truth
@@ -115,7 +118,7 @@ def on_device(*tensors):
     return [tensor.to(DEVICE) for tensor in tensors]
 
 
-@pytest.mark.parametrize("spec", FEW, ids=name_of)
+@pytest.mark.parametrize("spec", [*FEW, *TWO], ids=name_of)
 def test_few_tokens(spec, kernels):
     """One, whose slots are computed each for itself; and some, whose experts are."""
     sizes = (3, 128, 128)
