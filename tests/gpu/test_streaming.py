@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import coterie
 from coterie import Activation, ExpertLora, Experts, machine, reference
 from coterie.errors import ArgumentError
+from coterie.formats import Formats, resolve
 from coterie.gpu import delivery, rates, resident, streaming
 from coterie.gpu.rates import Rates
 
@@ -22,7 +23,7 @@ SPEC = FORMATS[6]
 
 def streamed(spec=SPEC, sizes=SIZES, has_gate=True, **more):
     """Experts that are always sent, and their weights."""
-    experts = Experts.pack(*dense(sizes, has_gate), **options(spec), **more)
+    experts = Experts.pack(*dense(sizes, has_gate), format=spec, **more)
     experts.stream(from_tokens=0)
     return experts, experts.dequantize()
 
@@ -53,7 +54,7 @@ def pieces(request, monkeypatch):
         monkeypatch.setattr(resident, "PIECE_NBYTES", 2 * 3 * 2 * SIZES[1] * SIZES[2])
 
 
-@pytest.mark.parametrize("spec", FORMATS, ids=name_of)
+@pytest.mark.parametrize("spec", [*FORMATS, Formats(resolve("q4_k"), resolve("q6_k"))], ids=name_of)
 def test_formats(spec, pretend):
     experts, truth = streamed(spec)
     x, ids, weights, _ = random_batch(SIZES, 2, 33)

@@ -157,10 +157,11 @@ def test_mixed_types_by_the_commands(tmp_path):
     said = " ".join(ran.output.split())
     assert ran.exit_code == 0 and "experts in q4_k/q6_k" in said
     assert "Codes and scales of the experts are the checkpoint's own." in said
-    ran = CliRunner().invoke(app, ["plan", str(tmp_path / "out"), "--bandwidth", "10GB"])
+    ran = CliRunner().invoke(app, ["plan", str(tmp_path / "out"), "--bandwidth", "10GB", "--vram", "8GB"])
     said = " ".join(ran.output.split())
     assert ran.exit_code == 0, ran.output
     assert "experts in q4_k in groups of 256 with down in q6_k in groups of 256 (layer 0); q4_k in groups" in said
+    assert 'q4_k/q6_k: device="cuda", gpu_experts="all"' in said
 
 
 @pytest.mark.parametrize(

@@ -73,11 +73,11 @@ def computes(isa: str, gpus: list[Gpu], measured: tuple[float, float, float]) ->
     if not gpus:
         return f"the CPU: experts and packed layers by the {isa} kernels, the rest by torch"
     from coterie.bench.shapes import SHAPES
-    from coterie.formats import resolve
+    from coterie.formats import Formats, resolve
     from coterie.gpu import rates
 
-    shape, spec, device = SHAPES["qwen3-30b"], resolve("int4"), gpus[0].device
-    layer = rates.Layer(shape.E, spec.expert_nbytes(shape.H, shape.I, True), 3 * shape.H * shape.I)
+    shape, int4, device = SHAPES["qwen3-30b"], Formats.of(resolve("int4")), gpus[0].device
+    layer = rates.Layer(shape.E, int4.expert_nbytes(shape.H, shape.I, True), 3 * shape.H * shape.I)
     with errors.status("measuring how fast experts are sent"):
         found = rates.Rates(*measured, rates.delivered(device), rates.products(device))
     first = found.streams_from(shape.K, layer, integer=True)
