@@ -13,7 +13,7 @@ TOOLS := $(VENV)/.tools-installed
 BUILT := $(VENV)/.coterie-built
 SANITIZED := build/sanitize
 EMULATED := build/emulate
-NATIVE_TESTS ?= $(wildcard tests/native tests/test_experts.py tests/test_ops.py tests/test_tickets.py tests/test_cpu.py tests/test_formats.py tests/checkpoints)
+NATIVE_TESTS ?= $(wildcard tests/native tests/test_experts.py tests/test_ops.py tests/test_tickets.py tests/test_tickets_in_processes.py tests/test_cpu.py tests/test_formats.py tests/checkpoints)
 NATIVE := $(shell find native -type f) CMakeLists.txt pyproject.toml
 
 .PHONY: help demo test bench develop lint sanitize emulate clean

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import shutil
 import subprocess
 import sys
@@ -33,6 +33,17 @@ SIZES = {
     "num_key_value_heads": 4,
     "head_dim": 64,
 }
+# The peak that getrusage knows would begin with that of the process that started it.
+RUN = """
+import os
+from pathlib import Path
+from coterie.bench.memory import status
+from coterie.cli import main
+try:
+    main()
+finally:
+    Path(os.environ["PEAK"]).write_text(str(status("VmHWM")))
+"""
 
 
 def main() -> None:
@@ -67,10 +78,9 @@ def main() -> None:
         anatomy = plan.inspect(source.config)
         train = plan.train_inspect(source.config, anatomy, given.rank, 1, given.tokens)
         said = plan.train_estimate(anatomy, train, ModelFormats(resolve(given.experts)), ram=0)
-        subprocess.run(
-            [sys.executable, "-c", "from coterie.cli import main; main()", "sft", str(folder / "sft.yaml")], check=True
-        )
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
+        command = [sys.executable, "-c", RUN, "sft", str(folder / "sft.yaml")]
+        subprocess.run(command, env=os.environ | {"PEAK": str(folder / "peak")}, check=True)
+        peak = int((folder / "peak").read_text())
     planned = said.ram_checkpointed if given.checkpointing else said.ram
     print(train)
     print(f"planned {planned / 1e9:.3f} GB, peak {peak / 1e9:.3f} GB, planned / peak {planned / peak:.2f}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from forks import SECONDS
+
 from coterie import cpu
 
 
 def compute_at_once(compute: Callable[[int], None], count: int) -> None:
-    """Runs `compute(number)` in `count` threads; each must end within a minute."""
+    """Runs `compute(number)` in `count` threads; each must end, however busy the machine."""
     done = threading.Event()
 
     def change() -> None:
@@ -22,7 +24,7 @@ def compute_at_once(compute: Callable[[int], None], count: int) -> None:
     for thread in (*workers, changer):
         thread.start()
     for thread in workers:
-        thread.join(60)
+        thread.join(SECONDS)
     done.set()
-    changer.join(60)
+    changer.join(SECONDS)
     assert not any(thread.is_alive() for thread in (*workers, changer))

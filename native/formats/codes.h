@@ -115,20 +115,43 @@ struct SplitCodes {
   }
 };
 
-// 4-bit floats e2m1: sign, two bits of exponent, one of mantissa. Kept as whole numbers of halves.
-struct E2m1Codes {
+// Codes::kTable plus kOffset, as unsigned bytes.
+template <class Codes>
+struct TableBytes {
+  alignas(16) uint8_t value[16] = {};
+  constexpr TableBytes() {
+    for (int i = 0; i < 16; i++) value[i] = static_cast<uint8_t>(Codes::kTable[i] + Codes::kOffset);
+  }
+};
+
+// Nibbles that stand for entries of Codes::kTable, whole numbers of units, none below -kOffset.
+template <class Codes>
+struct TableCodes {
   static constexpr int kBits = 4, kHighBits = 0, kPairs = 4;
   static constexpr bool kSplit = false;
   static constexpr bool kInteger = true;
-  static constexpr int kOffset = 12;
   static constexpr uint16_t kPadding = 0;
+  static float value(uint16_t code, int) { return Codes::kUnit * Codes::kTable[code & 15]; }
+  static bool valid(uint16_t code) { return code < 16; }
+
+  template <class Isa, int shift>
+  static typename Isa::F column(typename Isa::I words, typename Isa::F) {
+    return Isa::lookup(Isa::template field<shift, 15>(words), Codes::kTable);
+  }
+  template <class Isa, int half>
+  static typename Isa::I bytes(const uint8_t* line, int64_t) {
+    static constexpr TableBytes<Codes> kBytes{};
+    return Isa::lookup_bytes(half ? Isa::high_nibbles(line) : Isa::low_nibbles(line), kBytes.value);
+  }
+};
+
+// 4-bit floats e2m1: sign, two bits of exponent, one of mantissa. Kept as whole numbers of halves.
+struct E2m1Codes : TableCodes<E2m1Codes> {
+  static constexpr int kOffset = 12;
   static constexpr float kUnit = 0.5f;
   static constexpr float kMost = 6.0f;
   static constexpr int kMostExponent = 2;  // of a power of two
   static constexpr int8_t kTable[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-  alignas(16) static constexpr uint8_t kBytes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-  static float value(uint16_t code, int) { return 0.5f * kTable[code & 15]; }
-  static bool valid(uint16_t code) { return code < 16; }
   // To the nearest, ties to the even code, saturating.
   static Words round(Vector x, Vector) {
     const Vector a = from_bits(bits_of(x) & 0x7fffffffu);
@@ -140,29 +163,13 @@ struct E2m1Codes {
     const Vector small = to_float(magnitude) * 0.5f, normal = from_bits((magnitude << 22) + (126u << 23));
     return from_bits(bits_of(magnitude < 2 ? small : normal) | code >> 3 << 31);
   }
-
-  template <class Isa, int shift>
-  static typename Isa::F column(typename Isa::I words, typename Isa::F) {
-    return Isa::lookup(Isa::template field<shift, 15>(words), kTable);
-  }
-  template <class Isa, int half>
-  static typename Isa::I bytes(const uint8_t* line, int64_t) {
-    return Isa::lookup_bytes(half ? Isa::high_nibbles(line) : Isa::low_nibbles(line), kBytes);
-  }
 };
 
 // Entries of ggml's table for 4-bit codes that are not linear, close together around zero; none is zero.
-struct Iq4Codes {
-  static constexpr int kBits = 4, kHighBits = 0, kPairs = 4;
-  static constexpr bool kSplit = false;
-  static constexpr bool kInteger = true;
+struct Iq4Codes : TableCodes<Iq4Codes> {
   static constexpr int kOffset = 127;
-  static constexpr uint16_t kPadding = 0;
   static constexpr float kUnit = 1.0f;
   static constexpr int8_t kTable[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-  alignas(16) static constexpr uint8_t kBytes[16] = {0, 23, 44, 62, 78, 92, 105, 117, 128, 140, 152, 165, 180, 196, 216, 240};
-  static float value(uint16_t code, int) { return kTable[code & 15]; }
-  static bool valid(uint16_t code) { return code < 16; }
   // To the nearest, ties to the lower one.
   static Words round(Vector x, Vector) {
     Ints minus_code{};
@@ -176,15 +183,6 @@ struct Iq4Codes {
       value += x > middle ? splat(more) : Vector{};
     }
     return value;
-  }
-
-  template <class Isa, int shift>
-  static typename Isa::F column(typename Isa::I words, typename Isa::F) {
-    return Isa::lookup(Isa::template field<shift, 15>(words), kTable);
-  }
-  template <class Isa, int half>
-  static typename Isa::I bytes(const uint8_t* line, int64_t) {
-    return Isa::lookup_bytes(half ? Isa::high_nibbles(line) : Isa::low_nibbles(line), kBytes);
   }
 };
 

@@ -1,6 +1,6 @@
 // Weights around 0: a scale for a few columns, which is a whole number, of either sign, times an f16 for 256 columns. The scales are searched for.
 #pragma once
-#include "formats/encoding.h"
+#include "formats/fit.h"
 
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")
@@ -67,31 +67,15 @@ struct WithFactors {
   static void fit(const float* values, const Reach& reach, Vector& scale) {
     Vector best = splat(-1.0f);
     for (const float value : Family::kExtremes) {
-      const Vector inverse = quotient(value, reach.extreme);
-      Vector qq{}, wq{};
-      for (int64_t k = 0; k < kColumns; k++) {
-        const Vector w = load<Vector>(values + k * kLanes), q = Codes::rounded(w * inverse, splat(Codes::kOffset));
-        qq += q * q;
-        wq += w * q;
-      }
-      const Vector s = wq / qq, gain = s * wq;
-      const auto better = gain > best;
-      scale = better ? s : scale;
-      best = better ? gain : best;
+      const Fit found = fitted<Codes>(values, kColumns, quotient(value, reach.extreme));
+      const auto better = found.gain > best;
+      scale = better ? found.scale : scale;
+      best = better ? found.gain : best;
     }
   }
 
   static Vector error(const float* values, const Whole& of) {
-    Vector sum{};
-    for (int g = 0; g < kGroups; g++) {
-      const Grid grid = of.grid(g);
-      const Vector inverse = grid.inverse();
-      for (int64_t k = 0; k < kColumns; k++, values += kLanes) {
-        const Vector w = load<Vector>(values), off = w - grid.scale * Codes::rounded(w * inverse, grid.zero);
-        sum += off * off;
-      }
-    }
-    return sum;
+    return squared_error<Codes, kGroups>(values, kColumns, [&](int g) { return of.grid(g); });
   }
 };
 

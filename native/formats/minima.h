@@ -1,6 +1,6 @@
 // Weights in a range of their own for a few columns: a scale and a minimum, which are whole numbers times those of 256 columns, or f16.
 #pragma once
-#include "formats/encoding.h"
+#include "formats/fit.h"
 
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")
@@ -103,16 +103,7 @@ struct WithMinima {
   }
 
   static Vector error(const float* values, const Whole& of) {
-    Vector sum{};
-    for (int g = 0; g < kGroups; g++) {
-      const Grid grid = of.grid(g);
-      const Vector inverse = grid.inverse();
-      for (int64_t k = 0; k < kColumns; k++, values += kLanes) {
-        const Vector w = load<Vector>(values) + grid.minimum, off = w - grid.scale * Codes::rounded(w * inverse, Vector{});
-        sum += off * off;
-      }
-    }
-    return sum;
+    return squared_error<Codes, kGroups>(values, kColumns, [&](int g) { return of.grid(g); });
   }
 };
 
@@ -143,13 +134,7 @@ struct WithStart {
   static Grid stored(Vector scale, Vector minimum) { return {F16Scale::stored(scale), Vector{}, F16Scale::stored(minimum)}; }
 
   static Vector error(const float* values, const Grid& grid) {
-    const Vector inverse = grid.inverse();
-    Vector sum{};
-    for (int64_t k = 0; k < 32; k++) {
-      const Vector w = load<Vector>(values + k * kLanes) + grid.minimum, off = w - grid.scale * Codes::rounded(w * inverse, Vector{});
-      sum += off * off;
-    }
-    return sum;
+    return squared_error<Codes, 1>(values, 32, [&](int) { return grid; });
   }
 };
 

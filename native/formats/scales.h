@@ -19,8 +19,17 @@ struct NoScale : OneScale {
   static constexpr int kRowBytes = 0, kBlockBytes = 0;
 };
 
-struct Bf16Scale : OneScale {
+// One of 16 bits.
+struct HalfScale : OneScale {
   static constexpr int kRowBytes = 2, kHalves = 1, kBlockBytes = 0;
+  static uint16_t half(const uint8_t* from) {
+    uint16_t bits;
+    memcpy(&bits, from, 2);
+    return bits;
+  }
+};
+
+struct Bf16Scale : HalfScale {
   static bool valid(const uint8_t*) { return true; }
   // Of a number.
   static Vector stored(Vector scale) {
@@ -28,19 +37,14 @@ struct Bf16Scale : OneScale {
     return from_bits((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
   }
   static void store(Vector scale, uint8_t* to) { store_narrow<uint16_t>(to, bits_of(scale) >> 16); }
-  static float value(const uint8_t* from) {
-    uint16_t half;
-    memcpy(&half, from, 2);
-    return bf16_to_float(half);
-  }
+  static float value(const uint8_t* from) { return bf16_to_float(half(from)); }
   template <class Isa>
   static typename Isa::F load(const uint8_t* panel) {
     return Isa::load_bf16(panel);
   }
 };
 
-struct F16Scale : OneScale {
-  static constexpr int kRowBytes = 2, kHalves = 1, kBlockBytes = 0;
+struct F16Scale : HalfScale {
   static constexpr float kMost = 65504.0f;
   static bool valid(const uint8_t* from) { return (from[1] & 0x7c) != 0x7c; }
   // Of a number: to the nearest, ties to even, saturating.
@@ -56,11 +60,7 @@ struct F16Scale : OneScale {
     return from_bits(bits_of(magnitude < 0x400 ? small : normal) | bits >> 15 << 31);
   }
   static void store(Vector scale, uint8_t* to) { store_narrow<uint16_t>(to, round(scale)); }
-  static float value(const uint8_t* from) {
-    uint16_t half;
-    memcpy(&half, from, 2);
-    return f16_to_float(half);
-  }
+  static float value(const uint8_t* from) { return f16_to_float(half(from)); }
   template <class Isa>
   static typename Isa::F load(const uint8_t* panel) {
     return Isa::load_f16(panel);
@@ -112,13 +112,23 @@ struct BlockScale : OneScale {
   }
 };
 
+// Scales that share an f16, or an f16 for scales and one for minima, with the bytes behind that say how each is made of it.
+template <int halves, int bytes, int count>
+struct Record {
+  static constexpr int kRowBytes = 2 * halves + bytes, kHalves = halves, kBlockBytes = 0, kCount = count;
+  static constexpr bool kRecord = true, kMinimum = halves == 2;
+  static bool valid(const uint8_t* record) { return F16Scale::valid(record) && (halves == 1 || F16Scale::valid(record + 2)); }
+
+ protected:
+  // Number i of the f16s of a panel, for lanes from `lane` on.
+  static void store_half(int i, Vector value, uint8_t* panel, int lane) { store_narrow<uint16_t>(panel + (i * kLanes + lane) * 2, F16Scale::round(value)); }
+};
+
 // GGUF's for 256 columns with minima: two f16s, and for each 32 columns whole numbers of 6 bits by which they are multiplied for scale and minimum.
 // Of the 12 bytes behind the f16s the first four have the lower bits of scales 0 to 3, the next those of minima 0 to 3, and the last the lower four bits
 // of scales and, above them, of minima 4 to 7, whose upper two are those of the first eight bytes.
-struct ScalesAndMinima {
-  static constexpr int kRowBytes = 16, kHalves = 2, kBlockBytes = 0, kCount = 8, kFactor = 63;
-  static constexpr bool kRecord = true, kMinimum = true;
-  static bool valid(const uint8_t* record) { return F16Scale::valid(record) && F16Scale::valid(record + 2); }
+struct ScalesAndMinima : Record<2, 12, 8> {
+  static constexpr int kFactor = 63;
   static float value(const uint8_t* record, int group) {
     const uint8_t* b = record + 4;
     return F16Scale::value(record) * static_cast<float>(group < 4 ? b[group] & 63 : (b[group + 4] & 15) | b[group - 4] >> 6 << 4);
@@ -129,8 +139,8 @@ struct ScalesAndMinima {
   }
   // Of a panel, for lanes from `lane` on.
   static void store(Vector scale, Vector minimum, const Words (&of_scale)[kCount], const Words (&of_minimum)[kCount], uint8_t* panel, int lane) {
-    store_narrow<uint16_t>(panel + lane * 2, F16Scale::round(scale));
-    store_narrow<uint16_t>(panel + 2 * kLanes + lane * 2, F16Scale::round(minimum));
+    store_half(0, scale, panel, lane);
+    store_half(1, minimum, panel, lane);
     uint8_t* const to = panel + 4 * kLanes + lane;
     for (int g = 0; g < 4; g++) {
       store_narrow<uint8_t>(to + g * kLanes, of_scale[g] | of_scale[g + 4] >> 4 << 6);
@@ -157,15 +167,12 @@ struct ScalesAndMinima {
 };
 
 // GGUF's for 32 columns: an f16, and an f16 that is added.
-struct ScaleAndStart {
-  static constexpr int kRowBytes = 4, kHalves = 2, kBlockBytes = 0, kCount = 1;
-  static constexpr bool kRecord = true, kMinimum = true;
-  static bool valid(const uint8_t* record) { return F16Scale::valid(record) && F16Scale::valid(record + 2); }
+struct ScaleAndStart : Record<2, 0, 1> {
   static float value(const uint8_t* record, int) { return F16Scale::value(record); }
   static float minimum(const uint8_t* record, int) { return -F16Scale::value(record + 2); }
   static void store(Vector scale, Vector minimum, uint8_t* panel, int lane) {
-    store_narrow<uint16_t>(panel + lane * 2, F16Scale::round(scale));
-    store_narrow<uint16_t>(panel + 2 * kLanes + lane * 2, F16Scale::round(-minimum));
+    store_half(0, scale, panel, lane);
+    store_half(1, -minimum, panel, lane);
   }
   template <class Isa>
   struct Panel {
@@ -179,17 +186,14 @@ struct ScaleAndStart {
 
 // GGUF's for 256 columns: an f16, two bytes with the upper two bits and four with the lower four of whole numbers of 6 bits, less 32, by which it is
 // multiplied for each 32 columns.
-struct SixBitScales {
-  static constexpr int kRowBytes = 8, kHalves = 1, kBlockBytes = 0, kCount = 8;
-  static constexpr bool kRecord = true, kMinimum = false;
-  static bool valid(const uint8_t* record) { return F16Scale::valid(record); }
+struct SixBitScales : Record<1, 6, 8> {
   static float value(const uint8_t* record, int group) {
     const int lower = record[4 + group / 2] >> group % 2 * 4 & 15, upper = record[2 + group / 4] >> group % 4 * 2 & 3;
     return F16Scale::value(record) * static_cast<float>((lower | upper << 4) - 32);
   }
   // Of a panel, for lanes from `lane` on; factors are 32 more than they stand for.
   static void store(Vector scale, const Words (&factor)[kCount], uint8_t* panel, int lane) {
-    store_narrow<uint16_t>(panel + lane * 2, F16Scale::round(scale));
+    store_half(0, scale, panel, lane);
     uint8_t* const to = panel + 2 * kLanes + lane;
     for (int i = 0; i < 2; i++)
       store_narrow<uint8_t>(to + i * kLanes, factor[4 * i] >> 4 | factor[4 * i + 1] >> 4 << 2 | factor[4 * i + 2] >> 4 << 4 | factor[4 * i + 3] >> 4 << 6);
@@ -214,16 +218,14 @@ struct SixBitScales {
 };
 
 // GGUF's for 256 columns with minima: two f16s, and for each 16 columns a byte with two whole numbers by which they are multiplied for scale and minimum.
-struct NibblesAndMinima {
-  static constexpr int kRowBytes = 20, kHalves = 2, kBlockBytes = 0, kCount = 16, kFactor = 15;
-  static constexpr bool kRecord = true, kMinimum = true;
-  static bool valid(const uint8_t* record) { return F16Scale::valid(record) && F16Scale::valid(record + 2); }
+struct NibblesAndMinima : Record<2, 16, 16> {
+  static constexpr int kFactor = 15;
   static float value(const uint8_t* record, int group) { return F16Scale::value(record) * static_cast<float>(record[4 + group] & 15); }
   static float minimum(const uint8_t* record, int group) { return F16Scale::value(record + 2) * static_cast<float>(record[4 + group] >> 4); }
   // Of a panel, for lanes from `lane` on.
   static void store(Vector scale, Vector minimum, const Words (&of_scale)[kCount], const Words (&of_minimum)[kCount], uint8_t* panel, int lane) {
-    store_narrow<uint16_t>(panel + lane * 2, F16Scale::round(scale));
-    store_narrow<uint16_t>(panel + 2 * kLanes + lane * 2, F16Scale::round(minimum));
+    store_half(0, scale, panel, lane);
+    store_half(1, minimum, panel, lane);
     for (int g = 0; g < kCount; g++) store_narrow<uint8_t>(panel + (4 + g) * kLanes + lane, of_scale[g] | of_minimum[g] << 4);
   }
   template <class Isa>
@@ -239,14 +241,11 @@ struct NibblesAndMinima {
 };
 
 // GGUF's for 256 columns: an f16, and for each 16 columns a signed byte by which it is multiplied.
-struct ByteScales {
-  static constexpr int kRowBytes = 18, kHalves = 1, kBlockBytes = 0, kCount = 16;
-  static constexpr bool kRecord = true, kMinimum = false;
-  static bool valid(const uint8_t* record) { return F16Scale::valid(record); }
+struct ByteScales : Record<1, 16, 16> {
   static float value(const uint8_t* record, int group) { return F16Scale::value(record) * static_cast<float>(static_cast<int8_t>(record[2 + group])); }
   // Of a panel, for lanes from `lane` on; factors are 128 more than they stand for.
   static void store(Vector scale, const Words (&factor)[kCount], uint8_t* panel, int lane) {
-    store_narrow<uint16_t>(panel + lane * 2, F16Scale::round(scale));
+    store_half(0, scale, panel, lane);
     for (int g = 0; g < kCount; g++) store_narrow<uint8_t>(panel + (2 + g) * kLanes + lane, factor[g] ^ 128);
   }
   template <class Isa>

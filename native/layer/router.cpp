@@ -13,10 +13,6 @@
 namespace coterie {
 namespace {
 
-void add(float* to, const float* from, int64_t n) {
-  for (int64_t i = 0; i < n; i++) to[i] += from[i];
-}
-
 constexpr int64_t kRows = 16;  // experts of one item of work
 
 // One token's: softmax over `score`, which it changes.
@@ -58,7 +54,8 @@ void route(const Kernels& kernels, const Router& router, const uint8_t* x, DType
     kernels.products(rows, scores + item * kRows, experts, scratch + thread * scratch_floats);
   });
   if (router.bias)
-    for (int64_t t = 0; t < tokens; t++) add(scores + t * experts, router.bias, experts);
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t e = 0; e < experts; e++) scores[t * experts + e] += router.bias[e];
   kernels.store(scores, tokens * experts, logits, dtype);
   std::vector<int64_t> order;
   for (int64_t t = 0; t < tokens; t++) {

@@ -24,6 +24,7 @@ uint8_t* Buffer::at_least(int64_t bytes) {
     if (!memory_) throw std::bad_alloc();
     size_ = bytes;
   }
+  bound(memory_, bytes, size_);
   return memory_;
 }
 

@@ -5,6 +5,10 @@
 #include "formats/layout.h"
 #include "runtime/numa.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace coterie {
 
 uint8_t* allocate_pages(int64_t bytes) {
@@ -18,9 +22,23 @@ uint8_t* allocate_pages(int64_t bytes) {
   auto* memory = reinterpret_cast<uint8_t*>(aligned);
   madvise(memory, size, MADV_HUGEPAGE);
   interleave(memory, size);
+  bound(memory, bytes, size);
   return memory;
 }
 
-void free_pages(uint8_t* memory, int64_t bytes) { munmap(memory, round_up(bytes, kHugePage)); }
+void free_pages(uint8_t* memory, int64_t bytes) {
+  const int64_t size = round_up(bytes, kHugePage);
+  bound(memory, size, size);
+  munmap(memory, size);
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+void bound(uint8_t* memory, int64_t bytes, int64_t size) {
+  __asan_unpoison_memory_region(memory, bytes);
+  __asan_poison_memory_region(memory + bytes, size - bytes);
+}
+#else
+void bound(uint8_t*, int64_t, int64_t) {}
+#endif
 
 }  // namespace coterie

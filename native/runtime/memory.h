@@ -9,4 +9,7 @@ constexpr int64_t kHugePage = 2 << 20;
 uint8_t* allocate_pages(int64_t bytes);  // null when there is no memory
 void free_pages(uint8_t* memory, int64_t bytes);
 
+// Of `size` bytes there, the first `bytes` are in use: AddressSanitizer, which knows nothing of pages, reports what touches the others.
+void bound(uint8_t* memory, int64_t bytes, int64_t size);
+
 }  // namespace coterie

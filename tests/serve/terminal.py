@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import time
+from pathlib import Path
 
 import forks
 
@@ -59,6 +60,14 @@ class Terminal:
 
     def press(self, key: bytes) -> None:
         os.write(self._here, key)
+
+    def until_it_waits(self) -> None:
+        """Until the program, having printed what it had to, waits for the next key: a signal that comes before is seen
+        with that key only."""
+        state, end = Path(f"/proc/{self.process.pid}/stat"), time.monotonic() + SECONDS
+        while state.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < end, "the program never waits"
+            time.sleep(0.01)
 
     def ask(self, line: str) -> tuple[str, str]:
         """(the answer without styles, what it took) of a line typed at the prompt."""

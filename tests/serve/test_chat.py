@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 
 import pytest
 import torch
@@ -69,7 +68,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat():
         terminal.until("> ")
         terminal.press(b"half a line")
         terminal.until("half a line")
-        time.sleep(0.2)  # until it waits for the next key again
+        terminal.until_it_waits()
         terminal.press(b"\x03")
         terminal.until("Ctrl-D leaves")
         answer, took = terminal.ask("And try?")

@@ -277,6 +277,7 @@ def test_a_disconnect_ends_the_generation(monkeypatch, tokenizer):
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bind("127.0.0.1", port)]})
     thread.start()
     while not server.started:
+        assert thread.is_alive()
         time.sleep(0.05)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     stream = client.chat.completions.create(model="tiny", messages=QUESTION, stream=True, max_tokens=900)

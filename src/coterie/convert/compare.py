@@ -120,6 +120,7 @@ def _pairs(first: Iterator[Tensor], second: Iterator[Tensor]) -> Iterator[tuple[
     while True:
         while not len(a):
             if (found := next(first, None)) is None:
+                next(second, None)  # ends too, and lets go of what it read
                 return
             a = found
         while not len(b):
