@@ -32,6 +32,6 @@ def check_activation(where: str, layer: RoutedExperts, packed: Activation, has_g
         expected = replace(expected, **{key: float(value) for key, value in given.items() if value is not None})
     if (expected, name.is_gated) != (packed, has_gate):
         raise CheckpointError(
-            f"{where}: packed with {packed}, has_gate={has_gate}; vLLM's model computes {name.value}, which is {expected}, "
-            f"has_gate={name.is_gated}"
+            f"{where}: packed with {packed}, has_gate={has_gate}; vLLM's model computes {name.value}, which is "
+            f"{expected}, has_gate={name.is_gated}"
         )

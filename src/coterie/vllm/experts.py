@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
-from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.config import (
+    FUSED_MOE_UNQUANTIZED_CONFIG,
+    FusedMoEConfig,
+    FusedMoEQuantConfig,
+)
 
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.experts import Experts
@@ -79,6 +83,6 @@ def _check_parallel(moe: FusedMoEConfig) -> None:
         )
     if moe.dp_size > 1 or moe.pcp_size > 1:
         raise ArgumentError(
-            f"data_parallel_size is {moe.dp_size}, prefill_context_parallel_size {moe.pcp_size}: expected 1 with packed "
-            "experts; use --tensor-parallel-size with --enable-expert-parallel"
+            f"data_parallel_size is {moe.dp_size}, prefill_context_parallel_size {moe.pcp_size}: expected 1 with "
+            "packed experts; use --tensor-parallel-size with --enable-expert-parallel"
         )

@@ -35,8 +35,8 @@ class PackedNames:
     def of(self, prefix: str, merged: Mapping[str, Sequence[str]]) -> list[Stored]:
         """The packed weights that make up the module `prefix`, in order; none where it is not packed.
 
-        `merged`: by the name of a module that vLLM merges, what it is merged from. Raises CheckpointError where only some
-        of those are packed.
+        `merged`: by the name of a module that vLLM merges, what it is merged from. Raises CheckpointError where only
+        some of those are packed.
         """
         if f"{prefix}.weight" in self._stored:
             return [self._stored[f"{prefix}.weight"]]
@@ -58,8 +58,6 @@ class LinearMethod(LinearMethodBase):
     def __init__(self, prefix: str, stored: Sequence[Stored], options: Options) -> None:
         self._prefix = prefix
         self.linears = [Linear.from_packed(file, name, mmap=options.mmap) for name, file in stored]
-        for linear in self.linears:
-            linear.activations = options.activations
 
     def create_weights(
         self,

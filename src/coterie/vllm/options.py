@@ -12,7 +12,7 @@ from coterie.errors import ArgumentError
 @dataclass(frozen=True, slots=True)
 class Options:
     """mmap: use the pages of the files, which workers share, instead of copying them into huge pages.
-    activations: what int8 and 4-bit weights are computed with, "auto", "bf16" or "int8"; see `Experts`.
+    activations: what int8 and int4 experts compute with, "auto", "bf16" or "int8"; see `Experts`.
     """
 
     mmap: bool
@@ -32,5 +32,5 @@ class Options:
         if not isinstance(options.mmap, bool):
             raise ArgumentError(f"additional_config: mmap is {options.mmap!r}, expected true or false")
         if workers > 1 and not options.mmap:
-            raise ArgumentError(f"additional_config: mmap is false, expected true for {workers} workers, which share it")
+            raise ArgumentError(f"additional_config: mmap is false, expected true for {workers} workers")
         return options
