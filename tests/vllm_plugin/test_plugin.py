@@ -26,7 +26,7 @@ from coterie import versions
 from coterie.activations import Activation
 from coterie.checkpoints.packed_linears import write_linears
 from coterie.errors import ArgumentError, CheckpointError, DeviceError
-from coterie.vllm import config, register, threads
+from coterie.vllm import config, register
 from coterie.vllm.activation import check_activation
 from coterie.vllm.experts import ExpertsMethod
 from coterie.vllm.linears import LinearMethod, PackedNames
@@ -283,23 +283,3 @@ def test_layers_that_are_not_packed_are_vllms(folder):
     plain = LinearBase.__new__(LinearBase)
     assert isinstance(found.get_quant_method(plain, "m.0.gate"), UnquantizedLinearMethod)
     assert found.get_quant_method(torch.nn.Module(), "m.0.attn") is None
-
-
-# --- threads ---
-
-
-@pytest.mark.parametrize(
-    ("variable", "text", "cpus"),
-    [
-        ("KMP_AFFINITY", "granularity=fine,explicit,proclist=[0,1]", {0, 1}),
-        ("GOMP_CPU_AFFINITY", "2 3 5", {2, 3, 5}),
-        ("OMP_PLACES", "{4,5}", {4, 5}),
-        ("OMP_PLACES", "cores", set()),
-        ("OMP_PLACES", "", set()),
-    ],
-)
-def test_a_workers_cpus_are_those_vllm_bound_it_to(monkeypatch, variable, text, cpus):
-    for name in threads.BINDINGS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(variable, text)
-    assert threads.worker_cpus() == cpus
