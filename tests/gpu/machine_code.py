@@ -107,7 +107,8 @@ def launch(shape: Shape, spec: Format) -> None:
     low = torch.empty(count, rank, dtype=torch.bfloat16, device="meta")
     ends = torch.empty(shape.E, dtype=torch.int32, device="meta")
     index = torch.empty(count, dtype=torch.int64, device="meta")
-    gram.gathered_gram(low, torch.empty(count, shape.H + rank, dtype=torch.bfloat16, device="meta"), index, ends, shape.H)
+    x = torch.empty(count, shape.H + rank, dtype=torch.bfloat16, device="meta")
+    gram.gathered_gram(low, x, index, ends, shape.H)
 
 
 def main() -> None:

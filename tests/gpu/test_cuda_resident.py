@@ -29,6 +29,7 @@ def moved(spec=SPEC, experts=None, sizes=SIZES):
 def pieces(request, monkeypatch):
     if request.param == "pieces":
         monkeypatch.setattr(resident, "PIECE_NBYTES", 2 * 3 * 2 * SIZES[1] * SIZES[2])
+        monkeypatch.setattr(resident, "PIECE_SHARE", 0)
 
 
 @pytest.mark.parametrize("where", PLACES)
@@ -102,6 +103,7 @@ def test_memory_of_a_step(spec):
     piece = 2 * 3 * 4 * hidden * intermediate
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resident, "PIECE_NBYTES", piece)
+        patch.setattr(resident, "PIECE_SHARE", 0)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         experts(x.requires_grad_(), ids, weights).backward(grad)

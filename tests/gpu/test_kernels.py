@@ -149,6 +149,7 @@ def test_few_tokens_with_biases(tokens, has_gate, kernels):
 def test_gradients(spec, pieces, kernels, monkeypatch):
     if pieces:
         monkeypatch.setattr(resident, "PIECE_NBYTES", 2 * 3 * 2 * SIZES[1] * SIZES[2])
+        monkeypatch.setattr(resident, "PIECE_SHARE", 0)
     experts, truth = moved(spec)
     x, ids, weights, grad = random_batch(SIZES, 2, 20)
     lora = random_lora(SIZES, 4, torch.float32)

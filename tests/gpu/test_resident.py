@@ -203,9 +203,12 @@ def test_only_the_activations_are_kept():
 def test_one_piece_is_dense_at_a_time(monkeypatch):
     monkeypatch.setattr(resident, "PIECE_NBYTES", 2 * 3 * 2 * SIZES[1] * SIZES[2])
     seen, dense_of = [], resident.Resident.dense
-    monkeypatch.setattr(
-        resident.Resident, "dense", lambda self, *args, **more: (seen.append(len(args[1])), dense_of(self, *args, **more))[1]
-    )
+
+    def dense(self, names, chosen, **more):
+        seen.append(len(chosen))
+        return dense_of(self, names, chosen, **more)
+
+    monkeypatch.setattr(resident.Resident, "dense", dense)
     experts, _ = moved()
     x, ids, weights, _ = random_batch(SIZES, 2, 20)
     experts(x.requires_grad_(), ids, weights).sum().backward()

@@ -60,7 +60,11 @@ class Adapter:
         return a, b
 
     def write_gradients(
-        self, grads: Sequence[Tensor | None], experts: Tensor | None, of_a: Callable[[], Tensor], of_b: Callable[[], Tensor]
+        self,
+        grads: Sequence[Tensor | None],
+        experts: Tensor | None,
+        of_a: Callable[[], Tensor],
+        of_b: Callable[[], Tensor],
     ) -> None:
         """Writes those of A and B of some experts, None: of all. of_a, of_b: give [m, R, cols] and [m, rows, R]."""
         for which, found in ((0, of_a), (1, of_b)):

@@ -7,7 +7,7 @@ experts and what the tokens need, memory holds one dense piece.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -74,7 +73,7 @@ def dequantise(matrices: Matrices, index: Tensor, out: Tensor) -> None:
     if by_position:
         scale, minimum = matrices.scales_of(index)
     group = spec.scale_columns or 64
-    groups = -(-matrices.cols // group) if not spec.scale_columns or scale is None else scale.shape[2]
+    groups = triton.cdiv(matrices.cols, group) if not spec.scale_columns or scale is None else scale.shape[2]
     per_program = max(1, COLUMNS // group)
     scale_rows = rows if scale is None else scale.shape[1]
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(groups, per_program), len(index))
@@ -84,6 +83,6 @@ def dequantise(matrices: Matrices, index: Tensor, out: Tensor) -> None:
         BITS=4 if spec.encoding.bits == 4 else 8, KIND=kind_of_codes(spec), MIDDLE=middle_of(spec),
         SCALE=0 if scale is None else kind_of_scales(scale), GROUP=group, TILE=spec.encoding.tile_rows,
         BY_POSITION=by_position, HAS_SCALE=scale is not None, HAS_ROW=matrices.row_scale is not None,
-        PER_ROW=not spec.scale_columns, HAS_ZERO=matrices.zero is not None, HAS_MINIMUM=minimum is not None, R=ROWS, N=per_program,
-        enable_fp_fusion=False,
+        PER_ROW=not spec.scale_columns, HAS_ZERO=matrices.zero is not None, HAS_MINIMUM=minimum is not None,
+        R=ROWS, N=per_program, enable_fp_fusion=False,
     )  # fmt: skip

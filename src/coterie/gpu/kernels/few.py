@@ -204,7 +204,8 @@ def _single(
             )
     _write(
         out, tl.sum(gate, 1), tl.sum(up, 1), tl.load(weights + slot).to(tl.float32), gate_bias, up_bias, expert, slot,
-        row, rows, out_stride, alpha, limit, offset, row < rows, ACT, HAS_GATE, HAS_LIMIT, HAS_BIAS, OUT_PARTS, OUT_KIND,
+        row, rows, out_stride, alpha, limit, offset, row < rows, ACT, HAS_GATE, HAS_LIMIT, HAS_BIAS, OUT_PARTS,
+        OUT_KIND,
     )  # fmt: skip
 
 
@@ -281,9 +282,11 @@ def _together(
                     gate_less = _spread(gate_less, PER)
             for part in tl.static_range(PARTS):
                 inputs = tl.load(start + part * words + word[:, None], mask=inside, other=0)
-                up = _dot(_part(up_words, up_less, table, part, BITS, KIND, MIDDLE), up_factor, inputs, up)
+                values = _part(up_words, up_less, table, part, BITS, KIND, MIDDLE)
+                up = _dot(values, up_factor, inputs, up)
                 if HAS_GATE:
-                    gate = _dot(_part(gate_words, gate_less, table, part, BITS, KIND, MIDDLE), gate_factor, inputs, gate)
+                    values = _part(gate_words, gate_less, table, part, BITS, KIND, MIDDLE)
+                    gate = _dot(values, gate_factor, inputs, gate)
         weight = tl.load(weights + slot, mask=valid, other=0).to(tl.float32)[None, :]
         there = (row < rows)[:, None] & valid[None, :]
         _write(
@@ -332,8 +335,8 @@ def _launch(
     given = activation or Activation()
     kernel[(slots, triton.cdiv(rows, height))](
         out, x, ids, weights, *_tensors(gate), gate_bias, *_tensors(up), up_bias, table_of(spec, x.device),
-        slots, per_token, rows, x.shape[1] // parts, triton.cdiv(up.cols, group), 1 if scale is None else scale.shape[1],
-        out.shape[1], given.alpha, given.limit, given.up_offset,
+        slots, per_token, rows, x.shape[1] // parts, triton.cdiv(up.cols, group),
+        1 if scale is None else scale.shape[1], out.shape[1], given.alpha, given.limit, given.up_offset,
         BITS=32 // parts, KIND=kind_of_codes(spec), MIDDLE=middle_of(spec),
         SCALE=0 if scale is None else kind_of_scales(scale), PER=group // parts, TILE=spec.encoding.tile_rows,
         HAS_SCALE=scale is not None, HAS_ROW=up.row_scale is not None, HAS_ZERO=up.zero is not None,

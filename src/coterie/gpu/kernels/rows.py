@@ -107,7 +107,7 @@ def slope(
 
 
 def combine(rows: Tensor, place: Tensor, dtype: torch.dtype, own: bool = False) -> Tensor:
-    """[T, cols] in `dtype`: the sum over k, in float32 and in the order of k, of rows[place[t, k]], none where it is -1.
+    """[T, cols] in `dtype`: the sum, in float32 and in the order of k, of the rows place[t, k], none where it is -1.
 
     own: rows are in the order of the slots, [T*K, cols]; `place` only says where there is none.
     """
