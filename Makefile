@@ -13,14 +13,16 @@ TOOLS := $(VENV)/.tools-installed
 BUILT := $(VENV)/.coterie-built
 SANITIZED := build/sanitize
 EMULATED := build/emulate
+TRITON := build/triton
 NATIVE_TESTS ?= $(wildcard tests/native tests/test_experts.py tests/test_ops.py tests/test_tickets.py tests/test_tickets_in_processes.py tests/test_cpu.py tests/test_formats.py tests/checkpoints)
 NATIVE := $(shell find native -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test bench develop lint sanitize emulate clean
+.PHONY: help demo test kernels bench develop lint sanitize emulate clean
 
 help:
 	@echo "make demo      build coterie in $(VENV) and show it at work (coterie quickstart)"
 	@echo "make test      run the test suite"
+	@echo "make kernels   the tests of Triton's kernels, interpreted and compiled; make test runs them too"
 	@echo "make bench     measure the README's speed tables on this machine"
 	@echo "make develop   build coterie in $(VENV), editable"
 	@echo "make lint      ruff and mypy"
@@ -31,8 +33,12 @@ help:
 demo: $(BUILT)
 	$(VENV)/bin/coterie quickstart
 
-test: $(BUILT)
+test: $(BUILT) kernels
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal tests
+
+# In processes of their own: Triton, where there is one, is imported by every process that has torch, which takes a second.
+kernels: $(BUILT) $(TRITON)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(PY) -m pytest -n 2 tests/gpu/test_kernels.py tests/gpu/test_machine_code.py
 
 bench: $(BUILT)
 	PATH="$(abspath $(VENV)/bin):$$PATH" bash benchmarks/tables.sh
@@ -76,6 +82,9 @@ $(TOOLS): | $(PY)
 	$(PIP) install -q '$(TORCH)'
 	$(PIP) install -q 'scikit-build-core>=0.10' 'nanobind>=2.4' cmake ninja
 	@touch $@
+
+$(TRITON):
+	$(PIP) install -q --no-deps --target $@.partial 'triton>=3.6' && mv $@.partial $@
 
 $(BUILT): $(TOOLS) $(NATIVE)
 	$(PIP) install -q --no-build-isolation -e '.[dev]'

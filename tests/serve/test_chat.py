@@ -148,7 +148,7 @@ def test_quantised_checkpoints(variant):
         ([tiny.PATH, "--experts", "int3"], "int3"),
         ([tiny.PATH, "--temperature", "-1"], "greater than or equal to 0"),
         ([tiny.PATH, "--gpu-experts", "all"], "--gpu-experts: they are on the GPU that the rest of the model is on"),
-        ([tiny.PATH, "--device", "cuda", "--gpu-experts", "half"], "gpu_experts: expected all, auto, a number"),
+        ([tiny.PATH, "--device", "cuda", "--gpu-experts", "half"], "gpu_experts: expected all, auto, stream"),
         ([tiny.PATH, "--device", "cuda:99", "--gpu-experts", "4"], "device='cuda:99' cannot be used here"),
     ],
 )

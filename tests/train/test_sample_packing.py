@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from coterie import tiny
@@ -42,5 +43,5 @@ def test_configs_of_full_size_are_made_small(family):
 def test_refused_before_training(configure, tmp_path):
     tiny_models.make("gpt_oss", vocab_size=2048).config.save_pretrained(tmp_path / "model")
     with pytest.raises(ArgumentError, match=r"sample_packing: GptOssForCausalLM does not keep packed samples apart"):
-        check_packing(str(tmp_path / "model"), trust_remote_code=False)
+        check_packing(str(tmp_path / "model"), trust_remote_code=False, device=torch.device("cpu"))
     assert check_all(configure(sample_packing=True, base_model=str(tiny.PATH)), tmp_path).packing_tried
