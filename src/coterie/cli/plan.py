@@ -170,9 +170,10 @@ def print_placements(
             asked = best.gpu_experts if isinstance(best.gpu_experts, int) else f'"{best.gpu_experts}"'
             console.print(f'{every.name}: [bold]device="cuda", gpu_experts={asked}[/]', highlight=False)
     rated = "measured here" if gpus else "assumed"
+    work = planning.find_room(anatomy, formats[0], usable).work
     console.print(
         f"VRAM needed: all but the experts in bf16 ({size(anatomy.rest_nbytes)}), the KV cache of {anatomy.context} "
-        f"tokens ({size(anatomy.cache_nbytes)}), {size(planning.GPU_RESERVE)} for CUDA and activations, buffers, and "
+        f"tokens ({size(anatomy.cache_nbytes)}), {size(work)} to compute with, and "
         f"experts. Named is what is through first with a prompt of {planning.PROMPT} tokens and an answer of "
         f"{planning.ANSWER}. The GPU, {rated}: reads {size(gpu.memory)}/s, gets {size(gpu.delivered)}/s of packed "
         f"experts, {significant(gpu.products / 1e12)} TFLOP/s in bf16. Predictions; no model was timed for them.",

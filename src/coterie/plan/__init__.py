@@ -9,7 +9,7 @@ from coterie.plan.conversion import DISK, Conversion, conversion
 from coterie.plan.dense import Dense, dense, sensible
 from coterie.plan.estimate import REACHED, RESERVE, Estimate, Rates, estimate, usable
 from coterie.plan.overhead import overhead
-from coterie.plan.placement import ANSWER, ASSUMED, GPU_RESERVE, GpuRates, Placement, choose, placements
+from coterie.plan.placement import ANSWER, ASSUMED, GpuRates, Placement, choose, find_room, placements
 from coterie.plan.source import Source, open_source
 from coterie.plan.training import TrainAnatomy, Training, train_estimate, train_inspect
 
@@ -17,7 +17,6 @@ __all__ = [
     "ANSWER",
     "ASSUMED",
     "DISK",
-    "GPU_RESERVE",
     "PROMPT",
     "REACHED",
     "RESERVE",
@@ -37,6 +36,7 @@ __all__ = [
     "conversion",
     "dense",
     "estimate",
+    "find_room",
     "inspect",
     "open_source",
     "overhead",

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.gpu import rates as gpu_rates
 from coterie.gpu.delivery import STAGED_NBYTES
-from coterie.gpu.resident import PIECE_NBYTES
+from coterie.gpu.resident import PIECE_NBYTES, PIECE_SHARE
+from coterie.gpu.room import Room, token_nbytes
+from coterie.hf.room import device_nbytes
 from coterie.hf.sizes import expert_nbytes, expert_parameters
 from coterie.plan.anatomy import PROMPT, Anatomy
 from coterie.plan.estimate import RESERVE, Rates
 
-GPU_RESERVE = 1_500_000_000  # bytes of VRAM for CUDA, its libraries and the activations of a short prompt
 ANSWER = 256  # tokens that are decoded after a prompt, by which placements are compared
 
 
@@ -38,7 +39,7 @@ ASSUMED = GpuRates(memory=600e9, delivered=10e9, products=40e12)
 class Placement:
     """Experts in a format, placed as `gpu_experts` says; bytes, and predicted tokens per second.
 
-    vram: needed, GPU_RESERVE included. vram_short, ram_short: missing; 0 where it fits.
+    vram: needed, what is kept for computing included. vram_short, ram_short: missing; 0 where it fits.
     """
 
     gpu_experts: str | int
@@ -65,25 +66,46 @@ def placements(
 ) -> list[Placement]:
     """The ways to place the experts in these formats, in `vram` and `ram` usable bytes: "all", where they fit; else as
     many of each layer's as do, if any do, and "stream"."""
-    packed = [expert_nbytes(layer.layout, formats[layer.number]) for layer in anatomy.experts]
-    fixed = anatomy.rest_nbytes + anatomy.cache_nbytes + GPU_RESERVE
-    free = vram - fixed - PIECE_NBYTES
-    counts = [layer.layout.num_experts for layer in anatomy.experts]
-    number = max(0, min(min(counts), free // sum(packed)))
+    room = find_room(anatomy, formats, vram)
+    counts = [count for count, _ in room.layers]
+    on_gpu, packed = [size for _, size in room.layers], _packed(anatomy, formats)
 
-    def placed(gpu_experts: str | int, there: Sequence[int], buffers: int) -> Placement:
-        experts_there = sum(n * nbytes for n, nbytes in zip(there, packed, strict=True))
-        needed, held = fixed + buffers + experts_there, anatomy.experts_nbytes(formats) - experts_there + RESERVE
+    def placed(gpu_experts: str | int, there: Sequence[int], buffers: int = 0) -> Placement:
+        needed = room.besides + buffers + sum(n * size for n, size in zip(there, on_gpu, strict=True))
+        held = RESERVE + sum((count - n) * size for count, n, size in zip(counts, there, packed, strict=True))
         parts = [n / count for n, count in zip(there, counts, strict=True)]
         decode, prefill = _speeds(anatomy, formats, parts, gpu_experts == "stream", rates, gpu)
         return Placement(
             gpu_experts, formats.name, needed, max(0, needed - vram), held, max(0, held - ram), decode, prefill
         )
 
-    if anatomy.experts_nbytes(formats) <= free:
-        return [placed("all", counts, PIECE_NBYTES)]
-    streamed = placed("stream", [0] * len(counts), PIECE_NBYTES + 3 * STAGED_NBYTES)
-    return [streamed, placed(number, [number] * len(counts), PIECE_NBYTES)] if number else [streamed]
+    if room.besides + room.experts(max(counts)) <= vram:
+        return [placed("all", counts)]
+    streamed = placed("stream", [0] * len(counts), 3 * STAGED_NBYTES)
+    number = min(room.most, *counts)
+    return [streamed, placed(number, [number] * len(counts))] if number else [streamed]
+
+
+def find_room(anatomy: Anatomy, formats: ModelFormats, vram: int) -> Room:
+    """A GPU with `vram` usable bytes and what the model takes there, counted as `gpu_experts="auto"` does."""
+    layouts = [layer.layout for layer in anatomy.experts]
+    return Room(
+        free=vram,
+        rest=anatomy.rest_nbytes,
+        cache=anatomy.cache_nbytes,
+        tokens=anatomy.context,
+        token=max(token_nbytes(x.per_token, x.layout.hidden_size, x.layout.intermediate_size) for x in anatomy.experts),
+        piece=max(PIECE_NBYTES, int(vram * PIECE_SHARE)),
+        layers=tuple(
+            (layout.num_experts, device_nbytes(layout, formats[layer.number]))
+            for layout, layer in zip(layouts, anatomy.experts, strict=True)
+        ),
+    )
+
+
+def _packed(anatomy: Anatomy, formats: ModelFormats) -> list[int]:
+    """Bytes of an expert of each layer in RAM."""
+    return [expert_nbytes(layer.layout, formats[layer.number]) for layer in anatomy.experts]
 
 
 def choose(found: Sequence[Placement]) -> Placement | None:
