@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from gradient_cases import random_batch
@@ -22,3 +22,18 @@ def batches() -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     yield "no tokens", x[:0], ids[:0], weights[:0]
     yield "no experts a token", x, ids[:, :0], weights[:, :0]
     yield "int32, strided", x.T.contiguous().T, ids.int().T.contiguous().T, weights.half().T.contiguous().T
+
+
+def check_compiled(experts: Callable[..., Tensor], x: Tensor, ids: Tensor, weights: Tensor) -> None:
+    """The rest of a graph is compiled, the experts are not, and nothing changes."""
+
+    def block(x: Tensor) -> Tensor:
+        return torch.relu(experts(x * 2, ids, weights)) + x
+
+    torch._dynamo.reset()
+    found = []
+    for compute in (block, torch.compile(block, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        y = compute(leaf)
+        found.append((y, *torch.autograd.grad(y.sum(), leaf)))
+    torch.testing.assert_close(*found)

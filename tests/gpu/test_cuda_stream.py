@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from batches import SIZES, batches
+from batches import SIZES, batches, check_compiled
 from engine_cases import FORMATS, dense, name_of, options
 from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, relative
 from torch.utils.checkpoint import checkpoint
@@ -244,20 +244,9 @@ def test_checkpointing(how):
 
 
 def test_compiled():
-    """The rest of a graph is; the experts are not."""
     experts, _ = streamed()
     x, ids, weights = on_gpu(*random_batch(SIZES, 2, 20)[:3])
-
-    def block(x):
-        return torch.relu(experts(x * 2, ids, weights)) + x
-
-    torch._dynamo.reset()
-    found = []
-    for compute in (block, torch.compile(block, backend="aot_eager")):
-        leaf = x.clone().requires_grad_()
-        y = compute(leaf)
-        found.append((y, *torch.autograd.grad(y.sum(), leaf)))
-    torch.testing.assert_close(*found)
+    check_compiled(experts, x, ids, weights)
 
 
 def test_mapped_experts(tmp_path):

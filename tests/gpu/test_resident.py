@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import SIZES, batches
+from batches import SIZES, batches, check_compiled
 from engine_cases import FORMATS, dense, name_of
 from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, relative
 from torch.utils.checkpoint import checkpoint
@@ -241,20 +241,9 @@ def test_autocast(dtype, where):
 
 @pytest.mark.parametrize("where", PLACES)
 def test_compiled(where):
-    """The rest of a graph is; the experts are not."""
     experts, _ = moved(experts=PLACES[where])
     x, ids, weights, _ = random_batch(SIZES, 2, 20)
-
-    def block(x):
-        return torch.relu(experts(x * 2, ids, weights)) + x
-
-    torch._dynamo.reset()
-    found = []
-    for compute in (block, torch.compile(block, backend="aot_eager")):
-        leaf = x.clone().requires_grad_()
-        y = compute(leaf)
-        found.append((y, *torch.autograd.grad(y.sum(), leaf)))
-    torch.testing.assert_close(*found)
+    check_compiled(experts, x, ids, weights)
 
 
 @pytest.mark.parametrize("spec", [*FORMATS, *TWO], ids=name_of)

@@ -13,7 +13,8 @@ for name in ("peft", "accelerate", "trl", "datasets"):
 
 from accelerate.state import AcceleratorState  # noqa: E402
 from rich.console import Console  # noqa: E402
-from sft_runs import OBJECTIVES, SHORT, configure  # noqa: E402
+from sft_runs import OBJECTIVES, configure  # noqa: E402
+from short_runs import SHORT  # noqa: E402
 
 from coterie.errors import ArgumentError, DeviceError  # noqa: E402
 from coterie.gpu import device as devices  # noqa: E402

@@ -1,7 +1,8 @@
-"""Experts of a few tokens, multiplied with their codes as they are packed: each code is read once a call.
+"""Experts of a few tokens, multiplied with their codes as they are packed.
 
 Two kernels, the matrices before the activation and the one behind it, then the sum of each token's slots. A slot is a
-token and one of its experts. Programs find the slots of an expert themselves, so that nothing is sorted before.
+token and one of its experts. Of few slots each reads the codes of its expert; of more, those of an expert are
+multiplied together, 16 at a time. Programs find these themselves, so that nothing is sorted before.
 
 Codes are read as words of 32 bits, P codes each. Activations lie in P planes, of every P-th column, so that the codes
 that stand at one place of their words meet neighbours. A code is not moved to the end of its word: it is worth 16 or
@@ -31,7 +32,7 @@ from coterie.gpu.kernels.decode import (
     rounded,
     table_of,
     value,
-)  # fmt: skip
+)
 from coterie.gpu.kernels.rows import combine
 from coterie.gpu.matrices import Matrices
 
@@ -218,6 +219,20 @@ def _spread(groups, PER: tl.constexpr):
 
 
 @triton.jit
+def _matrix(
+    codes, scale, row_scale, zero, here, stored, expert, row, group, rows, groups, scale_rows,
+    SCALE: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_ROW: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+):  # fmt: skip
+    """Words `here` of a matrix, zero points and scales, [n, words of the groups] each."""
+    factor = _factor(scale, row_scale, expert, row, group, rows, groups, scale_rows, SCALE, TILE, HAS_SCALE, HAS_ROW)
+    less = _less(zero, expert, row, group, rows, groups, HAS_ZERO, not HAS_SCALE)
+    if HAS_ZERO:
+        less = _spread(less, PER)
+    return tl.load(codes + here, mask=stored, other=0), less, _spread(factor, PER)
+
+
+@triton.jit
 def _dot(values, factor, x, sums):
     """values [n, k] * factor [n, k], times x [k, m], added to sums [n, m].
 
@@ -263,23 +278,15 @@ def _together(
             inside = valid[None, :] & (word < words)[:, None]
             here = (expert * rows + row[:, None]) * words + word[None, :]
             stored = (row < rows)[:, None] & (word < words)[None, :]
-            up_words = tl.load(up_codes + here, mask=stored, other=0)
-            up_less = _less(up_zero, expert, row, group, rows, groups, HAS_ZERO, not HAS_SCALE)
-            up_factor = _factor(
-                up_scale, up_row, expert, row, group, rows, groups, scale_rows, SCALE, TILE, HAS_SCALE, HAS_ROW
-            )
-            up_factor = _spread(up_factor, PER)
-            if HAS_ZERO:
-                up_less = _spread(up_less, PER)
+            up_words, up_less, up_factor = _matrix(
+                up_codes, up_scale, up_row, up_zero, here, stored, expert, row, group, rows, groups, scale_rows, SCALE,
+                PER, TILE, HAS_SCALE, HAS_ROW, HAS_ZERO,
+            )  # fmt: skip
             if HAS_GATE:
-                gate_words = tl.load(gate_codes + here, mask=stored, other=0)
-                gate_less = _less(gate_zero, expert, row, group, rows, groups, HAS_ZERO, not HAS_SCALE)
-                gate_factor = _factor(
-                    gate_scale, gate_row, expert, row, group, rows, groups, scale_rows, SCALE, TILE, HAS_SCALE, HAS_ROW
-                )
-                gate_factor = _spread(gate_factor, PER)
-                if HAS_ZERO:
-                    gate_less = _spread(gate_less, PER)
+                gate_words, gate_less, gate_factor = _matrix(
+                    gate_codes, gate_scale, gate_row, gate_zero, here, stored, expert, row, group, rows, groups,
+                    scale_rows, SCALE, PER, TILE, HAS_SCALE, HAS_ROW, HAS_ZERO,
+                )  # fmt: skip
             for part in tl.static_range(PARTS):
                 inputs = tl.load(start + part * words + word[:, None], mask=inside, other=0)
                 values = _part(up_words, up_less, table, part, BITS, KIND, MIDDLE)
@@ -331,7 +338,8 @@ def _launch(
 ) -> None:  # fmt: skip
     slots, rows, spec, scale = ids.numel(), up.codes.shape[1], up.spec, up.scale
     group, parts = spec.scale_columns or GROUP, _parts_of(up)
-    kernel, (height, step, warps) = (_single, SINGLE) if slots <= SINGLE_SLOTS else (_together, TOGETHER)
+    single = slots <= SINGLE_SLOTS
+    kernel, (height, step, warps) = (_single, SINGLE) if single else (_together, TOGETHER)
     given = activation or Activation()
     kernel[(slots, triton.cdiv(rows, height))](
         out, x, ids, weights, *_tensors(gate), gate_bias, *_tensors(up), up_bias, table_of(spec, x.device),
@@ -342,7 +350,8 @@ def _launch(
         HAS_SCALE=scale is not None, HAS_ROW=up.row_scale is not None, HAS_ZERO=up.zero is not None,
         ACT=-1 if activation is None else activation.native()[0], HAS_GATE=gate is not None,
         HAS_LIMIT=given.limit > 0, HAS_BIAS=up_bias is not None, OUT_PARTS=out_parts, OUT_KIND=out_kind,
-        SLOTS=triton.next_power_of_2(slots), N=height, G=max(1, step * parts // group), num_warps=warps,
+        SLOTS=1 if single else triton.next_power_of_2(slots), N=height, G=max(1, step * parts // group),
+        num_warps=warps,
     )  # fmt: skip
 
 
