@@ -205,6 +205,7 @@ NB_MODULE(_native, m) {
   bind_tickets(m);
   bind_layer(m);
   bind_linear(m);
+  bind_attention(m);
   m.def("allocate", &allocate, "bytes"_a, "Zeroed huge-page memory as a uint8 tensor.");
   m.def("matrix_bytes", [](const LayoutTuple& t) { return layout_from(t).bytes(); }, "layout"_a, "Bytes of a packed matrix.");
   m.def("pack", &pack);

@@ -18,6 +18,7 @@ using LayoutTuple = std::tuple<int, int64_t, int64_t, int64_t, bool>;  // encodi
 
 inline Layout layout_from(const LayoutTuple& t) { return std::apply([](auto... part) { return layout_of(part...); }, t); }
 
+void bind_attention(nanobind::module_& m);
 void bind_decode(nanobind::module_& m);
 void bind_layer(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);

@@ -16,6 +16,7 @@
 #include "formats/bfloat16.h"
 #include "bind_tickets.h"
 #include "layer/backward.h"
+#include "layer/step.h"
 #include "layer/workspace.h"
 #include "runtime/dispatch.h"
 #include "tensors.h"
@@ -100,6 +101,30 @@ class Layer {
     return made->first;
   }
 
+  // x [..., H] after norm, router and experts, and x itself (see ExpertsStep), for tensors that the kernels take as they are; None for any other. `norm`: as
+  // `rms_norm` takes it, router [E,H] of the type of x.
+  nb::object step(nb::handle x, nb::handle norm_weight, std::tuple<float, bool, bool> norm, nb::handle router, nb::handle router_bias, int64_t top_k,
+                  bool normalised, bool rounded_weights, bool integer) const {
+    const auto rows = borrow_rows(x), w = borrow_rows(norm_weight), r = borrow_rows(router);
+    const bool fit = rows && w && r && is_float(rows->element) && is_float(w->element) && r->element == rows->element && rows->cols == layer_.hidden &&
+                     w->rows == 1 && w->cols == layer_.hidden && r->shape.size() == 2 && r->rows == layer_.count && r->cols == layer_.hidden &&
+                     layer_.hidden % 16 == 0 && top_k >= 1 && top_k <= layer_.count;
+    if (!fit) return nb::none();
+    std::optional<std::vector<float>> bias;
+    if (!router_bias.is_none() && !(bias = borrow_floats(router_bias, layer_.count))) return nb::none();
+    check_complete();
+    auto made = new_tensor(rows->element, rows->shape);
+    if (!made) return nb::none();
+    const auto [epsilon, rounded, from_one] = norm;
+    const ExpertsStep step{{w->data, static_cast<DType>(w->element), epsilon, rounded, from_one},
+                           {r->data, bias ? bias->data() : nullptr, layer_.count, layer_.hidden, top_k, normalised}, rounded_weights, integer};
+    {
+      nb::gil_scoped_release released;
+      experts_step(kernels(), layer_, step, rows->data, static_cast<DType>(rows->element), rows->rows, made->second);
+    }
+    return made->first;
+  }
+
   // Returns when it is done, or, where `owners` of all that it reads and writes are given, at once with a ticket.
   OwningTicket* forward(int64_t tokens, int64_t top_k, uintptr_t x, int x_dtype, int64_t x_stride, uintptr_t ids, uintptr_t weights, uintptr_t out,
                         int out_dtype, bool integer, const std::optional<LoraTuple>& lora, uintptr_t gate, uintptr_t up, nb::object owners) const {
@@ -170,6 +195,8 @@ void bind_layer(nb::module_& m) {
       .def("set_bias", &Layer::set_bias, nb::arg(), nb::arg(), nb::arg().none())
       .def("handle", &Layer::handle)
       .def("compute", &Layer::compute)
+      .def("step", &Layer::step, nb::arg("x"), nb::arg("norm_weight"), nb::arg("norm"), nb::arg("router"), nb::arg("router_bias").none(), nb::arg("top_k"),
+           nb::arg("normalised"), nb::arg("rounded_weights"), nb::arg("integer"))
       .def("forward", &Layer::forward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
            nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none())
       .def("backward", &Layer::backward);

@@ -1,5 +1,7 @@
 #include "tensors.h"
 
+#include "formats/bfloat16.h"
+
 namespace nb = nanobind;
 
 namespace coterie {
@@ -132,6 +134,16 @@ std::optional<BorrowedRows> borrow_rows(nb::handle tensor) {
   }
   found.rows = found.cols ? adjacent / found.cols : 0;
   return found;
+}
+
+std::optional<std::vector<float>> borrow_floats(nb::handle row, int64_t count) {
+  const auto found = borrow_rows(row);
+  if (!found || !is_float(found->element) || found->rows != 1 || found->cols != count) return {};
+  std::vector<float> values(count);
+  const auto* half = reinterpret_cast<const uint16_t*>(found->data);
+  const auto* whole = reinterpret_cast<const float*>(found->data);
+  for (int64_t i = 0; i < count; i++) values[i] = found->element == Element::bf16 ? bf16_to_float(half[i]) : whole[i];
+  return values;
 }
 
 std::optional<std::pair<nb::object, void*>> new_tensor(Element element, std::vector<int64_t> shape) {

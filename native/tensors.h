@@ -44,6 +44,11 @@ struct BorrowedRows {
 // Nothing for whatever is not a plain, contiguous torch.Tensor, or torch's parameter, on the CPU.
 std::optional<BorrowedRows> borrow_rows(nanobind::handle tensor);
 
+inline bool is_float(Element e) { return e == Element::bf16 || e == Element::f32; }
+
+// A row of bf16 or f32 as floats; nothing for any other.
+std::optional<std::vector<float>> borrow_floats(nanobind::handle row, int64_t count);
+
 // A new torch.Tensor of bf16, f32 or i64, and where its values are; nothing where torch has no such table.
 std::optional<std::pair<nanobind::object, void*>> new_tensor(Element element, std::vector<int64_t> shape);
 

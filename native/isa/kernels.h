@@ -132,6 +132,45 @@ struct KeysPart {
   float *largest, *total;      // [heads]: the largest score, or -kNoScore; the sum of e^(score - largest)
 };
 
+// Keys or values of one head, bf16; stride in bytes.
+struct HeadRows {
+  const uint8_t* data;
+  int64_t stride, positions, dim;  // dim: a multiple of 16
+
+  // Bytes as `pack_head` writes them: blocks of 64 positions, or of 64 columns of values, the last of which may be narrower.
+  int64_t packed_bytes() const { return round_up(positions, kBlockRows) * dim * 2; }
+};
+
+constexpr int64_t kQueryRows = 64;  // of a part, at most
+
+// Some queries of one head, and the packed keys and values that they look at; bf16, strides in bytes.
+struct PromptPart {
+  const uint8_t* queries;
+  int64_t query_stride, first, count;       // first: the position of the first of them
+  const uint8_t *keys, *values;
+  int64_t positions, key_dim, value_dim;
+  float scale;
+  bool causal;                              // a query looks at no position behind its own
+  const uint8_t* mask;                      // [count][positions], 0: not looked at; null: all are
+  int64_t mask_stride;
+  const float* sink;                        // see Attention; null: none
+  uint8_t* out;                             // [count][value_dim]
+  int64_t out_stride;
+};
+
+// A head of queries or keys on its way to attention: scale * weight * from, of whose first `turned` columns each in the first half is turned against
+// its twin in the second, as rotary embeddings do: (a, b) -> (a cos - b sin, b cos + a sin), each with the cos and sin of its own column.
+struct Head {
+  const uint8_t* from;
+  uint8_t* to;
+  DType dtype;                // of all rows but `weight`: bf16 or f32
+  int64_t dim, turned;        // dim: a multiple of 16
+  float scale;
+  const float* weight;        // [dim]; null: 1
+  const uint8_t *cos, *sin;   // of the first half's columns
+  int64_t twin;               // from the angle of a column in the first half to its twin's: half of `turned`, or 0
+};
+
 struct PackOptions {
   bool search;
   const float* tiles;  // layouts that need it: the largest magnitude of each tile of 128 rows and a step's columns
@@ -168,6 +207,11 @@ struct Kernels {
   void (*attend)(const KeysPart&, float* scratch);
   // to[head * stride + position]: the product of a query and a key alone; a part without values.
   void (*products)(const KeysPart&, float* to, int64_t stride, float* scratch);
+
+  void (*turn)(const Head&, float* scratch);  // scratch: 2 dim floats
+  // Block `number` of keys, or of values, as `attend_rows` reads them.
+  void (*pack_head)(const HeadRows&, bool values, int64_t number, uint8_t* to);
+  void (*attend_rows)(const PromptPart&);
 
   // For measuring: issue `count` full-width dot products of a kind; read `bytes` bytes.
   void (*dots)(int64_t count, bool integer);

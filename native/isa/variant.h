@@ -2,7 +2,9 @@
 // it has internal linkage, so that no code compiled for one instruction set is shared with another.
 #pragma once
 #include "isa/attend.h"
+#include "isa/attend_rows.h"
 #include "isa/generic.h"
+#include "isa/heads.h"
 #include "isa/train.h"
 
 namespace coterie {
@@ -24,6 +26,9 @@ constexpr Kernels kernels_of(const char* name) {
           T::lora_gradient,
           Attend<Isa>::attend,
           Attend<Isa>::rows,
+          turn<Isa>,
+          AttendRows<Isa>::pack,
+          AttendRows<Isa>::attend,
           Isa::dots,
           E::read,
           Isa::kFloatMacs,

@@ -70,4 +70,48 @@ void attend(const Kernels& kernels, const Attention& a, void* out) {
   }
 }
 
+void attend_prompt(const Kernels& kernels, const PromptAttention& a, void* out) {
+  Workspace& w = workspace();
+  std::lock_guard<std::mutex> lock(w.turn);
+  const int64_t pairs = a.sequences * a.kv_heads, tiles = (a.tokens + kQueryRows - 1) / kQueryRows, heads = a.kv_heads * a.group;
+  const auto rows_of = [&](const Heads& heads_of, int64_t pair, int64_t dim) {
+    return HeadRows{heads_of.data + pair / a.kv_heads * heads_of.sequence + pair % a.kv_heads * heads_of.head, heads_of.position, a.positions, dim};
+  };
+  const int64_t key_bytes = rows_of(a.keys, 0, a.key_dim).packed_bytes(), value_bytes = rows_of(a.values, 0, a.value_dim).packed_bytes();
+  uint8_t* packed = w.result.at_least(pairs * (key_bytes + value_bytes));
+  const int64_t key_blocks = (a.positions + kBlockRows - 1) / kBlockRows, value_blocks = (a.value_dim + kBlockRows - 1) / kBlockRows;
+  parallel(pairs * (key_blocks + value_blocks), [&](int64_t item, int) {
+    const int64_t pair = item / (key_blocks + value_blocks), block = item % (key_blocks + value_blocks);
+    uint8_t* to = packed + pair * (key_bytes + value_bytes);
+    if (block < key_blocks)
+      kernels.pack_head(rows_of(a.keys, pair, a.key_dim), false, block, to + block * kBlockRows * a.key_dim * 2);
+    else
+      kernels.pack_head(rows_of(a.values, pair, a.value_dim), true, block - key_blocks,
+                        to + key_bytes + (block - key_blocks) * kBlockRows * round_up(a.positions, kBlockRows) * 2);
+  });
+  // The last tiles first: they look at most.
+  parallel(a.sequences * heads * tiles, [&](int64_t item, int) {
+    const int64_t head = item / tiles % heads, sequence = item / tiles / heads, first = (tiles - 1 - item % tiles) * kQueryRows;
+    const uint8_t* keys = packed + (sequence * a.kv_heads + head / a.group) * (key_bytes + value_bytes);
+    PromptPart part{};
+    part.queries = a.queries.data + sequence * a.queries.sequence + head * a.queries.head + first * a.queries.position;
+    part.query_stride = a.queries.position;
+    part.first = a.positions - a.tokens + first;
+    part.count = std::min(kQueryRows, a.tokens - first);
+    part.keys = keys;
+    part.values = keys + key_bytes;
+    part.positions = a.positions;
+    part.key_dim = a.key_dim;
+    part.value_dim = a.value_dim;
+    part.scale = a.scale;
+    part.causal = a.causal;
+    part.mask = a.mask ? a.mask + sequence * a.mask_sequence + first * a.mask_token : nullptr;
+    part.mask_stride = a.mask_token;
+    part.sink = a.sinks ? a.sinks + head : nullptr;
+    part.out_stride = heads * a.value_dim * 2;
+    part.out = static_cast<uint8_t*>(out) + ((sequence * a.tokens + first) * heads + head) * a.value_dim * 2;
+    kernels.attend_rows(part);
+  });
+}
+
 }  // namespace coterie

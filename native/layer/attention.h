@@ -24,4 +24,19 @@ struct Attention {
 // `out` [sequences][query heads][value_dim], of the inputs' type. The same bits for any number of threads.
 void attend(const Kernels& kernels, const Attention& attention, void* out);
 
+// The same for many tokens of each sequence, bf16 alone: queries [sequences][query heads][tokens], the last of `positions` where it is causal.
+struct PromptAttention {
+  int64_t sequences, kv_heads, group, tokens, positions;
+  int64_t key_dim, value_dim;                          // multiples of 16
+  Heads queries, keys, values;
+  bool causal;
+  const uint8_t* mask;                                 // [sequences][tokens][positions]; null: all are looked at that causality leaves
+  int64_t mask_sequence, mask_token;                   // strides
+  float scale;
+  const float* sinks;
+};
+
+// `out` [sequences][tokens][query heads][value_dim], bf16.
+void attend_prompt(const Kernels& kernels, const PromptAttention& attention, void* out);
+
 }  // namespace coterie

@@ -136,7 +136,7 @@ void backward(const Experts& layer, const Kernels& kernels, const BackwardBatch&
     product.tokens = routing.within_result(i);
   }
   const Target target{batch.tokens, layer.hidden, batch.grad_x, batch.grad_x_dtype};
-  multiply_sum(kernels, products, target, w.result, scratch, scratch_bytes);
+  multiply_sums(kernels, {{products.data(), active, target}}, w.result, scratch, scratch_bytes);
 
   std::vector<LoraGradient> wanted;
   const std::pair<LoraGradient, const void*> all[] = {

@@ -85,7 +85,7 @@ void forward_chunk(Workspace& w, const Experts& layer, const Kernels& kernels, c
     product.tokens = routing.into_result(i);
   }
   const Target target{batch.tokens, layer.hidden, batch.out, batch.out_dtype};
-  multiply_sum(kernels, products, target, w.result, scratch, scratch_bytes);
+  multiply_sums(kernels, {{products.data(), active, target}}, w.result, scratch, scratch_bytes);
 }
 
 }  // namespace

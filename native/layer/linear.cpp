@@ -24,32 +24,48 @@ Tokens each_row(Workspace& w, int64_t rows) {
   return {w.in_order.data(), w.in_order.data(), nullptr, rows};
 }
 
-// f(rows, input, result) for chunks of the rows.
+// f(first, rows, input) for chunks of the rows.
 template <class F>
-void in_chunks(int64_t rows, const Strided& x, void* out, int64_t out_row_bytes, const F& f) {
+void in_chunks(int64_t rows, const Strided& x, const F& f) {
   for (int64_t first = 0; first < rows; first += kChunkTokens) {
     const Strided part{static_cast<const uint8_t*>(x.data) + first * x.stride * element_bytes(x.dtype), x.dtype, x.stride};
-    f(std::min(kChunkTokens, rows - first), part, static_cast<uint8_t*>(out) + first * out_row_bytes);
+    f(first, std::min(kChunkTokens, rows - first), part);
   }
+}
+
+// Rows of a result [*, cols], from row `first` on.
+Target rows_of(void* out, int64_t first, int64_t count, int64_t cols, DType dtype) {
+  return {count, cols, static_cast<uint8_t*>(out) + first * cols * element_bytes(dtype), dtype};
 }
 
 }  // namespace
 
-void linear(const Linear& layer, const Kernels& kernels, int64_t rows, const Strided& x, void* out, DType out_dtype, bool integer) {
+void linears(const std::vector<const Linear*>& layers, const Kernels& kernels, int64_t rows, const Strided& x, const std::vector<void*>& outs, DType out_dtype,
+             bool integer) {
   Workspace& w = workspace();
   std::lock_guard<std::mutex> lock(w.turn);
-  const Layout& layout = layer.layout;
+  const Layout& layout = layers[0]->layout;
   const int64_t scratch_bytes = round_up(block_scratch_bytes(layout.padded_cols()), 4096);
   uint8_t* scratch = w.scratch.at_least(scratch_bytes * thread_count());
-  in_chunks(rows, x, out, layout.rows * element_bytes(out_dtype), [&](int64_t count, const Strided& part, void* to) {
-    Product product{};
-    product.layout = &layout;
-    product.matrix[0] = layer.matrix;
-    product.bias[0] = layer.bias;
-    product.x = staged_rows(w.input, kernels, layout, part, layout.cols, layout.padded_cols(), count, integer);
-    product.tokens = each_row(w, count);
-    multiply_sum(kernels, {product}, {count, layout.rows, to, out_dtype}, w.result, scratch, scratch_bytes);
+  in_chunks(rows, x, [&](int64_t first, int64_t count, const Strided& part) {
+    const Staged staged = staged_rows(w.input, kernels, layout, part, layout.cols, layout.padded_cols(), count, integer);
+    const Tokens tokens = each_row(w, count);
+    std::vector<Product> products(layers.size());
+    std::vector<Sum> sums;
+    for (size_t i = 0; i < layers.size(); i++) {
+      products[i].layout = &layers[i]->layout;
+      products[i].matrix[0] = layers[i]->matrix;
+      products[i].bias[0] = layers[i]->bias;
+      products[i].x = staged;
+      products[i].tokens = tokens;
+      sums.push_back({&products[i], 1, rows_of(outs[i], first, count, layers[i]->layout.rows, out_dtype)});
+    }
+    multiply_sums(kernels, sums, w.result, scratch, scratch_bytes);
   });
+}
+
+void linear(const Linear& layer, const Kernels& kernels, int64_t rows, const Strided& x, void* out, DType out_dtype, bool integer) {
+  linears({&layer}, kernels, rows, x, {out}, out_dtype, integer);
 }
 
 void linear_backward(const Linear& layer, const Kernels& kernels, int64_t rows, const Strided& grad_out, void* grad_x, DType grad_x_dtype) {
@@ -59,14 +75,14 @@ void linear_backward(const Linear& layer, const Kernels& kernels, int64_t rows, 
   const int64_t padded_rows = round_up(layout.rows, kColumnAlign);
   const int64_t scratch_bytes = round_up(block_scratch_bytes(padded_rows), 4096);
   uint8_t* scratch = w.scratch.at_least(scratch_bytes * thread_count());
-  in_chunks(rows, grad_out, grad_x, layout.cols * element_bytes(grad_x_dtype), [&](int64_t count, const Strided& part, void* to) {
+  in_chunks(rows, grad_out, [&](int64_t first, int64_t count, const Strided& part) {
     Product product{};
     product.layout = &layout;
     product.matrix[0] = layer.matrix;
     product.transposed = true;
     product.x = staged_rows(w.input, kernels, layout, part, layout.rows, padded_rows, count, false);
     product.tokens = each_row(w, count);
-    multiply_sum(kernels, {product}, {count, layout.cols, to, grad_x_dtype}, w.result, scratch, scratch_bytes);
+    multiply_sums(kernels, {{&product, 1, rows_of(grad_x, first, count, layout.cols, grad_x_dtype)}}, w.result, scratch, scratch_bytes);
   });
 }
 

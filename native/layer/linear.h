@@ -1,5 +1,7 @@
 // One packed matrix by itself: y = x W^T + bias, and what comes back.
 #pragma once
+#include <vector>
+
 #include "layer/workspace.h"
 
 namespace coterie {
@@ -12,6 +14,10 @@ struct Linear {
 
 // `out` [rows, outputs] is contiguous. integer: activations are rounded to int8.
 void linear(const Linear& layer, const Kernels& kernels, int64_t rows, const Strided& x, void* out, DType out_dtype, bool integer);
+
+// Layers of one format and as many inputs, of one input: outs[i] [rows, outputs of layer i].
+void linears(const std::vector<const Linear*>& layers, const Kernels& kernels, int64_t rows, const Strided& x, const std::vector<void*>& outs, DType out_dtype,
+             bool integer);
 
 // grad_x [rows, inputs], contiguous, from grad_out [rows, outputs].
 void linear_backward(const Linear& layer, const Kernels& kernels, int64_t rows, const Strided& grad_out, void* grad_x, DType grad_x_dtype);

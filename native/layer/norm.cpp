@@ -23,8 +23,8 @@ void put(void* to, int64_t i, float v) {
     static_cast<float*>(to)[i] = v;
 }
 
-template <DType type, DType weight>
-void norm_row(const RmsNorm& norm, const void* from, int64_t cols, void* to) {
+template <DType type>
+float inverse_rms_of(float epsilon, const void* from, int64_t cols) {
   constexpr int kSums = 16;
   float sums[kSums] = {};
   int64_t i = 0;
@@ -33,7 +33,12 @@ void norm_row(const RmsNorm& norm, const void* from, int64_t cols, void* to) {
   float sum = 0.0f;
   for (; i < cols; i++) sum += value<type>(from, i) * value<type>(from, i);
   for (const float s : sums) sum += s;
-  const float scale = 1.0f / std::sqrt(sum / static_cast<float>(cols) + norm.epsilon), one = norm.from_one ? 1.0f : 0.0f;
+  return 1.0f / std::sqrt(sum / static_cast<float>(cols) + epsilon);
+}
+
+template <DType type, DType weight>
+void norm_row(const RmsNorm& norm, const void* from, int64_t cols, void* to) {
+  const float scale = inverse_rms_of<type>(norm.epsilon, from, cols), one = norm.from_one ? 1.0f : 0.0f;
   const bool rounded = norm.rounded && type == DType::bf16;
   for (int64_t c = 0; c < cols; c++) {
     const float x = value<type>(from, c) * scale;
@@ -42,6 +47,10 @@ void norm_row(const RmsNorm& norm, const void* from, int64_t cols, void* to) {
 }
 
 }  // namespace
+
+float inverse_rms(float epsilon, const void* from, DType dtype, int64_t cols) {
+  return dtype == DType::bf16 ? inverse_rms_of<DType::bf16>(epsilon, from, cols) : inverse_rms_of<DType::f32>(epsilon, from, cols);
+}
 
 void rms_norm(const RmsNorm& norm, const void* from, DType dtype, int64_t rows, int64_t cols, void* to) {
   const auto row = dtype == DType::bf16 ? (norm.weight_dtype == DType::bf16 ? norm_row<DType::bf16, DType::bf16> : norm_row<DType::bf16, DType::f32>)

@@ -15,4 +15,7 @@ struct RmsNorm {
 // Rows [rows, cols], bf16 or f32, contiguous, into `to`, of the same type.
 void rms_norm(const RmsNorm& norm, const void* from, DType dtype, int64_t rows, int64_t cols, void* to);
 
+// What a row, bf16 or f32, is scaled by.
+float inverse_rms(float epsilon, const void* from, DType dtype, int64_t cols);
+
 }  // namespace coterie

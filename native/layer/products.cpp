@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "layer/shares.h"
 #include "runtime/threads.h"
@@ -37,26 +38,32 @@ void multiply_each(const Kernels& kernels, const std::vector<Product>& products,
   });
 }
 
-void multiply_sum(const Kernels& kernels, const std::vector<Product>& products, const Target& target, Buffer& sums, uint8_t* scratch,
-                  int64_t scratch_bytes) {
-  const Shares shares(1, round_up(target.hidden, kBlockRows) / kBlockRows);
-  const int64_t sum_bytes = round_up(target.tokens * shares.widest() * kBlockRows * 4, 4096);
-  uint8_t* memory = sums.at_least(sum_bytes * thread_count());
+void multiply_sums(const Kernels& kernels, const std::vector<Sum>& sums, Buffer& memory, uint8_t* scratch, int64_t scratch_bytes) {
+  std::vector<Shares> lists;
+  int64_t tokens = 0;
+  for (const Sum& sum : sums) {
+    lists.emplace_back(1, round_up(sum.target.hidden, kBlockRows) / kBlockRows);
+    tokens = std::max(tokens, sum.target.tokens);
+  }
+  const JoinedShares shares(std::move(lists));
+  const int64_t sum_bytes = round_up(tokens * shares.widest() * kBlockRows * 4, 4096);
+  uint8_t* parts = memory.at_least(sum_bytes * thread_count());
   parallel(shares.first_items(), [&](int64_t item, int thread) {
-    const Share share = shares[item];
+    const auto [list, share] = shares[item];
+    const auto& [products, count, target] = sums[list];
     const int64_t begin = share.begin, end = share.end, width = (end - begin) * kBlockRows;
     const int64_t first = begin * kBlockRows, there = std::min(width, target.hidden - first);
-    auto* sum = reinterpret_cast<float*>(memory + thread * sum_bytes);
-    memset(sum, 0, target.tokens * width * 4);
-    for (size_t i = 0; i < products.size(); i++) {
+    auto* part = reinterpret_cast<float*>(parts + thread * sum_bytes);
+    memset(part, 0, target.tokens * width * 4);
+    for (int64_t i = 0; i < count; i++) {
       Product product = products[i];
-      product.summed = {sum, width, begin};
-      const uint8_t* next = products[std::min(i + 1, products.size() - 1)].matrix[0] + product.layout->block_start(begin);
+      product.summed = {part, width, begin};
+      const uint8_t* next = products[std::min(i + 1, count - 1)].matrix[0] + product.layout->block_start(begin);
       kernels.multiply(product, begin, end, next, scratch + thread * scratch_bytes);
     }
     const int64_t size = target.dtype == DType::f32 ? 4 : 2;
     for (int64_t t = 0; t < target.tokens; t++)
-      kernels.store(sum + t * width, there, static_cast<uint8_t*>(target.out) + (t * target.hidden + first) * size, target.dtype);
+      kernels.store(part + t * width, there, static_cast<uint8_t*>(target.out) + (t * target.hidden + first) * size, target.dtype);
   });
 }
 

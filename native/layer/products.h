@@ -20,7 +20,13 @@ struct Target {
   DType dtype;
 };
 
-// Products that add to the same rows. The sums run in the order of the list: same bits for any number of threads.
-void multiply_sum(const Kernels& kernels, const std::vector<Product>& products, const Target& target, Buffer& sums, uint8_t* scratch, int64_t scratch_bytes);
+// Products that add to the same rows, in this order: the same bits for any number of threads.
+struct Sum {
+  const Product* products;
+  int64_t count;
+  Target target;
+};
+
+void multiply_sums(const Kernels& kernels, const std::vector<Sum>& sums, Buffer& memory, uint8_t* scratch, int64_t scratch_bytes);
 
 }  // namespace coterie

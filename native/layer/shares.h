@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "layer/placement.h"
@@ -49,6 +50,39 @@ class Shares {
   }
 
   int64_t nodes_, threads_, blocks_, products_ = 1, widest_ = 0;
+  std::vector<int64_t> first_;
+};
+
+// The shares of several lists as one, each node's together.
+class JoinedShares {
+ public:
+  explicit JoinedShares(std::vector<Shares> lists) : lists_(std::move(lists)), first_(lists_[0].first_items().size(), 0) {
+    for (size_t node = 0; node + 1 < first_.size(); node++) {
+      first_[node + 1] = first_[node];
+      for (const Shares& list : lists_) first_[node + 1] += items(list, node);
+    }
+  }
+
+  const std::vector<int64_t>& first_items() const { return first_; }
+  int64_t widest() const {
+    int64_t most = 0;
+    for (const Shares& list : lists_) most = std::max(most, list.widest());
+    return most;
+  }
+
+  // Of which list, and the share.
+  std::pair<size_t, Share> operator[](int64_t item) const {
+    size_t node = 0, list = 0;
+    while (item >= first_[node + 1]) node++;
+    item -= first_[node];
+    for (; item >= items(lists_[list], node); list++) item -= items(lists_[list], node);
+    return {list, lists_[list][lists_[list].first_items()[node] + item]};
+  }
+
+ private:
+  static int64_t items(const Shares& list, size_t node) { return list.first_items()[node + 1] - list.first_items()[node]; }
+
+  std::vector<Shares> lists_;
   std::vector<int64_t> first_;
 };
 

@@ -64,6 +64,11 @@ def current_isa() -> str:
         raise DeviceError(str(error)) from None
 
 
+def attends_to_prompts() -> bool:
+    """Whether prompts' attention is the engine's; not where there are AMX's tiles, which torch uses and it does not."""
+    return current_isa() != "amx"
+
+
 def use_isa(name: str) -> None:
     """Switch the kernels of this process to another instruction set, to compare or test them."""
     try:

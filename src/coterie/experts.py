@@ -374,6 +374,11 @@ class Experts:
 
     # --- computing ---
 
+    @property
+    def in_ram(self) -> Layer | None:
+        """The experts as the kernels see them; None where some are on a device."""
+        return self._layer if self._placement is None else None
+
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None = None) -> Tensor:
         """x [T,H] float, ids [T,K] integer (-1: no expert), weights [T,K] float -> [T,H] in x's dtype.
 

@@ -134,6 +134,15 @@ class Linear:
         return self._weight.packed
 
     @property
+    def weight(self) -> Weight:
+        """What the engine computes with."""
+        return self._weight
+
+    def uses_int8(self) -> bool:
+        """See `Arithmetic.uses_int8`."""
+        return self._weight.uses_int8()
+
+    @property
     def spec(self) -> Format:
         """The format of the weight."""
         return self._weight.spec

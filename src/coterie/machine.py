@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from coterie import _native
+from coterie import _native, cpu
 from coterie.experts import Experts
 
 NUMA_SIZES = 1, 4096, 14336  # experts, H and I of the layer that is looked at: its matrices are many huge pages
@@ -34,13 +34,16 @@ def dot_rate(format: str) -> float:
 
 
 def attention_rate(seconds: float = 0.2) -> float:
-    """Operations per second (two a multiply-add, masked ones too) of a prompt's attention in bf16, which is torch's."""
+    """Operations per second (two a multiply-add, masked ones too) of a prompt's attention in bf16."""
     seed = torch.Generator("cpu").manual_seed(0)
     query, key, value = (
         torch.randn(1, heads, TOKENS, WIDTH, generator=seed, dtype=torch.bfloat16, device="cpu")
         for heads in (HEADS, KEY_HEADS, KEY_HEADS)
     )
-    attend = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=True)
+    if cpu.attends_to_prompts():
+        attend = partial(_native.attend_prompt, query, key, value, None, WIDTH**-0.5)
+    else:
+        attend = partial(F.scaled_dot_product_attention, query, key, value, is_causal=True, enable_gqa=True)
     return 4 * HEADS * TOKENS**2 * WIDTH * _calls_per_second(attend, seconds)
 
 

@@ -190,3 +190,19 @@ def attend(
     if sinks is not None:
         scores = torch.cat([scores, sinks.double().view(1, -1, 1, 1).expand(len(scores), -1, -1, -1)], -1)
     return scores.softmax(-1)[..., : keys.shape[2]] @ values
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, from_one: bool = False) -> Tensor:
+    """x / rms(x) * weight, or times 1 + weight, over the last dimension, in float64."""
+    x = x.double()
+    return x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * (weight.double() + from_one)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embeddings, in float64, of the first columns of x [B,heads,1,D], as many as cos and sin [B or 1,1,turned]
+    have: each in the first half is turned against its twin in the second."""
+    turned = cos.shape[-1]
+    first, second = x.double()[..., :turned].chunk(2, dim=-1)
+    cos, sin = cos.double()[:, None], sin.double()[:, None]
+    now = torch.cat([first, second], -1) * cos + torch.cat([-second, first], -1) * sin
+    return torch.cat([now, x[..., turned:]], -1)

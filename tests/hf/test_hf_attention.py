@@ -49,6 +49,47 @@ def test_a_model_attends_by_the_engine(calls):
     assert (found - expected).norm() < 0.01 * expected.norm()
 
 
+def test_prompts_attend_by_the_engine_until_the_model_is_trained(monkeypatch):
+    taken = []
+
+    def attend(*arguments):
+        taken.append(_attend(*arguments))
+        return taken[-1]
+
+    _attend = _native.attend_prompt
+    monkeypatch.setattr(attention._native, "attend_prompt", attend)
+    monkeypatch.setattr(attention.cpu, "attends_to_prompts", lambda: True)
+    model = opened()
+    layers = model.config.num_hidden_layers
+
+    def logits(**options) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(PROMPTS, **options).logits[SEEN.bool()]
+
+    found = [logits(), logits(attention_mask=SEEN)]
+    assert len(taken) == 2 * layers and all(out is not None for out in taken)
+    model.train()
+    model.eval()
+    expected = [logits(), logits(attention_mask=SEEN)]
+    assert len(taken) == 2 * layers
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() < 0.01 * other.norm()
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(logits(), expected[0])
+
+
+def test_an_encoder_is_left_to_sdpa(monkeypatch):
+    monkeypatch.setattr(attention._native, "attend_prompt", lambda *_: pytest.fail("the engine was asked"))
+    query, key, value = (torch.randn(1, heads, 5, 16).bfloat16() for heads in (4, 2, 2))
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = False, 2
+    with torch.no_grad():
+        out, _ = attention.attention_forward(module.eval(), query, key, value, None)
+        shared = (t.repeat_interleave(2, 1) for t in (key, value))
+        expected = torch.nn.functional.scaled_dot_product_attention(query, *shared).transpose(1, 2)
+    assert (out - expected).abs().max() < 0.02
+
+
 def test_generated_tokens_are_those_of_sdpa(float32_products):
     model = opened(dtype=torch.float32)
     options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": SEEN, "pad_token_id": 0}

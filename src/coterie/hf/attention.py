@@ -1,6 +1,6 @@
-"""The attention implementations "coterie" and "coterie_eager" of Transformers' attention interface: one token of each
-sequence attends to what is cached by the engine, on the CPU, which reads keys and values that query heads share once.
-All else is SDPA's, or, for models that it does not serve, their own."""
+"""The attention implementations "coterie" and "coterie_eager" of Transformers' attention interface: by the engine, on
+the CPU, without gradients. A token that is decoded reads keys and values that query heads share once; prompts are taken
+in bf16, until a model has been in training. All else is SDPA's, or, for models that it does not serve, their own."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from coterie import _native
+from coterie import _native, cpu
 from coterie.border import runs_now
 
 NAME, NAME_EAGER = "coterie", "coterie_eager"
 SDPA, EAGER = "sdpa", "eager"
 SINKS = "s_aux"
 CHANGES = ("softcap", "position_bias")  # options that change what attention is
+TRAINED = "has_been_in_training"
 TOLERANCE = 2**-6
 
 
@@ -59,14 +60,25 @@ def _attend(
     options: dict[str, Any],
 ) -> Tensor | None:
     """What the engine gives; None for what it does not take."""
-    if query.shape[2] != 1 or dropout or not query.is_cpu:
-        return None
-    if module.training or torch.is_grad_enabled() or not runs_now():
+    if dropout or not query.is_cpu or module.training or torch.is_grad_enabled() or not runs_now():
         return None
     if any(options.get(option) is not None for option in CHANGES):
         return None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _native.attend(query, key, value, mask, scale, options.get(SINKS))
+    if query.shape[2] == 1:
+        return _native.attend(query, key, value, mask, scale, options.get(SINKS))
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if (mask is None and not causal) or getattr(module, TRAINED, False) or not cpu.attends_to_prompts():
+        return None
+    return _native.attend_prompt(query, key, value, mask, scale, options.get(SINKS))
+
+
+def mark_trained(model: nn.Module) -> None:
+    """From now on prompts are SDPA's: what is compared with a model in training must compute as it does."""
+    for module in model.modules():
+        if hasattr(module, "num_key_value_groups"):
+            setattr(module, TRAINED, True)
 
 
 def attend_here(model: PreTrainedModel) -> None:
@@ -105,18 +117,26 @@ def _is_known(module: nn.Module) -> bool:
     heads = 2 * module.num_key_value_groups if sinks is None else len(sinks)
     random = torch.Generator().manual_seed(0)
     dtype = next(module.parameters()).dtype
-    query = torch.randn(1, heads, 1, width, generator=random).to(dtype)
+    query = torch.randn(1, heads, 3, width, generator=random).to(dtype)
     key, value = torch.randn(2, 1, heads // module.num_key_value_groups, 5, width, generator=random).to(dtype)
-    mask = torch.tensor([0.0, torch.finfo(dtype).min, 0.0, 0.0, 0.0], dtype=dtype).view(1, 1, 1, 5)
-    try:
-        with torch.no_grad():
-            expected = eager(module, query, key, value, mask, scaling=0.5, dropout=0.0, **{SINKS: sinks})[0]
-            found = _native.attend(query, key, value, mask, 0.5, sinks)
-    except Exception:
-        return False
-    if found is None or found.shape != expected.shape:
-        return False
-    return ((found - expected).abs().max() < TOLERANCE * expected.abs().max()).item()
+    mask = torch.zeros(1, 1, 3, 5, dtype=dtype)
+    mask[..., 1] = mask[..., :2, 4] = torch.finfo(dtype).min
+    for tokens, attend in ((1, _native.attend), (3, _native.attend_prompt)):
+        given = query[:, :, :tokens], key, value, mask[:, :, :tokens]
+        try:
+            with torch.no_grad():
+                expected = eager(module, *given, scaling=0.5, dropout=0.0, **{SINKS: sinks})[0]
+                found = attend(*given, 0.5, sinks)
+        except Exception:
+            return False
+        prompt_of_floats = tokens > 1 and dtype != torch.bfloat16  # which are not the engine's
+        if found is None and prompt_of_floats:
+            continue
+        if found is None or found.shape != expected.shape:
+            return False
+        if (found - expected).abs().max() >= TOLERANCE * expected.abs().max():
+            return False
+    return True
 
 
 attention_forward = engine_or(sdpa_attention_forward)

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from coterie.hf.dense import PackedLinear
 from coterie.hf.modules import packed_module
+from coterie.hf.step import LayerStep
 
 
 @dataclass(slots=True)
@@ -49,10 +50,16 @@ class Clock:
 
     def __enter__(self) -> Clock:
         self._around(self.model, self._begin_forward, self._end_forward)
+        at_once = set[nn.Module]()
         for layer in self.model.get_decoder().layers:
-            self._around(layer, self._begin_layer, self._end_layer)
+            step = getattr(layer, "quick_step", None)
+            if step is None:
+                self._around(layer, self._begin_layer, self._end_layer)
+            else:
+                layer.quick_step = TimedStep(step, self)
+                at_once.update(step.parts.modules())
         for module in self.model.modules():
-            if isinstance(module, nn.Linear) or packed_module(module) is not None:
+            if module not in at_once and (isinstance(module, nn.Linear) or packed_module(module) is not None):
                 self._around(module, self._begin, self._end_product)
         name = self.model.config._attn_implementation
         if name in ALL_ATTENTION_FUNCTIONS:
@@ -62,6 +69,9 @@ class Clock:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        for layer in self.model.get_decoder().layers:
+            if isinstance(timed := getattr(layer, "quick_step", None), TimedStep):
+                layer.quick_step = timed.step
         name = self.model.config._attn_implementation
         if name in ALL_ATTENTION_FUNCTIONS:
             del ALL_ATTENTION_FUNCTIONS[name]  # what is registered stands again
@@ -105,6 +115,40 @@ class Clock:
             return out
 
         return timed
+
+
+class TimedStep:
+    """A layer's step that tells a clock how long a token takes: from its first question to its last answer."""
+
+    def __init__(self, step: LayerStep, clock: Clock) -> None:
+        self.step, self.clock = step, clock
+
+    def stands(self) -> bool:
+        """See LayerStep."""
+        self.clock._begin_layer()
+        return self.step.stands()
+
+    def attend(self, *args: Any) -> Tensor | None:
+        """See LayerStep."""
+        before, begun = self.step.attending, time.perf_counter()
+        out = self.step.attend(*args)
+        seconds, attention = time.perf_counter() - begun, self.step.attending - before
+        part = self.clock._now
+        part.attention += attention
+        part.products += seconds - attention
+        part.nbytes += sum(p.packed.linear.nbytes for p in self.step.parts.projections)
+        return out
+
+    def finish(self, x: Tensor) -> Tensor:
+        """See LayerStep."""
+        begun = time.perf_counter()
+        out = self.step.finish(x)
+        if self.step.with_experts:
+            self.clock._now.products += time.perf_counter() - begun
+            packed, top_k = packed_module(self.step.parts.experts), self.step.parts.router.quick[0]
+            self.clock._now.nbytes += len(x) * top_k * packed.experts.nbytes / packed.layout.num_experts
+        self.clock._end_layer()
+        return out
 
 
 def _read_nbytes(module: nn.Module, inputs: tuple) -> float:

@@ -23,13 +23,17 @@ class Room:
 
     def takes(self, before: Tensor, new: Tensor) -> bool:
         """Whether `before` is all that is in use here, and `new` may be written behind it."""
+        same = (before.dtype, before.shape[:2], before.shape[3:]) == (new.dtype, new.shape[:2], new.shape[3:])
+        return same and self.goes_on(before, new.shape[-2])
+
+    def goes_on(self, before: Tensor, positions: int) -> bool:
+        """Whether `before` is all that is in use here, and so many positions may be written behind it."""
         memory = self.memory
         return (
             before.dim() == memory.dim()
             and before.shape[-2] == self.used
             and before.data_ptr() == memory.data_ptr()
-            and (before.dtype, before.shape[:2], before.shape[3:]) == (new.dtype, new.shape[:2], new.shape[3:])
-            and self.used + new.shape[-2] <= memory.shape[-2]
+            and self.used + positions <= memory.shape[-2]
             and not (memory.is_inference() and not torch.is_inference_mode_enabled())
         )
 
@@ -37,8 +41,12 @@ class Room:
         """All that is in use, with `new`."""
         end = self.used + new.shape[-2]
         self.memory[:, :, self.used : end] = new
-        self.used = end
-        return self.memory[:, :, :end]
+        return self.grown(new.shape[-2])
+
+    def grown(self, positions: int) -> Tensor:
+        """All that is in use, with so many positions more."""
+        self.used += positions
+        return self.memory[:, :, : self.used]
 
 
 class GrowingLayer(DynamicLayer):
@@ -59,6 +67,17 @@ class GrowingLayer(DynamicLayer):
             self.rooms = tuple(_moved(b, n) for b, n in zip(before, new, strict=True))
         self.keys, self.values = (room.append(n) for room, n in zip(self.rooms, new, strict=True))
         return self.keys, self.values
+
+    def has_room(self) -> bool:
+        """Whether one position may be written behind those in use."""
+        if self.rooms is None:
+            return False
+        keys, values = self.rooms
+        return keys.goes_on(self.keys, 1) and values.goes_on(self.values, 1)
+
+    def grown(self) -> None:
+        """Takes in the position that was written."""
+        self.keys, self.values = (room.grown(1) for room in self.rooms)  # type: ignore[union-attr]
 
 
 def _moved(before: Tensor, new: Tensor) -> Room:

@@ -13,7 +13,7 @@ from coterie.checkpoints.folderwriter import replaced_folder
 from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.checkpoints.packed_write import write_layer
 from coterie.errors import ArgumentError
-from coterie.hf.attention import attend_as_before, attend_here
+from coterie.hf.attention import attend_as_before, attend_here, mark_trained
 from coterie.hf.dense import packed_linears
 from coterie.hf.growing import grow_in_place
 from coterie.hf.linears import save_linears
@@ -21,6 +21,7 @@ from coterie.hf.mixed import mixed
 from coterie.hf.modules import number_layers, packed_modules
 from coterie.hf.quick import quicken
 from coterie.hf.saving import write_index
+from coterie.hf.step import step_at_once
 from coterie.hf.weight import PackedWeight
 
 PEFT_PREFIX = "base_model.model."
@@ -64,6 +65,7 @@ class PackedModel:
                 packed.experts.adapt()
             for _, linear in packed_linears(self):
                 linear.adapt()
+            mark_trained(self)
         return super().train(mode)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +121,8 @@ def become_packed(model: PreTrainedModel) -> None:
 
 
 def compute_here(model: PreTrainedModel) -> None:
-    """Has a model that is in RAM attend, append to its caches, and compute its norms and routers by the engine."""
+    """Has a model that is in RAM attend, append to its caches, and compute norms, routers and tokens by the engine."""
     attend_here(model)
     grow_in_place(model)
     quicken(model)
+    step_at_once(model)

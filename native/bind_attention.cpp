@@ -1,0 +1,228 @@
+// Attention of a token, by itself and with the products before and behind it, for torch's tensors as they are. Each gives None for tensors that it does
+// not take.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
+
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bind.h"
+#include "bind_linear.h"
+#include "formats/bfloat16.h"
+#include "layer/attention.h"
+#include "layer/step.h"
+#include "runtime/dispatch.h"
+#include "tensors.h"
+
+namespace nb = nanobind;
+
+namespace coterie {
+namespace {
+
+Heads heads_of(const BorrowedHeads& t) {
+  const int64_t size = t.element == Element::f32 ? 4 : 2;
+  return {t.data, t.stride[0] * size, t.stride[1] * size, t.stride[2] * size};
+}
+
+// Which positions a mask [*,1,T,S] lets through, a byte each: bool, or what is added to scores, if that is 0 or as good as minus infinity.
+struct Mask {
+  const uint8_t* data = nullptr;
+  int64_t sequence = 0, token = 0;  // strides
+
+  // Of a tensor [B or 1,1,T,S], or None; false for any other.
+  bool of(nb::handle mask, int64_t sequences, int64_t tokens, int64_t positions) {
+    if (mask.is_none()) return true;
+    const auto m = borrow_heads(mask);
+    return m && (m->shape[0] == sequences || m->shape[0] == 1) && m->shape[1] == 1 && m->shape[2] == tokens && m->shape[3] == positions && read(*m);
+  }
+
+ private:
+  std::vector<uint8_t> made;
+
+  bool read(const BorrowedHeads& m) {
+    const int64_t rows = m.shape[0], tokens = m.shape[2], positions = m.shape[3];
+    const auto set = [&](const uint8_t* from, int64_t sequence_stride, int64_t token_stride) {
+      data = from;
+      sequence = rows == 1 ? 0 : sequence_stride;
+      token = token_stride;
+      return true;
+    };
+    if (m.element == Element::boolean) return set(m.data, m.stride[0], m.stride[2]);
+    if (!is_float(m.element)) return false;
+    made.resize(rows * tokens * positions);
+    uint8_t* to = made.data();
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t t = 0; t < tokens; t++, to += positions)
+        for (int64_t s = 0; s < positions; s++) {
+          const int64_t at = r * m.stride[0] + t * m.stride[2] + s;
+          const float v = m.element == Element::bf16 ? bf16_to_float(reinterpret_cast<const uint16_t*>(m.data)[at]) : reinterpret_cast<const float*>(m.data)[at];
+          if (v != 0.0f && v > -1e30f) return false;
+          to[s] = v == 0.0f;
+        }
+    return set(made.data(), tokens * positions, positions);
+  }
+};
+
+// queries [B,Q,1,D], keys [B,G,S,D], values [B,G,S,V], of one dtype, bf16 or f32; mask [B or 1,1,1,S] or None; sinks [Q] or None. To [B,1,Q,V].
+// D and V are multiples of 16, Q one of G.
+nb::object attend_to(nb::handle queries, nb::handle keys, nb::handle values, nb::handle mask, float scale, nb::handle sinks) {
+  const auto q = borrow_heads(queries), k = borrow_heads(keys), v = borrow_heads(values);
+  if (!q || !k || !v) return nb::none();
+  const auto *n = k->shape;
+  const bool fit = q->element == k->element && k->element == v->element && is_float(k->element) &&
+                   q->shape[0] == n[0] && v->shape[0] == n[0] && v->shape[1] == n[1] && v->shape[2] == n[2] && q->shape[2] == 1 && q->shape[3] == n[3] &&
+                   n[3] % 16 == 0 && v->shape[3] % 16 == 0 && q->shape[1] % n[1] == 0;
+  if (!fit) return nb::none();
+  Attention a{n[0], n[1], q->shape[1] / n[1], n[2], n[3], v->shape[3], static_cast<DType>(k->element), heads_of(*q), heads_of(*k), heads_of(*v),
+              nullptr, 0, scale, nullptr};
+  Mask read;
+  if (!read.of(mask, n[0], 1, n[2])) return nb::none();
+  a.mask = read.data;
+  a.mask_stride = read.sequence;
+  std::optional<std::vector<float>> sink;
+  if (!sinks.is_none()) {
+    sink = borrow_floats(sinks, q->shape[1]);
+    if (!sink) return nb::none();
+    a.sinks = sink->data();
+  }
+  auto made = new_tensor(k->element, {n[0], 1, q->shape[1], a.value_dim});
+  if (!made) return nb::none();
+  {
+    nb::gil_scoped_release released;
+    attend(kernels(), a, made->second);
+  }
+  return made->first;
+}
+
+// queries [B,Q,T,D], keys [B,G,S,D], values [B,G,S,V], bf16, Q one of G, T > 1, D and V multiples of 16; mask [B or 1,1,T,S]; or None, which is causal, of
+// as many positions as tokens. Sinks [Q] or None. To [B,T,Q,V].
+nb::object attend_to_prompt(nb::handle queries, nb::handle keys, nb::handle values, nb::handle mask, float scale, nb::handle sinks) {
+  const auto q = borrow_heads(queries), k = borrow_heads(keys), v = borrow_heads(values);
+  if (!q || !k || !v) return nb::none();
+  const auto *n = k->shape;
+  const int64_t tokens = q->shape[2], positions = n[2];
+  const bool fit = q->element == Element::bf16 && k->element == Element::bf16 && v->element == Element::bf16 && q->shape[0] == n[0] && v->shape[0] == n[0] &&
+                   v->shape[1] == n[1] && v->shape[2] == positions && tokens > 1 && q->shape[3] == n[3] && n[3] % 16 == 0 && v->shape[3] % 16 == 0 &&
+                   q->shape[1] % n[1] == 0;
+  if (!fit) return nb::none();
+  PromptAttention a{n[0], n[1], q->shape[1] / n[1], tokens, positions, n[3], v->shape[3], heads_of(*q), heads_of(*k), heads_of(*v), mask.is_none(),
+                    nullptr, 0, 0, scale, nullptr};
+  Mask read;
+  if (!read.of(mask, n[0], tokens, positions) || (mask.is_none() && tokens != positions)) return nb::none();
+  a.mask = read.data;
+  a.mask_sequence = read.sequence;
+  a.mask_token = read.token;
+  std::optional<std::vector<float>> sink;
+  if (!sinks.is_none()) {
+    if (!(sink = borrow_floats(sinks, q->shape[1]))) return nb::none();
+    a.sinks = sink->data();
+  }
+  auto made = new_tensor(Element::bf16, {n[0], tokens, q->shape[1], a.value_dim});
+  if (!made) return nb::none();
+  {
+    nb::gil_scoped_release released;
+    attend_prompt(kernels(), a, made->second);
+  }
+  return made->first;
+}
+
+// A layer's attention while a model decodes (see StepWeights). Norms by their options, as `rms_norm` takes them, or None.
+class AttentionStep {
+ public:
+  using Norm = std::optional<std::tuple<float, bool, bool>>;
+
+  AttentionStep(nb::object queries, nb::object keys, nb::object values, nb::object output, Norm norm, Norm query_norm, Norm key_norm, bool whole, int64_t key_dim,
+                int64_t value_dim, float scale, bool halved)
+      : owners_{std::move(queries), std::move(keys), std::move(values), std::move(output)},
+        norm_(norm),
+        query_norm_(query_norm),
+        key_norm_(key_norm),
+        whole_(whole),
+        key_dim_(key_dim),
+        value_dim_(value_dim),
+        scale_(scale),
+        halved_(halved) {}
+
+  // x [B,1,H], the norms' weights or None, cos and sin [B or 1,1,turned], or half of that, a cache [B,G,room,D] and [B,G,room,V] whose first `cached` positions are in use,
+  // mask [B or 1,1,1,cached + 1] or None, sinks [Q] or None. To [B,1,outputs]; the cache's next position is written.
+  nb::object operator()(nb::handle x, nb::handle weight, nb::handle query_weight, nb::handle key_weight, nb::handle cos, nb::handle sin, nb::handle keys, nb::handle values,
+                        int64_t cached, nb::handle mask, nb::handle sinks, bool integer, bool output_integer) {
+    StepWeights w{{}, &layer(0), &layer(1), &layer(2), &layer(3), {}, {}, whole_, integer, output_integer};
+    const auto rows = borrow_rows(x), c = borrow_rows(cos), s = borrow_rows(sin);
+    const auto k = borrow_heads(keys), v = borrow_heads(values);
+    if (!rows || !c || !s || !k || !v || !is_float(rows->element)) return nb::none();
+    const Element element = rows->element;
+    const auto *n = k->shape;
+    const int64_t sequences = rows->rows, kv_heads = n[1], room = n[2];
+    const int64_t turned = c->cols * (halved_ ? 2 : 1);
+    const auto angles = [&](const BorrowedRows& r) { return r.element == element && (r.rows == sequences || r.rows == 1) && r.cols == c->cols; };
+    const bool fit = rows->cols == w.queries->layout.cols && angles(*c) && angles(*s) && c->rows == s->rows && turned <= key_dim_ && turned % 2 == 0 &&
+                     k->element == element && v->element == element && n[0] == sequences && v->shape[0] == sequences && v->shape[1] == kv_heads &&
+                     v->shape[2] == room && cached >= 0 && cached < room && n[3] == key_dim_ && v->shape[3] == value_dim_ &&
+                     w.keys->layout.rows == kv_heads * key_dim_ && w.values->layout.rows == kv_heads * value_dim_;
+    if (!fit) return nb::none();
+    const int64_t heads = w.queries->layout.rows / key_dim_;
+    const bool normed = norm_of(norm_, weight, rows->cols, w.norm) && norm_of(query_norm_, query_weight, (whole_ ? heads : 1) * key_dim_, w.query_norm) &&
+                        norm_of(key_norm_, key_weight, (whole_ ? kv_heads : 1) * key_dim_, w.key_norm);
+    if (!normed || (norm_ && w.output->layout.rows != rows->cols)) return nb::none();
+    Mask read;
+    if (!read.of(mask, sequences, 1, cached + 1)) return nb::none();
+    std::optional<std::vector<float>> sink;
+    if (!sinks.is_none() && !(sink = borrow_floats(sinks, heads))) return nb::none();
+    auto made = new_tensor(element, {sequences, 1, w.output->layout.rows});
+    if (!made) return nb::none();
+    const int64_t size = element == Element::f32 ? 4 : 2;
+    const auto memory = [&](const BorrowedHeads& t) { return CacheMemory{t.data, t.stride[0] * size, t.stride[1] * size, t.stride[2] * size}; };
+    const auto dtype = static_cast<DType>(element);
+    const Step step{sequences, kv_heads, heads / kv_heads, key_dim_, value_dim_, dtype, {rows->data, dtype, rows->cols}, c->data, s->data, turned,
+                    halved_ ? 0 : turned / 2, c->rows == 1 ? 0 : c->cols * size, memory(*k), memory(*v), cached, read.data, read.sequence, scale_, sink ? sink->data() : nullptr};
+    {
+      nb::gil_scoped_release released;
+      attending_ += attention_step(kernels(), w, step, made->second);
+    }
+    return made->first;
+  }
+
+  // Seconds that attention itself has taken in all calls.
+  double attending() const { return attending_; }
+
+ private:
+  const Linear& layer(int i) const { return nb::cast<const PackedLinear&>(owners_[i]).layer(); }
+
+  static bool norm_of(const Norm& norm, nb::handle weight, int64_t cols, RmsNorm& to) {
+    if (!norm) return true;
+    const auto found = borrow_rows(weight);
+    if (!found || !is_float(found->element) || found->rows != 1 || found->cols != cols) return false;
+    const auto [epsilon, rounded, from_one] = *norm;
+    to = {found->data, static_cast<DType>(found->element), epsilon, rounded, from_one};
+    return true;
+  }
+
+  nb::object owners_[4];
+  Norm norm_, query_norm_, key_norm_;
+  bool whole_;
+  int64_t key_dim_, value_dim_;
+  float scale_;
+  bool halved_;
+  double attending_ = 0;
+};
+
+}  // namespace
+
+void bind_attention(nb::module_& m) {
+  m.def("attend", &attend_to, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("mask").none(), nb::arg("scale"),
+        nb::arg("sinks") = nb::none());
+  m.def("attend_prompt", &attend_to_prompt, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("mask").none(), nb::arg("scale"),
+        nb::arg("sinks") = nb::none());
+  nb::class_<AttentionStep>(m, "AttentionStep")
+      .def(nb::init<nb::object, nb::object, nb::object, nb::object, AttentionStep::Norm, AttentionStep::Norm, AttentionStep::Norm, bool, int64_t, int64_t, float, bool>())
+      .def_prop_ro("attending", &AttentionStep::attending)
+      .def("__call__", &AttentionStep::operator(), nb::arg("x"), nb::arg("weight").none(), nb::arg("query_weight").none(), nb::arg("key_weight").none(), nb::arg("cos"), nb::arg("sin"),
+           nb::arg("keys"), nb::arg("values"), nb::arg("cached"), nb::arg("mask").none(), nb::arg("sinks").none(), nb::arg("integer"),
+           nb::arg("output_integer"));
+}
+
+}  // namespace coterie

@@ -1,0 +1,53 @@
+// What a decoded token of each of a few sequences does in a layer of a model: attention (its norm, queries, keys and values, their norms, their turn to the
+// token's position, the cache, attention to it, the product that follows) and experts (their norm, the router, the experts), each added to what came in.
+#pragma once
+#include "layer/attention.h"
+#include "layer/forward.h"
+#include "layer/linear.h"
+#include "layer/norm.h"
+#include "layer/router.h"
+
+namespace coterie {
+
+struct StepWeights {
+  RmsNorm norm;                                    // without a weight: none, and the input is not added
+  const Linear *queries, *keys, *values, *output;  // the first three of one format
+  RmsNorm query_norm, key_norm;                    // without a weight: none; `rounded` is not looked at
+  bool whole;                                      // these are norms of all heads together
+  bool integer, output_integer;                    // activations are rounded to int8
+};
+
+// A cache that the step writes to: rows of adjacent elements, strides in bytes.
+struct CacheMemory {
+  uint8_t* data;
+  int64_t sequence, head, position;
+};
+
+struct Step {
+  int64_t sequences, kv_heads, group, key_dim, value_dim;
+  DType dtype;                  // of all of it, bf16 or f32
+  Strided x;                    // [sequences][inputs], rows one behind the other if there is a norm
+  const uint8_t *cos, *sin;     // of each sequence's position, angle_bytes apart
+  int64_t turned, twin, angle_bytes;  // see Head
+  CacheMemory keys, values;
+  int64_t cached;               // positions before this token's
+  const uint8_t* mask;          // see Attention, with the token's own position
+  int64_t mask_stride;
+  float scale;
+  const float* sinks;
+};
+
+// `out` [sequences][outputs]; with a norm, the input's size. To how many seconds attention itself took.
+double attention_step(const Kernels& kernels, const StepWeights& weights, const Step& step, void* out);
+
+struct ExpertsStep {
+  RmsNorm norm;
+  Router router;
+  bool rounded_weights;  // routing weights are rounded to the type of x
+  bool integer;
+};
+
+// x [tokens, hidden], contiguous, and `out` of its type, bf16 or f32.
+void experts_step(const Kernels& kernels, const Experts& layer, const ExpertsStep& step, const void* x, DType dtype, int64_t tokens, void* out);
+
+}  // namespace coterie
