@@ -68,7 +68,7 @@ def _step(layer: QuickLayer, x: Any, kwargs: dict[str, Any]) -> Tensor | None:
         return None
     if type(x) is not Tensor or x.dim() != 3 or x.shape[1] != 1 or len(x) > FEW or x.is_neg():
         return None
-    if any(kwargs[name] not in (None, False) for name in kwargs.keys() - KNOWN):
+    if any(value is not None and value is not False for name, value in kwargs.items() if name not in KNOWN):
         return None
     angles = kwargs.get(POSITIONS)
     cache = next((kwargs[name] for name in ARGUMENTS if kwargs.get(name) is not None), None)
