@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import coterie
+from coterie import Experts
 from coterie.cli import app
 from coterie.convert import convert_cpu
 from coterie.convert.compare import compare
@@ -79,7 +80,10 @@ def test_the_file_of_a_folder(tmp_path):
     assert model.config.quantization_config.experts == "mxfp4"
     with pytest.raises(CheckpointError, match=r"has no 'other.gguf'"):
         coterie.from_pretrained(tmp_path, gguf_file="other.gguf")
-    with pytest.raises(CheckpointError, match=r"give the path of the GGUF file itself, .*model-00001-of-00002.gguf"):
+    assert torch.equal(coterie.from_pretrained(tmp_path)(prompt()).logits, model(prompt()).logits)
+    assert Experts.open(tmp_path, layer=1).format == "mxfp4"
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"2 GGUF models, .* a file, model-00001-of-00002.gguf, other.gguf$"):
         coterie.from_pretrained(tmp_path)
 
 
@@ -218,7 +222,7 @@ def test_converting_without_the_rest(tmp_path):
     with pytest.raises(CheckpointError, match="coterie convert cpu"):
         convert_cpu(file, tmp_path / "out")
     convert_cpu(file, tmp_path / "out", layers=[1])
-    assert coterie.Experts.open(tmp_path / "out", layer=1).format == "mxfp4"
+    assert Experts.open(tmp_path / "out", layer=1).format == "mxfp4"
 
 
 def test_qwen3_5_is_what_transformers_makes_of_it(tmp_path, float32_products):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 
@@ -12,8 +13,11 @@ from packed_models import assert_same_bytes, logits, packed_bytes
 from peft import LoraConfig, get_peft_model
 from quantised_checkpoints import COMPRESSED, GPTQ, METHODS, gptq, mxfp4
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import coterie
+from coterie import plan
+from coterie.cli import app
 from coterie.convert import convert_cpu
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.hf.modules import packed_modules
@@ -65,6 +69,9 @@ def test_opens_as_converted(tmp_path, method):
     model = assert_opens_as_converted(folder, tmp_path)
     stored = model.config.quantization_config
     assert stored.spec == spec and stored.quant_method == "coterie"
+    planned = plan.open_source(str(folder))
+    assert planned.own == stored.packing and planned.formats()[0] == planned.own and planned.choice is None
+    assert plan.keeping_rate(planned.experts, planned.own) > 0
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "minimax_m2"])
@@ -169,6 +176,18 @@ def test_experts_in_several_formats(tmp_path):
     assert [module.experts.format for _, module in packed_modules(model)] == 2 * ["int4/fp8_channel"]
     assert_opens_as_converted(folder, tmp_path / "kept")
     assert_opens_as_converted(folder, tmp_path, ("int4",), experts="int4")
+
+
+def test_gate_and_up_in_two_formats_are_to_be_one(tmp_path):
+    methods = itertools.cycle(METHODS[f"compressed-tensors {name}"][0] for name in ("fp8 by rows", "int4"))
+    folder = write(tmp_path / "in", "qwen3_moe", lambda *a: next(methods)(*a), COMPRESSED, which=r"experts\.\d")
+    planned = plan.open_source(str(folder))
+    assert planned.problem is None and planned.own is None
+    assert planned.choice.endswith("name one format for all experts")
+    with pytest.raises(ArgumentError, match=re.escape(planned.choice)):
+        coterie.from_pretrained(folder)
+    said = " ".join(CliRunner().invoke(app, ["plan", str(folder), "--experts", "int4"]).output.split())
+    assert f"experts=... is to be given: {planned.choice}." in said and "Not opened" not in said
 
 
 def test_trains_an_adapter(tmp_path):

@@ -152,11 +152,9 @@ class Folder:
         return names
 
     def _other_weights(self) -> str:
-        others = [file.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for file in self.root.glob(pattern)]
+        others = [file.name for pattern in ("*.bin", "*.pth", "*.pt") for file in self.root.glob(pattern)]
         if others:
-            first = sorted(others)[0]
-            hint = "open that file itself" if first.endswith(".gguf") else "save it as safetensors first"
-            return f"no *.safetensors file, only {shown(first)}; {hint}"
+            return f"no *.safetensors file, only {shown(sorted(others)[0])}; save it as safetensors first"
         return f"no {SINGLE}, no {INDEX}, no *.safetensors file"
 
 

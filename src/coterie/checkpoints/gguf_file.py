@@ -26,6 +26,23 @@ def is_gguf(path: str | os.PathLike) -> bool:
         return False
 
 
+def find_gguf(path: str | os.PathLike) -> Path | None:
+    """The GGUF file at a path: that file itself, or the only GGUF model, in one piece or several, of a folder that has
+    no safetensors files. None where there is none; raises CheckpointError, naming them, where a folder has several."""
+    path = Path(path)
+    if not path.is_dir():
+        return path if is_gguf(path) else None
+    if any(path.glob("*.safetensors")):
+        return None
+    found = list(dict.fromkeys(file_names(file.name)[0] for file in sorted(path.glob("*.gguf"))))
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path} holds {len(found)} GGUF models, expected one: give the path of a file, {', '.join(found[:4])}"
+            f"{', ...' if len(found) > 4 else ''}"
+        )
+    return path / found[0] if found else None
+
+
 def gguf_package() -> Any:
     """The `gguf` package. Raises CheckpointError, saying how to install it, where it is not there."""
     try:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="A model's folder, its config.json alone, or a hub id; weights are not needed.")
+        str,
+        typer.Argument(
+            help="A model's folder, its config.json alone or a hub id, of which weights are not needed; or a GGUF file."
+        ),
     ],
     experts: Annotated[str | None, typer.Option(help="Only this format of experts: bf16, int8, int4, ...")] = None,
     dense: Annotated[
@@ -73,7 +76,7 @@ def plan(
             *planning.overhead(),
             planning.REACHED,
         )
-        packing = {} if source.packed else {every.name: machine.packing_rate(every.name) for every in formats}
+        packing = {} if source.packed else {every.name: packing_rate(source, every) for every in formats}
     usable = planning.usable(available)
     what = "planned for, as given" if ram else f"available, of {size(here.total)} here"
     console.print(f"RAM: {size(available)} {what}; {size(usable)} after a margin of 5%.", highlight=False)
@@ -82,10 +85,11 @@ def plan(
     for every in formats:
         e = planning.estimate(anatomy, every, usable, rates, linears)
         speeds = significant(e.decode), significant(e.prefill)
-        report.add_row(e.format, size(e.experts), size(e.ram), fits(e.ram_short), *speeds)
+        name = f"{e.format}, as it is" if every == source.own else e.format
+        report.add_row(name, size(e.experts), size(e.ram), fits(e.ram_short), *speeds)
         if e.problem:
             impossible.append(f"Not as {e.format}: {e.problem}.")
-    if source.quantised and source.quantised.bits:
+    if source.quantised and source.quantised.bits and not source.own:
         nbytes = int(anatomy.expert_parameters * source.quantised.bits / 8)
         needed = e.ram - e.experts + nbytes
         room = ("-", "not opened") if source.problem else (size(needed), fits(max(0, needed - usable)))
@@ -112,11 +116,21 @@ def plan(
             highlight=False,
         )
     if linears is None:
-        print_sensible(anatomy, next((every for every in formats if every.name == "int4"), formats[0]))
+        beside = source.own if source.own in formats else None
+        print_sensible(anatomy, beside or next((every for every in formats if every.name == "int4"), formats[0]))
     if source.packed is None:
         print_conversion(source, anatomy, formats, packing, given.get("disk") or planning.DISK, linears)
     if train:
         print_training(source, anatomy, formats, usable, linears, lora_r, micro_batch_size, sequence_len)
+
+
+def packing_rate(source: Source, formats: ModelFormats) -> float:
+    """Bytes of experts in bf16 that are packed in a second; of those that keep their codes, as if they were in bf16."""
+    from coterie import machine
+    from coterie import plan as planning
+
+    kept = formats == source.own
+    return planning.keeping_rate(source.experts, formats) if kept else machine.packing_rate(formats.name)
 
 
 def print_rates(rates: Rates, context: int) -> None:
@@ -193,11 +207,16 @@ def print_verdict(source: Source, anatomy: Anatomy) -> None:
             highlight=False,
         )
     elif source.quantised:
+        kept = "its experts keep their codes"
+        if source.own:
+            but = f" (but those of {source.odd}, packed anew)" if source.odd else ""
+            kept = f"its experts keep their codes{but} in {source.own.described}"
         console.print(
-            f"[green]Opened by this version:[/] quantised as {source.quantised.name}; its experts keep their codes, "
-            "the rest is dequantised.",
+            f"[green]Opened by this version:[/] quantised as {source.quantised.name}; {kept}; the rest is dequantised.",
             highlight=False,
         )
+        if source.choice:
+            console.print(f"[yellow]experts=... is to be given:[/] {source.choice}.", highlight=False)
     else:
         console.print("[green]Opened by this version:[/] its experts are packed while it loads.", highlight=False)
     kinds = ", ".join(f"{k} of {e}" for e, k in sorted({(x.layout.num_experts, x.per_token) for x in anatomy.experts}))
@@ -242,8 +261,9 @@ def print_conversion(
 
     console.print("\n[bold]coterie convert cpu[/]" + (", of a copy in bf16" if source.problem else ""))
     report = table("", "experts in", "reads", "writes", "about")
+    stored = None if source.problem else sum(source.stored.values()) or None
     for every in formats:
-        c = planning.conversion(anatomy, every, packing[every.name], disk, linears)
+        c = planning.conversion(anatomy, every, packing[every.name], disk, linears, stored)
         report.add_row(every.name, size(c.read), size(c.written), duration(c.seconds))
     console.print(report)
     console.print(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from coterie.checkpoints.folder import read_json
-from coterie.checkpoints.gguf_file import GgufFile, is_gguf
+from coterie.checkpoints.gguf_file import GgufFile, find_gguf
 from coterie.checkpoints.packed_linears import LINEARS_FILE
 from coterie.convert import ConversionReport, convert_cpu, verify
 from coterie.convert.linears import Dense
@@ -47,11 +47,12 @@ def convert(
     elif dense_skip:
         raise ArgumentError("--dense-skip: expected --dense too, the format that the other layers are packed in")
     experts_alone = options.get("loose") or options.get("layers") is not None
-    if experts_alone or not is_gguf(source):
+    gguf = find_gguf(source)
+    if experts_alone or gguf is None:
         if dense is not None:
             options["dense"] = dense_of(model_of(Path(source)), dense, dense_skip)
         return convert_cpu(source, output, **options)
-    file, output = GgufFile(source), Path(output)
+    file, output = GgufFile(gguf), Path(output)
     config, _ = read_config(file)
     model = empty_model(config, dtype=config.dtype)
     if dense is not None:

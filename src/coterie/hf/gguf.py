@@ -33,7 +33,7 @@ FIELDS = {
 }
 
 
-def find_gguf(path_or_id: str | os.PathLike, name: str, hub: dict[str, Any]) -> Path:
+def fetch_gguf(path_or_id: str | os.PathLike, name: str, hub: dict[str, Any]) -> Path:
     """A GGUF file of a folder or of a Hugging Face id, fetched with all files of its model where it is not here.
 
     hub: arguments of Transformers that say where to look. Raises CheckpointError where there is no such file.

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from coterie.checkpoints.folder import PACKED_INDEX, Folder, read_json
 from coterie.checkpoints.gguf import GgufReader
-from coterie.checkpoints.gguf_file import GgufFile, is_gguf
+from coterie.checkpoints.gguf_file import GgufFile, find_gguf
 from coterie.checkpoints.packed import UNFINISHED
 from coterie.checkpoints.quantised import unread
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
@@ -22,7 +22,7 @@ from coterie.gpu.device import usable
 from coterie.gpu.room import CONTEXT
 from coterie.hf.config import LOADING, METHOD, CoterieConfig
 from coterie.hf.empty import empty_model
-from coterie.hf.gguf import find_gguf, read_config, read_rest
+from coterie.hf.gguf import fetch_gguf, read_config, read_rest
 
 # What finds the files of a config finds those of its model too.
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -50,9 +50,10 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """Loads any Transformers causal LM that has experts, with its experts packed, in CPU memory or on a GPU.
 
-    path_or_id: a checkpoint folder, a GGUF file or a Hugging Face id; plain (bf16, fp16, f32: packed while it streams
-        in), quantised (FP8, MXFP4, NVFP4, GPTQ, GGUF's types ...: experts keep their codes where a format holds them,
-        the rest is dequantised), or packed before (by `save_pretrained` or `coterie convert cpu`: opened as it is).
+    path_or_id: a checkpoint folder, a GGUF file (or the folder of one) or a Hugging Face id; plain (bf16, fp16, f32:
+        packed while it streams in), quantised (FP8, MXFP4, NVFP4, GPTQ, GGUF's types ...: experts keep their codes
+        where a format holds them, the rest is dequantised), or packed before (by `save_pretrained` or `coterie convert
+        cpu`: opened as it is).
     experts: a format, "int4" say. The default is int4 for a plain checkpoint, for a quantised one its own. For a packed
         checkpoint leave it out.
     device: where all but the experts goes, "cuda" for instance, which needs accelerate. `device_map` says the same.
@@ -85,9 +86,10 @@ def from_pretrained(
         experts, group_size, zero_point, scale_search, mmap, activations, gpu_experts, gpu_context, dense, dense_skip
     )
     if kwargs.get("gguf_file"):
-        path_or_id = find_gguf(path_or_id, kwargs.pop("gguf_file"), {k: v for k, v in kwargs.items() if k in HUB})
-    if is_gguf(path_or_id):
-        return _from_gguf(path_or_id, asked, auto_class, kwargs)
+        path_or_id = fetch_gguf(path_or_id, kwargs.pop("gguf_file"), {k: v for k, v in kwargs.items() if k in HUB})
+    gguf = find_gguf(Path(path_or_id, kwargs.get("subfolder") or ""))
+    if gguf is not None:
+        return _from_gguf(gguf, asked, auto_class, kwargs)
     check_path(path_or_id, kwargs.get("subfolder") or "")
     config, kwargs = split_config(path_or_id, kwargs)
     parts = [config, config.get_text_config()]
@@ -110,9 +112,7 @@ def from_pretrained(
     return auto_class.from_pretrained(path_or_id, config=config, **kwargs)
 
 
-def _from_gguf(
-    path: str | os.PathLike, asked: CoterieConfig, auto_class: Any, kwargs: dict[str, Any]
-) -> PreTrainedModel:
+def _from_gguf(path: Path, asked: CoterieConfig, auto_class: Any, kwargs: dict[str, Any]) -> PreTrainedModel:
     """The model of a GGUF file: Transformers makes what is not experts of its metadata and tensors."""
     file = GgufFile(path)
     asked.gguf = GgufReader(file)
@@ -177,9 +177,7 @@ def check_folder(path: Path) -> None:
                 f"{path} holds an adapter, not a model: load the model it was trained on, "
                 f"model = coterie.from_pretrained({str(base)!r}), then PeftModel.from_pretrained(model, {str(path)!r})"
             )
-        gguf = next((file.name for file in sorted(path.glob("*.gguf"))), None)
-        hint = f"; give the path of the GGUF file itself, {path / gguf}" if gguf else ""
-        raise CheckpointError(f"{path} has no config.json: it is not a Hugging Face checkpoint folder{hint}")
+        raise CheckpointError(f"{path} has no config.json: it is not a Hugging Face checkpoint folder")
     stored = read_json(path / "config.json").get("quantization_config")
     if isinstance(stored, dict) and stored.get("quant_method") == METHOD and not (path / PACKED_INDEX).is_file():
         raise CheckpointError(f"{path} is packed but has no {PACKED_INDEX}: save or convert it again")

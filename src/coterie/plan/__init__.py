@@ -1,11 +1,11 @@
-"""Will this model fit, how fast can it be, what does fine-tuning it take: worked out without a weight being read.
+"""Will this model fit, how fast can it be, what does fine-tuning it take: worked out without its weights being read.
 
 The model is built by Transformers on the meta device and run there once, so what is counted is what would be loaded:
 no table of models, and no formula for any kind of attention.
 """
 
 from coterie.plan.anatomy import PROMPT, Anatomy, ExpertLayer, LinearLayer, inspect
-from coterie.plan.conversion import DISK, Conversion, conversion
+from coterie.plan.conversion import DISK, Conversion, conversion, keeping_rate
 from coterie.plan.dense import Dense, dense, sensible
 from coterie.plan.estimate import REACHED, RESERVE, Estimate, Rates, estimate, usable
 from coterie.plan.overhead import overhead
@@ -38,6 +38,7 @@ __all__ = [
     "estimate",
     "find_room",
     "inspect",
+    "keeping_rate",
     "open_source",
     "overhead",
     "placements",

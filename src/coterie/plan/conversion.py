@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from coterie.checkpoints import LayerReader
 from coterie.checkpoints.packed_formats import ModelFormats
+from coterie.experts import Experts
 from coterie.plan.anatomy import Anatomy
 from coterie.plan.dense import Dense
 
@@ -21,11 +25,33 @@ class Conversion:
 
 
 def conversion(
-    anatomy: Anatomy, formats: ModelFormats, packing: float, disk: float = DISK, dense: Dense | None = None
+    anatomy: Anatomy,
+    formats: ModelFormats,
+    packing: float,
+    disk: float = DISK,
+    dense: Dense | None = None,
+    stored: int | None = None,
 ) -> Conversion:
-    """A bf16 checkpoint packed as `formats`, and its linear layers as `dense` says; `packing` bytes of bf16 experts a
-    second, `disk` bytes read or written."""
+    """A checkpoint of `stored` bytes, by default one in bf16, packed as `formats`, and its linear layers as `dense`
+    says; `packing` bytes of experts, counted in bf16, a second, `disk` bytes read or written."""
     experts = 2 * anatomy.expert_parameters
-    read, written = experts + anatomy.rest_nbytes, anatomy.experts_nbytes(formats) + anatomy.rest_nbytes
+    read = experts + anatomy.rest_nbytes if stored is None else stored
+    written = anatomy.experts_nbytes(formats) + anatomy.rest_nbytes
     written -= dense.saved if dense else 0
     return Conversion(read, written, (read + written) / disk + experts / packing)
+
+
+def keeping_rate(experts: Mapping[int, LayerReader], formats: ModelFormats) -> float:
+    """Bytes of quantised experts, counted in bf16, that are packed in a second with the codes that they have: measured
+    on one of them, which is in memory by then."""
+    number, layer = next(iter(experts.items()))
+    sizes = layer.hidden_size, layer.intermediate_size
+    one = Experts.empty(1, *sizes, format=formats[number], activation=layer.activation, has_gate=layer.has_gate)
+    for _ in range(2):
+        start = time.perf_counter()
+        weights = layer.expert(0)
+        for name, weight in weights.items():
+            one.pack_stored(name, 0, weight)
+        seconds = time.perf_counter() - start
+    layer.release(0)
+    return 2 * len(weights) * layer.hidden_size * layer.intermediate_size / seconds

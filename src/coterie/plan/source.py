@@ -1,4 +1,5 @@
-"""What is to be planned: a folder, a config file or a hub id; whether this version opens it, and what to do if not."""
+"""What is to be planned: a folder, a GGUF file, a config file or a hub id; whether this version opens it, and what to
+do if not."""
 
 from __future__ import annotations
 
@@ -10,17 +11,24 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from coterie.checkpoints import LayerReader, Reader, open_reader
 from coterie.checkpoints.folder import Folder, read_json
+from coterie.checkpoints.gguf import GgufReader
+from coterie.checkpoints.gguf_file import GgufFile, find_gguf
 from coterie.checkpoints.packed import UNFINISHED
 from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.checkpoints.quantised import METHODS, Quantised, quantisation_of, read_quantised, unread
 from coterie.checkpoints.tensorfile import PLAIN_DTYPES
+from coterie.convert.cpu import formats_for
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import FORMATS, Format, resolve
 from coterie.hf.config import METHOD, CoterieConfig
+from coterie.hf.gguf import read_config
 from coterie.hf.skeleton import make_config
 
-OPENS = f"this version opens bf16, fp16, f32, what is quantised by {', '.join(METHODS)}, and its own packed folders"
+OPENS = (
+    f"this version opens bf16, fp16, f32, what is quantised by {', '.join(METHODS)}, GGUF, and its own packed folders"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +38,9 @@ class Source:
     problem: why this version does not open it and what to do, None where it opens it.
     packed: the formats of its experts where coterie packed them; dense, dense_skip: that of its linear layers, and
     which of them are not. quantised: what somebody else made of its weights.
-    stored: {dtype: bytes} of its safetensors files, {} where there are none.
+    stored: {dtype: bytes} of its files, {} where there are none.
+    experts: of quantised weights that are here, by layer; own: the formats that hold them as they are; choice: why one
+    format has to be named instead. odd: the types of those that its own formats do not hold as they are, in words.
     """
 
     config: Any
@@ -40,11 +50,18 @@ class Source:
     dense_skip: tuple[str, ...] = ()
     quantised: Quantised | None = None
     stored: dict[str, int] = field(default_factory=dict)
+    experts: dict[int, LayerReader] = field(default_factory=dict)
+    own: ModelFormats | None = None
+    choice: str | None = None
+    odd: str = ""
 
     def formats(self, name: str | None = None) -> list[ModelFormats]:
-        """The formats to compare: those that it is packed in, or all that it can be packed into, or the one named."""
+        """The formats to compare: those that it is packed in, or its own and all that it can be packed into, or the one
+        named."""
         if self.packed is None:
-            return [ModelFormats(resolve(n)) for n in ([name] if name else FORMATS)]
+            own = [self.own] if self.own and name in (None, self.own.name) else []
+            named = [name] if name else FORMATS
+            return own + [ModelFormats(resolve(n)) for n in named if not own or n != own[0].name]
         if name not in (None, self.packed.name):
             raise ArgumentError(
                 f"it is packed as {self.packed.name}, and packed experts do not become {name}: plan the original"
@@ -63,13 +80,15 @@ class Source:
 
 
 def open_source(model: str) -> Source:
-    """What is at `model`: a model folder, a config.json, or a model on the Hugging Face hub.
+    """What is at `model`: a model folder, a GGUF file or the folder of one, a config.json, or a model on the Hugging
+    Face hub.
 
     Raises CheckpointError for a config that cannot be had or read, UnsupportedModelError for an unknown model.
     """
     path, where = Path(model), str(model)
-    if path.suffix == ".gguf":
-        raise CheckpointError(f"{path} is GGUF, which is opened but not planned: plan the original, by its config.json")
+    gguf = find_gguf(path)
+    if gguf is not None:
+        return _open_gguf(GgufFile(gguf))
     if path.is_dir():
         file = path / "config.json"
         if not file.is_file():
@@ -83,18 +102,47 @@ def open_source(model: str) -> Source:
     quantised, ours = read_quantised(values), None
     if quantised and quantised.method == METHOD:
         quantised, ours = None, CoterieConfig(**values["quantization_config"])
-    stored, problem = {}, _quantised_problem(quantised, quantisation_of(values))
+    stored, problem, experts = {}, _quantised_problem(quantised, quantisation_of(values)), {}
     if path.is_dir():
         try:
             stored = stored_nbytes(path)
             problem = problem or _folder_problem(path, stored, plain=quantised is None and ours is None)
+            if quantised and stored and not problem:
+                experts = _experts(open_reader(path))
         except CheckpointError as error:
             problem = problem or f"the checkpoint is not whole: {error}"
     found = Source(config, problem, quantised=quantised, stored=stored)
     if ours is None:
-        return found
+        return _with_experts(found, experts)
     dense = resolve(ours.dense) if ours.dense else None
     return replace(found, packed=ours.packing, dense=dense, dense_skip=tuple(ours.dense_skip))
+
+
+def _open_gguf(file: GgufFile) -> Source:
+    experts = _experts(GgufReader(file))
+    config, _ = read_config(file)
+    stored = Counter[str]()
+    for name in file.names:
+        stored[file.type(name)] += file.nbytes(name)
+    plain = all(layer.kinds == (None,) for layer in experts.values())
+    if plain:
+        return Source(config, stored=dict(stored))
+    odd = ", ".join(dict.fromkeys(layer.odd for layer in experts.values() if layer.odd))
+    found = Source(config, quantised=Quantised("gguf", "GGUF", None), stored=dict(stored), odd=odd)
+    return _with_experts(found, experts)
+
+
+def _experts(reader: Reader) -> dict[int, LayerReader]:
+    return {layer: reader.layer(layer) for layer in reader.layers}
+
+
+def _with_experts(source: Source, experts: dict[int, LayerReader]) -> Source:
+    if not experts:
+        return source
+    try:
+        return replace(source, experts=experts, own=formats_for(experts))
+    except ArgumentError as error:
+        return replace(source, choice=str(error))
 
 
 def stored_nbytes(folder: Path) -> dict[str, int]:
@@ -110,8 +158,10 @@ def stored_nbytes(folder: Path) -> dict[str, int]:
 
 def _download(model: str) -> Path:
     """config.json of a hub id. A path that does not exist is told from one by its form."""
-    if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith((".json", "/")):
-        raise CheckpointError(f"{model} does not exist: expected a model folder, a config.json or a hub id")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith((".json", ".gguf", "/")):
+        raise CheckpointError(
+            f"{model} does not exist: expected a model folder, a GGUF file, a config.json or a hub id"
+        )
     try:
         return Path(hf_hub_download(model, "config.json"))
     except (OSError, ValueError, HfHubHTTPError) as error:  # no such model, no access, no network, no such file
@@ -126,8 +176,6 @@ def _instead_of_a_model(folder: Path) -> str:
     if adapter.is_file():
         base = read_json(adapter).get("base_model_name_or_path") or "its base model"
         return f"it is an adapter, plan {base}"
-    if next(folder.glob("*.gguf"), None):
-        return "it holds GGUF files, which are opened one by one but not planned: plan the original"
     return "expected a model folder"
 
 
@@ -140,7 +188,7 @@ def _folder_problem(folder: Path, stored: dict[str, int], plain: bool) -> str | 
     if (folder / UNFINISHED).exists():
         return f"a conversion that was not finished ({UNFINISHED} is there): finish it with --resume"
     if not stored:
-        others = sorted(f.name for p in ("*.bin", "*.pt", "*.pth", "*.gguf") for f in folder.glob(p))
+        others = sorted(f.name for p in ("*.bin", "*.pt", "*.pth") for f in folder.glob(p))
         return f"no safetensors files, only {others[0]}: save it as safetensors first" if others else None
     odd = sorted(dtype for dtype in stored if dtype[0] == "F" and dtype not in PLAIN_DTYPES)
     if plain and odd:
