@@ -9,9 +9,10 @@ import re
 import pytest
 import tiny_models
 import torch
+from gpt_oss_checkpoints import write_mxfp4
 from packed_models import assert_same_bytes, logits, packed_bytes
 from peft import LoraConfig, get_peft_model
-from quantised_checkpoints import COMPRESSED, GPTQ, METHODS, gptq, mxfp4
+from quantised_checkpoints import COMPRESSED, GPTQ, METHODS, gptq
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -108,15 +109,7 @@ def test_a_bias_that_the_model_lacks_is_told(tmp_path):
 
 
 def test_gpt_oss(tmp_path):
-    folder = write(tmp_path / "in", "gpt_oss", mxfp4, {"quant_method": "mxfp4"}, which="no other weight")
-    random, tensors = torch.Generator().manual_seed(0), load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if re.search(r"experts\.\w+_proj$", name)]:
-        made = [mxfp4(random, *weight.T.shape)[0] for weight in tensors.pop(name)]
-        blocks = torch.stack([parts["weight_packed"] for parts in made]).unflatten(-1, (-1, 16))
-        tensors |= {f"{name}_blocks": blocks.contiguous()}
-        tensors |= {f"{name}_scales": torch.stack([parts["weight_scale"] for parts in made])}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    model = assert_opens_as_converted(folder, tmp_path)
+    model = assert_opens_as_converted(write_mxfp4(tmp_path / "in"), tmp_path)
     assert model.config.quantization_config.experts == "mxfp4"
 
 

@@ -98,7 +98,13 @@ class GgufExperts(LayerReader):
         raise CheckpointError(f"{self.file.path}: GGUF files are read, not written; convert it first")
 
     def biases(self) -> dict[str, Tensor]:
-        return {part: torch.from_numpy(self.file.dequantize(_bias(self.names[part])).copy()) for part in self.biased}
+        if not self.biased:
+            return {}
+        found = {part: torch.from_numpy(self.file.dequantize(_bias(name)).copy()) for part, name in self.names.items()}
+        if "gate_up" in found:
+            both = found.pop("gate_up")
+            found |= {"gate": both[:, : self.intermediate_size], "up": both[:, self.intermediate_size :]}
+        return {part: found[part].contiguous() for part in self.biased}
 
     def release(self, expert: int) -> None:
         for name in self.names.values():
@@ -133,10 +139,12 @@ def _open_layer(file: GgufFile, layer: int) -> GgufExperts:
     if stated != experts:
         raise CheckpointError(f"{file.path}, {stem}*: {experts} experts, the metadata says {stated}")
     biased = tuple(part for part, name in names.items() if _bias(name) in file.names)
-    if biased and (folds == 2 or biased != parts):
-        raise CheckpointError(f"{file.path}, {stem}*: biases of {', '.join(biased)} alone, expected of gate, up, down")
+    if biased and biased != parts:
+        raise CheckpointError(
+            f"{file.path}, {stem}*: biases of {', '.join(biased)} alone, expected of {', '.join(parts)}"
+        )
     for part in biased:
-        expected = (experts, hidden if part == "down" else intermediate)
+        expected = (experts, hidden if part == "down" else folds * intermediate)
         if file.shape(_bias(names[part])) != expected:
             raise CheckpointError(
                 f"{file.path}, tensor {_bias(names[part])}: shape {list(file.shape(_bias(names[part])))}, "
@@ -158,7 +166,7 @@ def _open_layer(file: GgufFile, layer: int) -> GgufExperts:
         hidden_size=hidden,
         intermediate_size=intermediate,
         has_gate=True,
-        biased=biased,
+        biased=("gate", "up", "down") if biased else (),
         activation=_activation(file),
         specs={part: (spec,) for part, spec in specs.items()},
         tensors=own,

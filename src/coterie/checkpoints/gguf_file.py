@@ -92,6 +92,12 @@ class GgufFile:
         field = self._readers[0].fields.get(key)
         return default if field is None else field.contents()
 
+    def own_keys(self, stem: str) -> list[str]:
+        """The keys, without the architecture's name, that are the architecture's own and begin so."""
+        prefix = f"{self.architecture}."
+        own = [key.removeprefix(prefix) for key in self._readers[0].fields if key.startswith(prefix)]
+        return [key for key in own if key.startswith(stem)]
+
     def own_value(self, key: str, default: Any = None) -> Any:
         """The value of a key that is the architecture's own: "block_count", say."""
         return self.value(f"{self.architecture}.{key}", default)

@@ -1,4 +1,4 @@
-"""A GGUF file opened by Transformers: its config and tokenizer, and the weights beside the experts."""
+"""A GGUF file opened by Transformers: found, and the weights beside the experts."""
 
 from __future__ import annotations
 
@@ -9,28 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import modeling_gguf_pytorch_utils as by_table
 from transformers.utils import cached_file
 
 from coterie.checkpoints.gguf_file import GgufFile, file_names
 from coterie.checkpoints.tensorfile import shown
-from coterie.errors import CheckpointError, UnsupportedModelError
+from coterie.errors import CheckpointError
 from coterie.hf.modules import read_layouts
 from coterie.hf.names import parameters_in
-
-# Metadata that Transformers does not read of every architecture -> what its configs call it.
-FIELDS = {
-    "attention.key_length": "head_dim",
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-    "expert_weights_norm": "norm_topk_prob",
-    "expert_weights_scale": "routed_scaling_factor",
-}
 
 
 def fetch_gguf(path_or_id: str | os.PathLike, name: str, hub: dict[str, Any]) -> Path:
@@ -43,40 +31,6 @@ def fetch_gguf(path_or_id: str | os.PathLike, name: str, hub: dict[str, Any]) ->
     except OSError as error:
         raise CheckpointError(f"{path_or_id} has no {shown(name)}: {shown(str(error))}") from error
     return Path(files[0])
-
-
-def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The config that Transformers makes of a file's metadata, changed by those of `settings` that are its own, and the
-    other ones. Raises UnsupportedModelError, naming the architecture, where it cannot."""
-    first, scaling = file.first, file.own_value("rope.scaling.type", "none")
-    if scaling != "none" and "rope_parameters" not in settings:
-        raise UnsupportedModelError(
-            f"{file.path}: positions are scaled ({shown(scaling)}), which this version does not read of GGUF files: "
-            "give rope_parameters=... as the original's config.json has them, or use the original checkpoint"
-        )
-    try:
-        config, unused = AutoConfig.from_pretrained(
-            first.parent, gguf_file=first.name, return_unused_kwargs=True, **settings
-        )
-    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise UnsupportedModelError(
-            f"{file.path}: Transformers {transformers.__version__} does not open GGUF architecture "
-            f"{shown(file.architecture)}: {shown(str(error))}; use the original checkpoint, or Experts.open for a layer"
-        ) from error
-    unused.pop("gguf_file", None)
-    config.tie_word_embeddings = "output.weight" not in file.names  # which may be in another file than the metadata
-    config.dtype = config.dtype or torch.bfloat16
-    for key, name in FIELDS.items():
-        value = file.own_value(key)
-        if value is not None and hasattr(config, name) and name not in settings:
-            setattr(config, name, value)
-    return config, unused
-
-
-def save_tokenizer(file: GgufFile, folder: str | os.PathLike) -> None:
-    """Writes the tokenizer of a file, where it has one, into `folder`."""
-    if file.value("tokenizer.ggml.model") is not None:
-        AutoTokenizer.from_pretrained(file.first.parent, gguf_file=file.first.name).save_pretrained(folder)
 
 
 def read_rest(file: GgufFile, model: PreTrainedModel) -> dict[str, Tensor]:
@@ -129,13 +83,15 @@ def _converted(file: GgufFile, model: PreTrainedModel) -> Iterator[tuple[str, st
         return
     kind = by_table.TENSOR_PROCESSORS.get(file.architecture, by_table.TensorProcessor)
     processor = kind(config=model.config.to_dict())
-    parameter_of = by_table.get_gguf_hf_weights_map(model, processor)
+    parameter_of = by_table.get_gguf_hf_weights_map(model, processor, file.architecture)
     for name in names:
         made = processor.process(
             weights=file.dequantize(name), name=name, tensor_key_mapping=parameter_of, parsed_parameters={"tensors": {}}
         )
         dense = made.weights if isinstance(made.weights, Tensor) else torch.from_numpy(made.weights.copy())
-        yield name, parameter_of.get(made.name, ""), _cast(file, name, dense, model.dtype)
+        stem = made.name.removesuffix(".weight")  # of what is a parameter of its own in Transformers: sinks
+        parameter = parameter_of.get(made.name) or parameter_of.get(stem, "")
+        yield name, parameter, _cast(file, name, dense, model.dtype)
 
 
 def _rules() -> Any:

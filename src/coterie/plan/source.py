@@ -23,7 +23,7 @@ from coterie.convert.cpu import formats_for
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import FORMATS, Format, resolve
 from coterie.hf.config import METHOD, CoterieConfig
-from coterie.hf.gguf import read_config
+from coterie.hf.gguf_config import read_config
 from coterie.hf.skeleton import make_config
 
 OPENS = (
