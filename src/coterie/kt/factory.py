@@ -18,8 +18,9 @@ class KTMoEWrapper(Buffers):
     """The experts of one layer: an `InferenceExperts` or, with `mode="sft"`, an `SftExperts`. Names are kt-kernel's.
 
     A method names the format of the weights; what instructions run is decided by the CPU, and every method works on
-    every CPU. FP8 is fp8_block, FP8_PERCHANNEL fp8_channel; AMXINT4, MOE_INT4, RAWINT4, GPTQ_INT4 and LLAMAFILE are
-    int4 in groups of 32, or in the checkpoint's own groups. Checkpoints are those that `Experts.open` reads.
+    every CPU. FP8 is fp8_block, FP8_PERCHANNEL fp8_channel; AMXINT4, MOE_INT4, RAWINT4 and GPTQ_INT4 are
+    int4 in groups of 32, or in the checkpoint's own groups; LLAMAFILE is what a GGUF file has, type by type, and q4_k
+    of tensors that are given. Checkpoints are those that `Experts.open` reads.
 
     Args:
         layer_idx: the layer's number in the model.

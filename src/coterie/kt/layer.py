@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,7 @@ class LayerExperts(Buffers):
         """Loads this layer from `weight_path`, or from gate_proj, up_proj and down_proj where those are set.
 
         A packed checkpoint must be in the method's format; of any other, codes that are in it already are kept.
+        LLAMAFILE keeps what it finds in a GGUF file, or packed, and packs what is plain as bf16.
 
         Args:
             physical_to_logical_map_cpu: integers [E]: slot p holds the model's expert `map[p]`.
@@ -91,6 +94,8 @@ class LayerExperts(Buffers):
         held.set_biases(**{name: bias[needed or [0]] for name, bias in source.biases().items()})
         for place, expert in enumerate(needed):
             source.read(expert, held, place)
+        if notice := source.notice():
+            warnings.warn(notice, stacklevel=3)
         if save:
             held.save(str(self._options.weight_path), self.layer_idx)
         place_of = {expert: place for place, expert in enumerate(needed)}

@@ -20,11 +20,13 @@ class Method:
         spec: the format that weights are packed into. Codes of a checkpoint that have the same name of format, in
             groups of another size, are kept as they are.
         skips_lora: backward goes through the frozen weights alone.
+        keeps: weights of a GGUF file, or of what was packed, are kept in their own formats, whatever those are.
     """
 
     name: str
     spec: Format
     skips_lora: bool = False
+    keeps: bool = False
 
 
 INFERENCE = {
@@ -38,10 +40,11 @@ INFERENCE = {
     "MXFP4": "mxfp4",
     "MXFP8": "mxfp8",
     "NVFP4": "nvfp4",
-    "LLAMAFILE": "int4",
+    "LLAMAFILE": "q4_k",
     "MOE_INT4": "int4",
     "MOE_INT8": "int8",
 }
+KEEPS = {"LLAMAFILE"}
 # Format, whether its groups are `group_size` columns, whether it has zero points where `zero_point` allows them.
 SFT = {
     "AMXBF16_SFT": ("bf16", False, False),
@@ -72,6 +75,6 @@ def find_method(mode: str, name: str, group_size: int = 128, zero_point: bool = 
     if name not in names:
         raise ArgumentError(f"method: expected one of mode {mode!r}, {', '.join(names)}; found {name!r}")
     if mode == "inference":
-        return Method(name, resolve(INFERENCE[name]))
+        return Method(name, resolve(INFERENCE[name]), keeps=name in KEEPS)
     spec, grouped, zeros = SFT[name]
     return Method(name, resolve(spec, group_size if grouped else None, zeros and zero_point), name.endswith(SKIP_LORA))

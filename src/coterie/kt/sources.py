@@ -8,9 +8,10 @@ from torch import Tensor
 
 from coterie.activations import Activation
 from coterie.checkpoints import LayerReader, PackedFile, open_layer, open_reader, packed
+from coterie.checkpoints.gguf_file import find_gguf
 from coterie.errors import ArgumentError, CheckpointError
-from coterie.experts import Experts
-from coterie.formats import Formats
+from coterie.experts import REPACKED, Experts
+from coterie.formats import Formats, resolve
 from coterie.kt.methods import Method
 
 
@@ -37,14 +38,19 @@ class Source(ABC):
         """Of all experts, float32 [E, rows] by projection; empty where there are none."""
         return {}
 
+    def notice(self) -> str | None:
+        """What of the experts that were read could not be kept as it is; None where that is nothing."""
+        return None
+
 
 class Packed(Source):
-    """A layer of a packed checkpoint. Raises CheckpointError where it is packed in another format than the method's."""
+    """A layer of a packed checkpoint. Raises CheckpointError where it is packed in another format than the method's, if
+    that has one."""
 
     def __init__(self, file: PackedFile, method: Method):
         layout = file.layout
         found = layout.formats.name
-        if found != method.spec.name:
+        if found != method.spec.name and not method.keeps:
             raise CheckpointError(
                 f"{file.file.path} is packed as {found}, method {method.name} expects {method.spec.name}: choose a "
                 f"method of {found}, or convert the original checkpoint again"
@@ -61,19 +67,31 @@ class Packed(Source):
 
 
 class Unpacked(Source):
-    """A layer of any other checkpoint: codes of the method's format are kept as they are, all else is packed."""
+    """A layer of any other checkpoint: codes of the method's format, or of any, are kept as they are, all else is
+    packed."""
 
     def __init__(self, layer: LayerReader, method: Method):
         self.num_experts, self.hidden_size = layer.num_experts, layer.hidden_size
         self.intermediate_size, self.has_gate = layer.intermediate_size, layer.has_gate
-        self.activation, self._layer = layer.activation, layer
+        self.activation, self._layer, self._errors = layer.activation, layer, list[float]()
         own = layer.formats
-        self.formats = own if own is not None and own.name == method.spec.name else Formats.of(method.spec)
+        if method.keeps:
+            self.formats = own or Formats.of(resolve("bf16"))
+        else:
+            self.formats = own if own is not None and own.name == method.spec.name else Formats.of(method.spec)
 
     def read(self, expert: int, into: Experts, place: int) -> None:
         for name, weight in self._layer.expert(expert).items():
-            into.pack_stored(name, place, weight)
+            error = into.pack_stored(name, place, weight)
+            if self.formats == self._layer.formats and not self._layer.held(name, weight):
+                self._errors.append(error)
         self._layer.release(expert)
+
+    def notice(self) -> str | None:
+        if not self._errors:
+            return None
+        error = sum(self._errors) / len(self._errors)
+        return REPACKED.format(odd=self._layer.odd, format=self.formats.name, error=error)
 
     def biases(self) -> dict[str, Tensor]:
         return self._layer.biases()
@@ -103,4 +121,9 @@ def open_source(path: str, layer: int, method: Method) -> Source:
     """A layer of the checkpoint at `path`. Raises CheckpointError, before reading any weight."""
     if packed(path):
         return Packed(open_layer(path, layer), method)
+    if method.keeps and find_gguf(path) is None:
+        raise CheckpointError(
+            f"{path}: method {method.name} keeps the weights of GGUF files and of packed checkpoints, and this is "
+            "neither: choose the method of the format that it is to be packed in, or give the path of a GGUF file"
+        )
     return Unpacked(open_reader(path).layer(layer), method)
