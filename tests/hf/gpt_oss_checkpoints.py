@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import numpy as np
-import tiny_models
 import torch
 from gguf import MODEL_ARCH, get_tensor_name_map
 from gguf.quants import quantize
 from gguf_models import TOKENS, Type, write_gguf
+from hf.tiny_models import make
 from quantised_checkpoints import mxfp4
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,7 +21,7 @@ EXPERTS = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up|down)_proj")
 
 def write_mxfp4(folder: Path, **changes) -> Path:
     """A checkpoint folder with blocks and scales, gate and up interleaved."""
-    model = tiny_models.make("gpt_oss", **({"hidden_size": 128, "intermediate_size": 192} | changes))
+    model = make("gpt_oss", **({"hidden_size": 128, "intermediate_size": 192} | changes))
     model.save_pretrained(folder)
     random, tensors = torch.Generator().manual_seed(0), load_file(folder / "model.safetensors")
     for name in [name for name in tensors if EXPERTS.fullmatch(name)]:

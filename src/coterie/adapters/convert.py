@@ -14,7 +14,6 @@ from packaging.version import InvalidVersion, Version
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from coterie.adapters.empty import CLASSES, PREFIX, adapt_empty
 from coterie.adapters.folder import TASKS, WEIGHTS, base_of, check_there, read_adapter_config
@@ -22,6 +21,7 @@ from coterie.checkpoints.folderwriter import new_folder
 from coterie.checkpoints.gate_up import join_gate_up
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.hf.adapter_fit import SINCE, other_way_round
+from coterie.hf.described import load_config
 from coterie.hf.empty import empty_model
 from coterie.hf.layout import Layout
 from coterie.hf.modules import number_layers, read_layouts
@@ -68,7 +68,7 @@ def convert_adapter(adapter: Path, output: Path, written_by: str, model: str | N
 
 def experts_of(base: str, revision: str | None, task: str, stored: dict[str, Tensor]) -> dict[str, Layout]:
     """The experts modules of the model by name, in the class whose names the adapter's tensors have."""
-    config, found = AutoConfig.from_pretrained(base, revision=revision), []
+    config, found = load_config(base, revision=revision), []
     for auto in CLASSES[task]:
         try:
             model = empty_model(config, auto)

@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
@@ -25,6 +24,7 @@ from transformers import (
 from coterie.adapters.folder import TASKS
 from coterie.errors import ArgumentError, UnsupportedModelError
 from coterie.hf.adapter_fit import check_adapter
+from coterie.hf.described import load_config
 from coterie.hf.empty import empty_model
 from coterie.hf.layout import Layout
 from coterie.hf.modules import read_layouts
@@ -85,7 +85,7 @@ def adapt_empty(base: str, revision: str | None, lora: LoraConfig, stored: dict[
     lora.inference_mode = True
     task = lora.task_type or TASKS[0]
     labels = next((len(stored[key]) for head in HEADS for key in stored if key.endswith(f".{head}")), None)
-    config = AutoConfig.from_pretrained(base, revision=revision, **({"num_labels": labels} if labels else {}))
+    config = load_config(base, revision=revision, **({"num_labels": labels} if labels else {}))
     models, reasons = [], []
     for auto in CLASSES[task]:
         try:

@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
 
+from coterie.checkpoints.gguf_file import find_gguf
 from coterie.checkpoints.tensorwriter import copy_file
 from coterie.errors import ArgumentError, CheckpointError
 
@@ -54,14 +55,19 @@ def base_of(folder: Path, config: LoraConfig, model: str | None) -> tuple[str, s
 
 
 def local(base: str, revision: str | None) -> Path:
-    """The folder of a base model; one on the Hugging Face Hub is fetched. Raises CheckpointError."""
+    """The folder of a base model; one on the Hub is fetched. Raises CheckpointError, for a GGUF file too."""
     check_there(base)
+    if find_gguf(base) is not None:
+        raise CheckpointError(
+            f"{base} is a GGUF file: expected a checkpoint folder, which `coterie convert cpu` makes of it; give that "
+            "with --model"
+        )
     return Path(base) if Path(base).is_dir() else Path(snapshot_download(base, revision=revision))
 
 
 def check_there(base: str) -> None:
     """Raises CheckpointError for a path that is not there; what may be a Hub id is left to the Hub."""
-    if Path(base).is_absolute() and not Path(base).is_dir():
+    if Path(base).is_absolute() and not Path(base).is_dir() and find_gguf(base) is None:
         raise CheckpointError(f"{base} is not there: give the base model with --model")
 
 

@@ -35,15 +35,18 @@ def fetch_gguf(path_or_id: str | os.PathLike, name: str, hub: dict[str, Any]) ->
 
 def read_rest(file: GgufFile, model: PreTrainedModel) -> dict[str, Tensor]:
     """All weights of `model`, which has none yet, but the experts', by parameter: dequantised to the model's dtype, or
-    as they are where the file has plain numbers.
+    as they are where the file has plain numbers. A head that is none of a language model is not in a file.
 
     Raises CheckpointError where a weight is missing, or the file has one that Transformers does not know.
     """
+    other_head = model.get_output_embeddings() is None
     experts = {f"{name}.{parameter}" for name in read_layouts(model) for parameter in _parameters(model, name)}
     known = model.state_dict().keys()
     tied = set(model.all_tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
     found = {}
     for tensor, parameter, dense in _converted(file, model):
+        if other_head and tensor.startswith("output."):
+            continue
         if parameter not in known:
             raise CheckpointError(
                 f"{file.path}, tensor {shown(tensor)}: Transformers does not know what it is to "
@@ -55,7 +58,8 @@ def read_rest(file: GgufFile, model: PreTrainedModel) -> dict[str, Tensor]:
                 f"{file.path}, tensor {shown(tensor)}: shape {list(dense.shape)}, expected {list(shape)}"
             )
         found[parameter] = dense
-    if missing := sorted(known - found.keys() - experts - tied):
+    wanted = {name for name in known if not other_head or name.startswith(f"{model.base_model_prefix}.")}
+    if missing := sorted(wanted - found.keys() - experts - tied):
         raise CheckpointError(
             f"{file.path} has no tensor for {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
         )

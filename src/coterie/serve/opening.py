@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from coterie.errors import ArgumentError, CheckpointError
+from coterie.hf.described import load_config, load_tokenizer
 from coterie.hf.loading import from_pretrained
 
 
@@ -51,8 +52,8 @@ def dense_format(path_or_id: str, asked: str, device: str) -> str | None:
     if device != "cpu":
         return None
     try:
-        stored = getattr(AutoConfig.from_pretrained(path_or_id), "quantization_config", None) or {}
-    except (OSError, ValueError):  # a GGUF file, which has no such config, or what opening the model will refuse
+        stored = getattr(load_config(path_or_id), "quantization_config", None) or {}
+    except (OSError, ValueError):  # what opening the model will refuse
         stored = {}
     return None if dict(stored).get("dense") else "int8"
 
@@ -60,7 +61,7 @@ def dense_format(path_or_id: str, asked: str, device: str) -> str | None:
 def open_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint. Raises CheckpointError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(path_or_id)
+        return load_tokenizer(path_or_id)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path_or_id}: expected a tokenizer beside the model, found none ({reason})") from error

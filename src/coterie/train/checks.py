@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers.integrations import get_available_reporting_integrations
 
+from coterie.checkpoints.gguf_file import find_gguf
 from coterie.errors import ArgumentError
 from coterie.gpu.device import check_experts
 from coterie.hf.loading import check_folder
@@ -52,7 +53,7 @@ def check_all(config: TrainConfig, folder: Path, overwrite: bool = False) -> Che
     base = base_model(config, folder)
     resume = plan_output(config, base, overwrite)
     make_arguments(config, has_test=bool(config.test_datasets or config.val_set_size))
-    if Path(base).is_dir():
+    if Path(base).is_dir() and find_gguf(base) is None:
         check_folder(Path(base))
     check_reporting(config.report_to)
     check_model(config, base, device)
@@ -64,7 +65,7 @@ def check_all(config: TrainConfig, folder: Path, overwrite: bool = False) -> Che
 
 
 def base_model(config: TrainConfig, folder: Path) -> str:
-    """The model's folder, or its Hugging Face id."""
+    """The model's folder or GGUF file, or its Hugging Face id."""
     found = locate(config.base_model, folder)
     return str(found) if found else config.base_model
 

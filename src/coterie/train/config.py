@@ -49,7 +49,7 @@ class TrainConfig:
 
     given = frozenset[str]()  # the keys that the file says; the others have their defaults
 
-    base_model: str = key("", "a checkpoint folder (plain or packed) or a Hugging Face id")
+    base_model: str = key("", "a checkpoint folder (plain, quantised or packed), a GGUF file, or a Hugging Face id")
     experts: str | None = key(None, "bf16, int8, int4, fp8_block ...; by default int4, or what the checkpoint is in")
     group_size: int | None = key(None, "columns that share a scale: 32, 64, 128, or 0 for a whole row")
     zero_point: bool = key(False, "int4 with zero points")

@@ -11,14 +11,17 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig
 
+from coterie.checkpoints.gguf import GgufReader
+from coterie.checkpoints.gguf_file import GgufFile, find_gguf
 from coterie.checkpoints.packed_formats import ModelFormats
+from coterie.convert.cpu import formats_for
 from coterie.errors import ArgumentError, UnsupportedModelError
 from coterie.gpu.choice import chosen
 from coterie.hf import CoterieConfig
 from coterie.hf.adapter_fit import check_adapter
 from coterie.hf.config import METHOD
+from coterie.hf.described import load_config
 from coterie.hf.empty import empty_model
 from coterie.hf.modules import formats_by_name, read_layouts
 from coterie.hf.room import choose
@@ -39,7 +42,7 @@ def check_model(config: TrainConfig, base: str, device: torch.device) -> None:
     auto_class, task, changes = kind_of_model(config)
     trust = {"trust_remote_code": config.trust_remote_code}
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    described = AutoConfig.from_pretrained(base, **trust, **changes)
+    described = load_config(base, **trust, **changes)
     try:
         model = empty_model(described, auto_class, dtype=dtype, **trust)
     except UnsupportedModelError as error:
@@ -47,7 +50,7 @@ def check_model(config: TrainConfig, base: str, device: torch.device) -> None:
     layouts = read_layouts(model)
     experts = tuple(f"{path}.{name}" for path, layout in layouts.items() for name in layout.parameters)
     unfrozen = find_unfrozen(model, config.unfrozen_parameters, experts)
-    packing = packed_as(config, described)
+    packing = packed_as(config, base, described)
     if packing is None:
         chosen(config.gpu_experts, [layout.num_experts for layout in layouts.values()])
     else:
@@ -62,8 +65,14 @@ def check_model(config: TrainConfig, base: str, device: torch.device) -> None:
             add_adapter(model, config, task, unfrozen)
 
 
-def packed_as(config: TrainConfig, described: Any) -> ModelFormats | None:
-    """The formats that the experts of a plain or packed checkpoint will have; None of others, whose files say it."""
+def packed_as(config: TrainConfig, base: str, described: Any) -> ModelFormats | None:
+    """The formats that the experts of a plain or packed checkpoint, or of a GGUF file, will have; None of others, whose
+    files say it. Raises CheckpointError for a GGUF file that is not whole."""
+    gguf = find_gguf(base)
+    if gguf is not None:
+        reader = GgufReader(GgufFile(gguf))
+        layers = {layer: reader.layer(layer) for layer in reader.layers}
+        return formats_for(layers, config.experts, config.group_size, config.zero_point)
     parts = described, described.get_text_config()
     stored = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
     if stored is None:

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
 )
 
 from coterie.errors import ArgumentError, CheckpointError
+from coterie.hf import described
 from coterie.hf.loading import from_pretrained
 from coterie.hf.weight import PackedWeight
 from coterie.train.adapter import add_adapter, load_adapter
@@ -29,7 +28,7 @@ from coterie.train.processes import own_device
 def load_tokenizer(config: TrainConfig, path: str, folder: Path) -> Any:
     """The tokenizer, with a padding token and the file's chat template. Raises CheckpointError where there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        tokenizer = described.load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # tokenizers fail in as many ways as there are kinds
         first = next(iter(str(error).strip().splitlines()), "")
         raise CheckpointError(f"the tokenizer of {path} cannot be loaded: {type(error).__name__}: {first}") from error
@@ -56,7 +55,7 @@ def load_model(config: TrainConfig, path: str, tokenizer: Any) -> Any:
     auto_class, task, labels = kind_of_model(config)
     model = from_pretrained(
         path,
-        config=AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code, **labels),
+        config=described.load_config(path, trust_remote_code=config.trust_remote_code, **labels),
         experts=config.experts,
         group_size=config.group_size,
         zero_point=config.zero_point or None,

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from coterie.errors import ArgumentError
+from coterie.hf.described import load_config
 
 VOCABULARY = 128
 FIRST, SECOND = 13, 11  # tokens of the two samples
@@ -29,7 +30,7 @@ def check_packing(base: str, trust_remote_code: bool, device: torch.device) -> b
     """Whether a small copy of the model could be tried, on the device that is to compute it; raises ArgumentError where
     that mixes packed samples."""
     try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        config = load_config(base, trust_remote_code=trust_remote_code)
         model = small_model(config, trust_remote_code).to(device)
         alone(model)
     except Exception:  # an architecture that cannot be made small is tried when it is loaded
