@@ -90,10 +90,10 @@ def test_bars_on_a_terminal(monkeypatch):
     assert "layer 2/3" in text and "expert 4/5" in text and "1 GB of 4 GB" in text and "s left" in text
 
 
-def test_threadpool_count_changes_nothing(tmp_path, coterie):
+def test_threadpool_count_and_gpu_change_nothing(tmp_path, coterie):
     command = ("convert", "cpu", "-i", tiny.PATH, "-o", tmp_path / "out", "--layers", "0", "--threadpool-count", "2")
-    ran = coterie(*command, "--cpuinfer-threads", "1")
-    assert ran.code == 0 and "one layout serves any number of NUMA nodes" in ran.err
+    ran = coterie(*command, "--cpuinfer-threads", "1", "--gpu")
+    assert ran.code == 0 and "one layout serves any number of NUMA nodes" in ran.err and "it is the CPU" in ran.err
     assert coterie(*command[:-1], "0").code == 2
 
 

@@ -108,6 +108,12 @@ def test_gguf(tmp_path):
     model, expected = coterie.from_pretrained(tmp_path / "out"), coterie.from_pretrained(file, dense="int8")
     assert torch.equal(logits(model), logits(expected))
     assert_same_linears(model, expected)
+    found = verify_linears(tmp_path / "out", file)
+    assert found.count == 9 and 0.001 < found.worst < 0.02
+    other = write_qwen(tmp_path / "other.gguf", tiny_models.make("qwen3_moe", torch.float32, vocab_size=97))
+    with pytest.raises(CheckpointError, match=r"tensor lm_head\.weight: expected \[97, 64\], its shape is \[96, 64\]"):
+        convert(other, tmp_path / "wider", dense="int8")
+        verify_linears(tmp_path / "wider", file)
 
 
 def quantised(folder: Path, method: str) -> dict[str, torch.Tensor]:

@@ -12,10 +12,9 @@ import coterie
 from coterie.checkpoints import open_reader
 from coterie.cli import app
 from coterie.convert import finished_layers
-from coterie.convert.merge import merge
 from coterie.convert.verify import verify
-from coterie.errors import ArgumentError, CheckpointError
-from coterie.hf.converting import convert
+from coterie.errors import ArgumentError
+from coterie.hf.converting import convert, merge
 
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 
@@ -76,8 +75,14 @@ def test_loose_layers(tmp_path):
         assert layer == (tmp_path / "whole" / name.rpartition("/")[2]).read_bytes()
     assert not merge([tmp_path / "loose"], tmp_path / "merged").whole
     assert coterie.Experts.open(tmp_path / "merged", layer=1).format == "mxfp4"
-    with pytest.raises(CheckpointError, match="is no Hugging Face folder: convert it by `coterie convert cpu"):
-        merge([tmp_path / "loose"], tmp_path / "other", file)
+    command = ["convert", "merge", "-i", tmp_path / "loose", "-o", tmp_path / "other", "--original-path", file]
+    ran = CliRunner().invoke(app, list(map(str, command)))
+    assert ran.exit_code == 0, ran.output
+    assert files(tmp_path / "other") == files(tmp_path / "whole")
+    convert(file, tmp_path / "first", layers=[0])
+    with pytest.raises(ArgumentError, match=r"layers 1 of .*model\.gguf are not there, only 0"):
+        merge([tmp_path / "first"], tmp_path / "half", file)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_input_type(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from coterie.checkpoints.gguf_file import is_gguf
+from coterie.checkpoints.gguf_file import find_gguf
 from coterie.checkpoints.tensorfile import TensorFile, shown
 from coterie.errors import CheckpointError, MissingTensorError
 
@@ -32,15 +32,15 @@ class Folder:
             raise CheckpointError(
                 f"{self.path} does not exist: expected a checkpoint folder, a .safetensors or a .gguf file"
             )
+        if (gguf := find_gguf(self.path)) is not None:
+            raise CheckpointError(
+                f"{gguf} is a GGUF file: expected a checkpoint folder or a .safetensors file; `coterie convert cpu` "
+                "makes a packed folder of it"
+            )
         if self.path.is_dir():
             self.root = self.path
             self.shard_of = self._names()
         else:
-            if is_gguf(self.path):
-                raise CheckpointError(
-                    f"{self.path} is a GGUF file: expected a checkpoint folder or a .safetensors file, which "
-                    "`coterie convert cpu` makes of it"
-                )
             self.root = self.path.parent
             self.shard_of = dict.fromkeys(self.file(self.path.name).entries, self.path.name)
 

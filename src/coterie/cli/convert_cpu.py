@@ -54,6 +54,7 @@ def cpu(
     threadpool_count: Annotated[
         int | None, typer.Option(min=1, help="Accepted; changes nothing: one layout serves any number of NUMA nodes.")
     ] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Accepted; changes nothing: it is the CPU that packs.")] = False,
     layers: Annotated[str | None, typer.Option(help="Only these layers, like 0-3 or 5, as loose files.")] = None,
     no_merge_safetensor: Annotated[
         bool, typer.Option("--no-merge-safetensor", help="Experts alone, a folder a layer, to be merged later.")
@@ -83,6 +84,8 @@ def cpu(
     if threadpool_count is not None:
         text = "--threadpool-count changes nothing: one layout serves any number of NUMA nodes."
         errors.print(text, highlight=False, soft_wrap=True)
+    if gpu:
+        errors.print("--gpu changes nothing: it is the CPU that packs.", highlight=False, soft_wrap=True)
     try:
         nothing = f"nothing is kept: what was written to {output} has been removed"
         with telling_of_ctrl_c(lambda: _kept(output) or nothing), ConversionProgress() as progress:

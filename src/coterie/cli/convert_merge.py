@@ -27,7 +27,7 @@ def merge(
 
     With --original-path the result is what a conversion of all layers at once writes, byte for byte.
     """
-    from coterie.convert.merge import merge
+    from coterie.hf.converting import merge
 
     with telling_of_ctrl_c(lambda: f"nothing is kept in {output}"):
         done = merge(input_path, output, original_path, max_tensors)

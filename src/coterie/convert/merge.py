@@ -38,12 +38,13 @@ def merge(
     output: str | os.PathLike,
     original: str | os.PathLike | None = None,
     max_tensors: int | None = None,
+    rest: str | os.PathLike | None = None,
 ) -> Merged:
     """Copies the packed layers in the folders `inputs` into one new folder with an index, whole or not there at all.
 
     With `original`, the checkpoint that they were packed from, everything else of it comes along, in shards of at most
-    `max_tensors` tensors; without it, the result is experts alone, which `Experts.open` opens. An experts' file stays
-    what it is.
+    `max_tensors` tensors (`rest` is as of `convert_cpu`); without it, the result is experts alone, which `Experts.open`
+    opens. An experts' file stays what it is.
 
     Raises ArgumentError for layers that are missing or there twice, CheckpointError for broken or unfinished ones and
     for an output that cannot be written.
@@ -56,28 +57,28 @@ def merge(
         if layout.layer != layer:
             raise CheckpointError(f"{files[layer]} holds layer {layout.layer}, its name says {layer}")
     formats = ModelFormats.of({layer: layout.formats for layer, layout in layouts.items()})
-    rest = None
+    others = None
     if original is not None:
         reader = open_source(Path(original))
         readers = {layer: reader.layer(layer) for layer in reader.layers}
         _check_original(Path(original), readers, layouts, files)
         experts = {name for r in readers.values() for name in r.tensors}
-        rest = Rest(rest_of(Path(original), reader), experts, reader.schemes)
+        others = Rest(rest_of(Path(original), reader, rest), experts, reader.schemes)
     elif max_tensors is not None:
         raise ArgumentError("--max-tensors is of the rest of a checkpoint: give --original-path")
     with new_folder(output) as new:
-        check_room(new, sum(path.stat().st_size for path in files.values()) + (rest.nbytes if rest else 0))
+        check_room(new, sum(path.stat().st_size for path in files.values()) + (others.nbytes if others else 0))
         for layer, path in files.items():
             copy_file(path, layer_file(new, layer))
-        if rest is not None:
-            rest.copy(formats, layouts.values(), partial(path_within, new), max_tensors)
+        if others is not None:
+            others.copy(formats, layouts.values(), partial(path_within, new), max_tensors)
         else:
             weight_map = {
                 name: layer_file("", layer).name for layer, layout in layouts.items() for name, _, _ in layout.tensors()
             }
             write_index(new / PACKED_INDEX, weight_map, total_size=sum(layout.nbytes for layout in layouts.values()))
         nbytes = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
-    return Merged(tuple(files), formats, nbytes, time.perf_counter() - started, rest is not None)
+    return Merged(tuple(files), formats, nbytes, time.perf_counter() - started, others is not None)
 
 
 def _found(folders: Sequence[Path]) -> dict[int, Path]:

@@ -19,7 +19,7 @@ from coterie.convert.compare import apart
 from coterie.convert.linears import stored_linears
 from coterie.convert.progress import Meter, Progress
 from coterie.convert.report import LinearErrors, ProjectionError
-from coterie.convert.source import open_source
+from coterie.convert.source import open_source, rest_of
 from coterie.convert.tensors import written_tensors
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.experts import Experts
@@ -82,28 +82,27 @@ def verify(
     return checks
 
 
-def verify_linears(path: Path, source: Path, tied: Mapping[str, str]) -> LinearErrors:
+def verify_linears(path: Path, source: Path, tied: Mapping[str, str], rest: Path | None = None) -> LinearErrors:
     """The relative errors of the packed linear layers of the checkpoint folder `path`, none where it has none.
 
-    tied: tensors that `source` need not have, since they are those of other names. Raises CheckpointError for a tensor
-    that it has not, or of another shape.
+    tied: tensors that `source` need not have, since they are those of other names. rest: as of `convert_cpu`. Raises
+    CheckpointError for a tensor that it has not, or of another shape.
     """
     folder, errors = Folder(path), LinearErrors()
     linears = stored_linears(folder, "F32")
     if not linears:
         return errors
     reader = open_source(source)
-    if reader.folder is None:
-        raise CheckpointError(f"{source} is a GGUF file, with which packed linear layers cannot be compared")
+    original = rest_of(source, reader, rest)
     experts = {name for layer in reader.layers for name in reader.layer(layer).tensors}
-    names = [name for name in reader.folder.shard_of if name not in experts]
-    tensors = {tensor.name: tensor for tensor in written_tensors(reader.folder, names, reader.schemes)}
+    names = [name for name in original.shard_of if name not in experts]
+    tensors = {tensor.name: tensor for tensor in written_tensors(original, names, reader.schemes)}
     for name, linear in linears.items():
         expected = tensors.get(name) or tensors.get(tied.get(name, ""))
         if expected is None or expected.shape != linear.shape:
             found = f"its shape is {list(expected.shape)}" if expected else "it has no such tensor"
             raise CheckpointError(f"{source}, tensor {name}: expected {list(linear.shape)}, {found}")
-        errors.add(name, apart(reader.folder, expected, folder, linear)[1])
+        errors.add(name, apart(original, expected, folder, linear)[1])
     return errors
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from coterie.checkpoints.gguf_file import GgufFile, find_gguf
 from coterie.checkpoints.packed_linears import LINEARS_FILE
 from coterie.convert import ConversionReport, convert_cpu, verify
 from coterie.convert.linears import Dense
+from coterie.convert.merge import Merged
+from coterie.convert.merge import merge as merge_layers
 from coterie.convert.report import LinearErrors
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import resolve
@@ -53,27 +56,60 @@ def convert(
         if dense is not None:
             options["dense"] = dense_of(model_of(Path(source)), dense, dense_skip)
         return convert_cpu(source, output, **options)
-    file, output = GgufFile(gguf), Path(output)
-    config, _ = read_config(file)
-    model = empty_model(config, dtype=config.dtype)
+    model = model_of_gguf(GgufFile(gguf))
     if dense is not None:
         options["dense"] = dense_of(model, dense, dense_skip)
-    config.architectures = [type(model).__name__]
-    weights = read_rest(file, model)
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.absolute().parent) as rest:
-        save_file(weights, Path(rest, "model.safetensors"), {"format": "pt"})
-        config.save_pretrained(rest)
-        save_tokenizer(file, rest)
-        del weights
+    with rest_of_gguf(GgufFile(gguf), model, Path(output)) as rest:
         return convert_cpu(source, output, rest=rest, **options)
+
+
+def merge(
+    inputs: Sequence[str | os.PathLike],
+    output: str | os.PathLike,
+    original: str | os.PathLike | None = None,
+    max_tensors: int | None = None,
+) -> Merged:
+    """`convert.merge.merge`, for any original: of a GGUF file the rest is made as `convert` does."""
+    gguf = None if original is None else find_gguf(original)
+    if gguf is None:
+        return merge_layers(inputs, output, original, max_tensors)
+    file = GgufFile(gguf)
+    with rest_of_gguf(file, model_of_gguf(file), Path(output)) as rest:
+        return merge_layers(inputs, output, original, max_tensors, rest)
 
 
 def verify_linears(packed: str | os.PathLike, source: str | os.PathLike) -> LinearErrors:
     """How far the packed linear layers of a checkpoint are from its source's; none where it has none."""
     if not any(LINEARS_FILE.fullmatch(file.name) for file in Path(packed).iterdir()):
         return LinearErrors()
-    return verify.verify_linears(Path(packed), Path(source), tied_names(model_of(Path(packed))))
+    tied, gguf = tied_names(model_of(Path(packed))), find_gguf(source)
+    if gguf is None:
+        return verify.verify_linears(Path(packed), Path(source), tied)
+    file = GgufFile(gguf)
+    with rest_of_gguf(file, model_of_gguf(file), Path(packed)) as rest:
+        return verify.verify_linears(Path(packed), Path(source), tied, rest)
+
+
+def model_of_gguf(file: GgufFile) -> PreTrainedModel:
+    """The model of a GGUF file, without weights."""
+    config, _ = read_config(file)
+    model = empty_model(config, dtype=config.dtype)
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+@contextmanager
+def rest_of_gguf(file: GgufFile, model: PreTrainedModel, beside: Path) -> Iterator[Path]:
+    """A folder with all of a GGUF file but its experts, as Transformers has it; gone afterwards."""
+    weights = read_rest(file, model)
+    parent = beside.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{beside.name}-", dir=parent) as rest:
+        save_file(weights, Path(rest, "model.safetensors"), {"format": "pt"})
+        model.config.save_pretrained(rest)
+        save_tokenizer(file, rest)
+        del weights
+        yield Path(rest)
 
 
 def model_of(folder: Path) -> PreTrainedModel:
