@@ -244,6 +244,9 @@ def test_architectures_that_transformers_does_not_open(tmp_path):
     file = write_gguf(tmp_path / "model.gguf", tensors, {"block_count": 1}, arch="olmoe")
     with pytest.raises(UnsupportedModelError, match="does not open GGUF architecture 'olmoe'"):
         coterie.from_pretrained(file)
+    file = write_gguf(tmp_path / "model.gguf", tensors, {"block_count": 1, "expert_count": 3}, arch="llama")
+    with pytest.raises(UnsupportedModelError, match="'llama' with experts, a Mixtral, which Transformers takes for"):
+        coterie.from_pretrained(file)
 
 
 def test_weights_that_are_missing_or_unknown(tmp_path):

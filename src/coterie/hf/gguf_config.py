@@ -51,6 +51,11 @@ def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict
 
 
 def _by_transformers(file: GgufFile, settings: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
+    if file.architecture == "llama" and file.own_value("expert_count"):
+        raise UnsupportedModelError(
+            f"{file.path}: GGUF architecture 'llama' with experts, a Mixtral, which Transformers takes for a Llama "
+            "without them: use the original checkpoint, or Experts.open for a layer"
+        )
     first, scaling = file.first, file.own_value("rope.scaling.type", "none")
     if scaling != "none" and "rope_parameters" not in settings:
         raise UnsupportedModelError(
