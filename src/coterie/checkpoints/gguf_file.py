@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from coterie.checkpoints.gguf_header import check_header
 from coterie.checkpoints.tensorfile import shown
 from coterie.errors import CheckpointError, MissingTensorError
 
@@ -88,9 +89,12 @@ class GgufFile:
         return list(self._tensors)
 
     def value(self, key: str, default: Any = None) -> Any:
-        """A metadata value, or `default` where there is none of that key."""
+        """A metadata value, or `default` where there is none of that key. Raises CheckpointError for a broken one."""
         field = self._readers[0].fields.get(key)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except Exception as error:  # as when a file is opened
+            raise CheckpointError(f"{self.path}: the metadata's {shown(key)} cannot be read: {error}") from error
 
     def own_keys(self, stem: str) -> list[str]:
         """The keys, without the architecture's name, that are the architecture's own and begin so."""
@@ -167,6 +171,7 @@ def _files(path: Path) -> list[Path]:
 def _open(path: Path) -> Any:
     package = gguf_package()
     try:
+        check_header(path)
         reader = package.GGUFReader(path)
     except Exception as error:  # the package raises whatever its slices and enums do
         raise CheckpointError(f"{path} is not a whole GGUF file: {shown(str(error))}") from error

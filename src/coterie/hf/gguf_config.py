@@ -40,6 +40,7 @@ def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict
 
     Raises UnsupportedModelError, naming the architecture, where neither Transformers nor this version makes one.
     """
+    _check_blocks(file)
     if file.architecture in OWN:
         model_type, made = OWN[file.architecture]
         config, unused = CONFIG_MAPPING[model_type].from_dict(made(file), return_unused_kwargs=True, **settings)
@@ -71,6 +72,8 @@ def _by_transformers(file: GgufFile, settings: dict[str, Any]) -> tuple[Pretrain
             f"{file.path}: Transformers {transformers.__version__} does not open GGUF architecture "
             f"{shown(file.architecture)}: {shown(str(error))}; use the original checkpoint, or Experts.open for a layer"
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"{first}: Transformers does not read its metadata: {shown(str(error))}") from error
     unused.pop("gguf_file", None)
     for key, name in FIELDS.items():
         value = file.own_value(key)
@@ -84,10 +87,11 @@ def open_tokenizer(file: GgufFile) -> Any:
     first = file.first
     if file.value("tokenizer.ggml.model") is None:
         raise CheckpointError(f"{first} has no tokenizer: expected tokenizer.ggml.model and what goes with it")
+    _check_blocks(file)
     maker = PreTrainedTokenizerFast if file.architecture in OWN else AutoTokenizer  # which reads the config first
     try:
         return maker.from_pretrained(first.parent, gguf_file=first.name)
-    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # tokenizers fail in as many ways as there are kinds
         raise CheckpointError(f"{first}: Transformers makes no tokenizer of it: {shown(str(error))}") from error
 
 
@@ -130,6 +134,13 @@ def _gpt_oss(file: GgufFile) -> dict[str, Any]:
         "eos_token_id": file.value("tokenizer.ggml.eos_token_id"),
         "pad_token_id": file.value("tokenizer.ggml.padding_token_id"),
     }
+
+
+def _check_blocks(file: GgufFile) -> None:
+    """Raises CheckpointError for more layers than a file can hold: configs have lists of as many."""
+    blocks = file.own_value("block_count", 0)
+    if not isinstance(blocks, int) or blocks > len(file.names):
+        raise CheckpointError(f"{file.path}: {shown(blocks)} layers (block_count), and {len(file.names)} tensors")
 
 
 def _stated(file: GgufFile, key: str) -> Any:
