@@ -88,6 +88,7 @@ def test_trains_and_generates(tmp_path):
     ("metadata", "error", "message"),
     [
         ({"attention__sliding_window": None}, CheckpointError, r"has no gpt-oss\.attention\.sliding_window"),
+        ({"rope__scaling__factor": None}, CheckpointError, r"no valid gpt_oss config: .*factor"),
         ({"rope__scaling__type": "longrope"}, UnsupportedModelError, r"positions that are scaled \(longrope\)"),
         ({"rope__scaling__attn_factor": 2.0}, UnsupportedModelError, r"does not read 'rope\.scaling\.attn_factor'"),
     ],

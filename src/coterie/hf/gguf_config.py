@@ -43,7 +43,11 @@ def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict
     _check_blocks(file)
     if file.architecture in OWN:
         model_type, made = OWN[file.architecture]
-        config, unused = CONFIG_MAPPING[model_type].from_dict(made(file), return_unused_kwargs=True, **settings)
+        values = made(file)
+        try:
+            config, unused = CONFIG_MAPPING[model_type].from_dict(values, return_unused_kwargs=True, **settings)
+        except Exception as error:  # Transformers' own checks of the values, which have no common type
+            raise CheckpointError(f"{file.path}: the metadata is no valid {model_type} config: {error}") from error
     else:
         config, unused = _by_transformers(file, settings)
     config.tie_word_embeddings = "output.weight" not in file.names  # which may be in another file than the metadata
