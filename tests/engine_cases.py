@@ -19,7 +19,7 @@ TILES = ("amx", "amx_emulated")
 DECODED_FROM, DECODED_FROM_IN_TILES = 16, 8  # rows of an expert from which 4-bit groups are decoded to int8
 # Codes as whole numbers: the largest magnitude, and what one is worth.
 LARGEST = {"int4": 8.0, "q4_0": 8.0, "iq4_nl": 127.0, "mxfp4": 12.0, "nvfp4": 12.0, "q6_k": 32.0, "q5_0": 16.0,
-           "iq4_xs": 127.0}
+           "iq4_xs": 127.0, "q3_k": 4.0}
 UNITS = {"mxfp4": 0.5, "nvfp4": 0.5}
 TILE_ROWS = {"scalar": 4}  # rows, else 6, up to which other weights are not decoded to bf16
 

@@ -11,7 +11,7 @@ from coterie import Experts
 from coterie.formats import Format, round_up
 
 # Numbers of 16 bits that records begin with.
-HALVES = {"q4_k": 2, "q6_k": 1, "q5_k": 2, "q4_1": 2, "q5_1": 2, "iq4_xs": 1, "q2_k": 2}
+HALVES = {"q4_k": 2, "q6_k": 1, "q5_k": 2, "q4_1": 2, "q5_1": 2, "iq4_xs": 1, "q2_k": 2, "q3_k": 1}
 QUAD = (0, 2, 1, 3)  # byte i of a word is column QUAD[i] of its four
 
 
@@ -104,6 +104,10 @@ def _codes(bits: int, lines: Tensor) -> Tensor:
         upper = [quads[..., 0, :] >> high * n & (1 << high) - 1 for n in range(8 // high)]
         lower = [quads[..., 1 + n // 2, :] >> 4 * (n % 2) & 15 for n in range(8 // high)]
         quads = torch.stack([u << 4 | v for u, v in zip(upper, lower, strict=True)], -2)
+    if bits == 3:
+        upper, *lower = quads.unflatten(2, (-1, 3)).unbind(-2)
+        quads = torch.stack([lower[n // 2] >> n % 2 * 2 & 0x33 | (upper >> n & 0x11) << 2 for n in range(4)], -2)
+        bits = 4  # four lines of such codes, made of three
     if bits == 2:
         quads = torch.stack([quads >> 2 * n & 3 for n in range(4)], -2)
     if bits == 4:
@@ -155,6 +159,10 @@ def _six_bits_less_32(own: Tensor, part: int, which: int) -> Tensor:
     return own[..., 2 + part // 2] // 16 ** (part % 2) % 16 + own[..., part // 4] // 4 ** (part % 4) % 4 * 16 - 32
 
 
+def _sixteen_of_six_bits(own: Tensor, part: int, which: int) -> Tensor:
+    return own[..., part % 8] // 16 ** (part // 8) % 16 + own[..., 8 + part % 4] // 4 ** (part // 4) % 4 * 16 - 32
+
+
 def _nibbles(own: Tensor, part: int, which: int) -> Tensor:
     return own[..., part] // 16**which % 16
 
@@ -166,7 +174,7 @@ def _itself(own: Tensor, part: int, which: int) -> Tensor:
 
 FACTORS = {
     "q4_k": _six_bits, "q6_k": _signed, "q5_k": _six_bits, "q4_1": _itself, "q5_1": _itself,
-    "iq4_xs": _six_bits_less_32, "q2_k": _nibbles,
+    "iq4_xs": _six_bits_less_32, "q2_k": _nibbles, "q3_k": _sixteen_of_six_bits,
 }  # fmt: skip
 
 

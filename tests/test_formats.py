@@ -53,6 +53,7 @@ def test_bytes_of_a_matrix():
     assert Format("q5_0", 32).matrix_nbytes(64, 64) == 64 * 64 * 11 // 16
     assert Format("q5_1", 32).matrix_nbytes(64, 64) == 64 * 64 * 3 // 4
     assert Format("q2_k", 256).matrix_nbytes(64, 256) == 64 * 256 * 21 // 64
+    assert Format("q3_k", 256).matrix_nbytes(64, 256) == 64 * 110
     assert Format("iq4_xs", 256).matrix_nbytes(64, 256) == 64 * 256 * 17 // 32
     assert Format("q6_k", 256).matrix_nbytes(17, 257) == 32 * 512 * 105 // 128
     assert Format("nvfp4", 16).matrix_nbytes(64, 64) == 2048 + 64 * 4 + 64 * 4
@@ -88,7 +89,7 @@ def value_of(spec, parts):
     elif spec.name in ("iq4_nl", "iq4_xs"):
         values = torch.tensor(IQ4)[parts.codes.long()]
     else:
-        zero = {"q4_k": 0, "q6_k": 32, "q5_k": 0, "q4_1": 0, "q5_0": 16, "q5_1": 0, "q2_k": 0}.get(
+        zero = {"q4_k": 0, "q6_k": 32, "q5_k": 0, "q4_1": 0, "q5_0": 16, "q5_1": 0, "q2_k": 0, "q3_k": 4}.get(
             spec.name, 128 if spec.encoding.bits == 8 else 8
         )
         if parts.zero is not None:

@@ -88,7 +88,7 @@ struct WordsOf {
   }
 };
 
-// Whole numbers of 2, 5 or 6 bits, less an offset: a line of the upper bits where there are more than 4, then lines of the lower two or four.
+// Whole numbers of 2, 3, 5 or 6 bits, less an offset: lines of the lower two bits, or four where there are more than 4, and before them a line of what is above.
 template <int Bits, int Offset>
 struct SplitCodes {
   static constexpr int kLowBits = Bits < 4 ? 2 : 4, kBits = Bits, kHighBits = Bits - kLowBits, kPairs = 16 / (kHighBits ? kHighBits : kBits);
@@ -107,13 +107,34 @@ struct SplitCodes {
   static typename Isa::I bytes(const uint8_t* run, int64_t stride) {
     constexpr int kQuads = 8 / kLowBits;  // of a line
     constexpr uint32_t kLower = ((1u << kLowBits) - 1) * 0x01010101u, kUpper = ((1u << kHighBits) - 1) * (0x01010101u << kLowBits);
-    const auto lower = Isa::template field<quad % kQuads * kLowBits, kLower>(Isa::load_integers(run + ((kHighBits > 0) + quad / kQuads) * stride));
-    if constexpr (kHighBits == 0)
-      return lower;
-    else
-      return Isa::either(lower, Isa::template field<quad * kHighBits - kLowBits, kUpper>(Isa::load_integers(run)));
+    const auto line = Isa::load_integers(run + ((kHighBits > 0) + quad / kQuads) * stride);
+    if constexpr (kHighBits == 0) {
+      return Isa::template field<quad % kQuads * kLowBits, kLower>(line);
+    } else if constexpr (kBits == 3) {
+      // Two quads at once, as a line of 4-bit codes has them.
+      const auto lower = Isa::template field<quad / 2 % 2 * 2, 0x33333333u>(line);
+      const auto both = Isa::either(lower, Isa::template field<quad / 2 - 2, 0x44444444u>(Isa::load_integers(run)));
+      return Isa::template field<quad % 2 * 4, 0x0f0f0f0fu>(both);
+    } else {
+      return Isa::either(Isa::template field<quad % kQuads * kLowBits, kLower>(line),
+                         Isa::template field<quad * kHighBits - kLowBits, kUpper>(Isa::load_integers(run)));
+    }
   }
 };
+
+// From which bit of its byte on column `column` of a run has its lower bits, and its upper ones: one quad behind the other, but of codes of 3 bits every
+// second one behind the quads between them, in the upper halves of bytes.
+template <class Codes>
+constexpr int lower_bit(int column) {
+  constexpr int kLow = Codes::kBits - Codes::kHighBits;
+  const int quad = column / 4 % (8 / kLow);
+  return Codes::kBits == 3 ? quad % 2 * 4 + quad / 2 * kLow : quad * kLow;
+}
+template <class Codes>
+constexpr int upper_bit(int column) {
+  const int quad = column / 4;
+  return Codes::kBits == 3 ? quad % 2 * 4 + quad / 2 : quad * Codes::kHighBits;
+}
 
 // Codes::kTable plus kOffset, as unsigned bytes.
 template <class Codes>
@@ -235,11 +256,11 @@ inline void lines_of(const uint8_t* line, typename Isa::I (&to)[Codes::kPairs]) 
     Isa::e4m3_lines(line, to);
 }
 
-// f(0), f(1), ... f(count - 1), as constants.
-template <int count, int i = 0, class F>
-inline void each_index(const F& f) {
-  f(std::integral_constant<int, i>{});
-  if constexpr (i + 1 < count) each_index<count, i + 1>(f);
+// f(begin), f(begin + 1), ... f(end - 1), as constants.
+template <int end, int begin = 0, class F>
+[[gnu::always_inline]] inline void each_index(const F& f) {
+  f(std::integral_constant<int, begin>{});
+  if constexpr (begin + 1 < end) each_index<end, begin + 1>(f);
 }
 
 // The columns of a line in natural order, two by two: take(index of the pair, first, second). Zero: zero points are stored.
@@ -267,13 +288,14 @@ inline void each_pair_of_line(const uint8_t* line, typename Isa::F minus_zero, c
   }
 }
 
-// The same of a run, whose lines lie `stride` bytes apart.
-template <class Isa, class Codes, bool Zero, class Take>
+// The same of part `part` of a run's `parts`, whose lines lie `stride` bytes apart.
+template <class Isa, class Codes, bool Zero, int part, int parts, class Take>
 inline void each_pair(const uint8_t* run, int64_t stride, typename Isa::F minus_zero, const Take& take) {
+  constexpr int kQuads = Codes::kPairs / 2 / parts;
   if constexpr (!Codes::kSplit)
     each_pair_of_line<Isa, Codes, Zero>(run, minus_zero, take);
   else
-    each_index<Codes::kPairs / 2>([&](auto index) {
+    each_index<(part + 1) * kQuads, part * kQuads>([&](auto index) {
       constexpr int quad = decltype(index)::value;
       const auto words = Codes::template bytes<Isa, quad>(run, stride);
       const auto column = [&](auto bytes) { return Isa::add(Isa::to_float(bytes), minus_zero); };

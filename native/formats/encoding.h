@@ -21,7 +21,8 @@ struct Encoding {
   static constexpr bool kZero = Zero, kStepZero = Zero && kStepScale, kRowZero = Zero && !kStepScale;
   static constexpr int kRunColumns = 32 / (Codes::kHighBits ? Codes::kHighBits : Codes::kBits), kRunLines = kRunColumns * Codes::kBits / 32;
   static constexpr int kScales = Scale::kCount;  // of a row in a step
-  static_assert(Step == 0 || Step / kScales % kRunColumns == 0, "the columns of a scale are whole runs");
+  static constexpr int kRunScales = Step && Step / kScales < kRunColumns ? kRunColumns * kScales / Step : 1;  // of a row in a run, each of as many columns
+  static_assert(Step == 0 || Step / kScales * kRunScales % kRunColumns == 0, "the columns of a scale are whole runs, or those of a run are of whole scales");
   static constexpr bool kMinimum = Scale::kMinimum;
   static constexpr bool kNarrow = Codes::kBits < 8 && kStepScale;
   static constexpr bool kRecord = Scale::kRecord;

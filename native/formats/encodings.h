@@ -13,6 +13,7 @@
 #include "formats/mxfp8.h"
 #include "formats/nvfp4.h"
 #include "formats/q2_k.h"
+#include "formats/q3_k.h"
 #include "formats/q4_0.h"
 #include "formats/q4_1.h"
 #include "formats/q4_k.h"
@@ -28,7 +29,7 @@ namespace {
 template <class... Family>
 struct Families {};
 using AllFamilies = Families<Bf16, Int8, Int4, Fp8Block, Fp8Channel, Mxfp4, Mxfp8, Nvfp4, Q4_0, Q8_0, Iq4Nl, Q4K, Q6K, Q5K, Q4_1, Q5_0, Q5_1,
-                             Iq4Xs, Q2K>;
+                             Iq4Xs, Q2K, Q3K>;
 
 template <class F, class First, class... Rest>
 decltype(auto) with_family(Families<First, Rest...>, int number, const Layout& layout, const F& f) {

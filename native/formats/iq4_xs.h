@@ -5,7 +5,7 @@
 namespace coterie {
 namespace {
 
-struct Iq4Xs : WithFactors<Iq4Xs, Iq4Codes, SixBitScales, -127, -32> {
+struct Iq4Xs : WithFactors<Iq4Xs, Iq4Codes, SixBitScales<EightPlaces>, -127, -32> {
   static constexpr float kExtremes[] = {-107.0f, -111.0f, -115.0f, -119.0f, -123.0f, -127.0f, -131.0f, -135.0f, 104.0f, 109.0f, 113.0f, 117.0f};
 };
 

@@ -184,35 +184,57 @@ struct ScaleAndStart : Record<2, 0, 1> {
   };
 };
 
-// GGUF's for 256 columns: an f16, two bytes with the upper two bits and four with the lower four of whole numbers of 6 bits, less 32, by which it is
-// multiplied for each 32 columns.
-struct SixBitScales : Record<1, 6, 8> {
+// Where kCount numbers of 6 bits are in kBytes bytes: the lower four and the upper two of number g are in a byte each, from a bit on.
+struct EightPlaces {
+  static constexpr int kCount = 8, kBytes = 6;
+  static constexpr int lower(int g) { return 2 + g / 2; }
+  static constexpr int lower_bit(int g) { return g % 2 * 4; }
+  static constexpr int upper(int g) { return g / 4; }
+  static constexpr int upper_bit(int g) { return g % 4 * 2; }
+};
+
+struct SixteenPlaces {
+  static constexpr int kCount = 16, kBytes = 12;
+  static constexpr int lower(int g) { return g % 8; }
+  static constexpr int lower_bit(int g) { return g / 8 * 4; }
+  static constexpr int upper(int g) { return 8 + g % 4; }
+  static constexpr int upper_bit(int g) { return g / 4 * 2; }
+};
+
+// GGUF's for 256 columns: an f16, and bytes with whole numbers of 6 bits, less 32, by which it is multiplied for each part of the columns.
+template <class Places>
+struct SixBitScales : Record<1, Places::kBytes, Places::kCount> {
+  static constexpr int kCount = Places::kCount, kBytes = Places::kBytes;
   static float value(const uint8_t* record, int group) {
-    const int lower = record[4 + group / 2] >> group % 2 * 4 & 15, upper = record[2 + group / 4] >> group % 4 * 2 & 3;
+    const uint8_t* b = record + 2;
+    const int lower = b[Places::lower(group)] >> Places::lower_bit(group) & 15, upper = b[Places::upper(group)] >> Places::upper_bit(group) & 3;
     return F16Scale::value(record) * static_cast<float>((lower | upper << 4) - 32);
   }
   // Of a panel, for lanes from `lane` on; factors are 32 more than they stand for.
   static void store(Vector scale, const Words (&factor)[kCount], uint8_t* panel, int lane) {
-    store_half(0, scale, panel, lane);
-    uint8_t* const to = panel + 2 * kLanes + lane;
-    for (int i = 0; i < 2; i++)
-      store_narrow<uint8_t>(to + i * kLanes, factor[4 * i] >> 4 | factor[4 * i + 1] >> 4 << 2 | factor[4 * i + 2] >> 4 << 4 | factor[4 * i + 3] >> 4 << 6);
-    for (int i = 0; i < 4; i++) store_narrow<uint8_t>(to + (2 + i) * kLanes, (factor[2 * i] & 15) | (factor[2 * i + 1] & 15) << 4);
+    Words bytes[kBytes] = {};
+    for (int g = 0; g < kCount; g++) {
+      bytes[Places::lower(g)] |= (factor[g] & 15) << Places::lower_bit(g);
+      bytes[Places::upper(g)] |= factor[g] >> 4 << Places::upper_bit(g);
+    }
+    SixBitScales::store_half(0, scale, panel, lane);
+    for (int i = 0; i < kBytes; i++) store_narrow<uint8_t>(panel + (2 + i) * kLanes + lane, bytes[i]);
   }
   template <class Isa>
   struct Panel {
-    typename Isa::F unit;
+    typename Isa::F unit, start;  // whose products, and differences, are exact
     const uint8_t* first;
 
-    explicit Panel(const uint8_t* panel) : unit(Isa::load_f16(panel)), first(panel + 2 * kLanes) {}
+    explicit Panel(const uint8_t* panel) : unit(Isa::load_f16(panel)), start(Isa::mul(unit, Isa::set1(-32.0f))), first(panel + 2 * kLanes) {}
     [[gnu::always_inline]] typename Isa::F scale(int group) const {
-      const auto lower = Isa::load_byte_integers(first + (2 + group / 2) * kLanes), upper = Isa::load_byte_integers(first + group / 4 * kLanes);
-      const auto whole = Isa::either(group % 2 ? Isa::template field<4, 15>(lower) : Isa::template field<0, 15>(lower),
-                                     group % 4 == 0   ? Isa::template field<-4, 48>(upper)
-                                     : group % 4 == 1 ? Isa::template field<-2, 48>(upper)
-                                     : group % 4 == 2 ? Isa::template field<0, 48>(upper)
-                                                      : Isa::template field<2, 48>(upper));
-      return Isa::mul(unit, Isa::add(Isa::to_float(whole), Isa::set1(-32.0f)));
+      const auto lower = Isa::load_byte_integers(first + Places::lower(group) * kLanes), upper = Isa::load_byte_integers(first + Places::upper(group) * kLanes);
+      const int bit = Places::upper_bit(group);
+      const auto whole = Isa::either(Places::lower_bit(group) ? Isa::template field<4, 15>(lower) : Isa::template field<0, 15>(lower),
+                                     bit == 0   ? Isa::template field<-4, 48>(upper)
+                                     : bit == 2 ? Isa::template field<-2, 48>(upper)
+                                     : bit == 4 ? Isa::template field<0, 48>(upper)
+                                                : Isa::template field<2, 48>(upper));
+      return Isa::fma(Isa::to_float(whole), unit, start);
     }
   };
 };

@@ -46,8 +46,8 @@ struct Place {
   int line, byte, low_shift, high_shift;
 
   explicit Place(int64_t i)
-      : line(static_cast<int>(i / kColumns) + (kHigh > 0)), byte(kQuadOrder[i % 4]), low_shift(static_cast<int>(i % kColumns / 4) * kLow),
-        high_shift(static_cast<int>(i / 4) * kHigh) {}
+      : line(static_cast<int>(i / kColumns) + (kHigh > 0)), byte(kQuadOrder[i % 4]), low_shift(lower_bit<typename E::Codes>(static_cast<int>(i))),
+        high_shift(upper_bit<typename E::Codes>(static_cast<int>(i))) {}
 };
 
 template <class E>

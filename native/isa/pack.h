@@ -140,15 +140,17 @@ struct PanelSums {
   Vector squares{}, difference{};
 };
 
-// Some columns of kWidth rows. The squares of what rounding changes are added to `difference`.
+// Some columns of kWidth rows: runs, each of which has these grids, whose inverses are given. The squares of what rounding changes are added to `difference`.
 template <class E>
-inline void pack_columns(const float* values, int64_t count, const Grid& grid, Vector inverse, uint8_t* line, int64_t stride, Vector& difference) {
+inline void pack_columns(const float* values, int64_t count, const Grid* grids, const Vector* inverses, uint8_t* line, int64_t stride, Vector& difference) {
   constexpr int kHigh = E::Codes::kHighBits, kLow = E::Codes::kBits - kHigh, kLineColumns = 32 / kLow;
   for (int64_t k = 0; k < count; k += E::kRunColumns) {
     [[maybe_unused]] Words upper{};  // of the run
     uint8_t* const first = line;
     if (kHigh > 0) line += stride;
     for (int n = 0; n < E::kRunColumns; n += kLineColumns, line += stride) {
+      const Grid& grid = grids[n * E::kRunScales / E::kRunColumns];
+      const Vector inverse = inverses[n * E::kRunScales / E::kRunColumns];
       Words words{};  // layout.h has the order of their bytes
 #pragma GCC unroll 8
       for (int i = 0; i < kLineColumns; i++) {
@@ -156,8 +158,8 @@ inline void pack_columns(const float* values, int64_t count, const Grid& grid, V
         if (E::kMinimum) w += grid.minimum;
         const Vector x = w * inverse;
         const Words code = E::Codes::round(x, grid.zero);
-        words |= (kHigh > 0 ? code & ((1u << kLow) - 1) : code) << (i % 4 * 8 + i / 4 * kLow);
-        if (kHigh > 0) upper |= code >> kLow << (i % 4 * 8 + (n + i) / 4 * kHigh);
+        words |= (kHigh > 0 ? code & ((1u << kLow) - 1) : code) << (i % 4 * 8 + lower_bit<typename E::Codes>(i));
+        if (kHigh > 0) upper |= code >> kLow << (i % 4 * 8 + upper_bit<typename E::Codes>(n + i));
         const Vector off = w - grid.scale * E::Codes::rounded(x, grid.zero);
         difference += off * off;
       }
@@ -178,9 +180,11 @@ inline void pack_step(const float* values, int64_t step, int lane, const Choice&
   }
   Grid grids[E::kScales];
   E::Family::template choose<E>(values, choice.search, reaches, grids, to.tail(step) + to.panel * kPanelRows * E::Scale::kRowBytes, lane);
-  for (int g = 0; g < E::kScales; g++)
-    pack_columns<E>(values + g * kWide * kLanes, kWide, grids[g], grids[g].inverse(),
-                    to.line(step) + g * (kWide / E::kRunColumns) * E::kRunLines * to.line_stride() + lane * 4, to.line_stride(), sums.difference);
+  Vector inverses[E::kScales];
+  for (int g = 0; g < E::kScales; g++) inverses[g] = grids[g].inverse();
+  for (int g = 0; g < E::kScales; g += E::kRunScales)
+    pack_columns<E>(values + g * kWide * kLanes, kWide * E::kRunScales, grids + g, inverses + g,
+                    to.line(step) + g * kWide / E::kRunColumns * E::kRunLines * to.line_stride() + lane * 4, to.line_stride(), sums.difference);
 }
 
 // kWidth rows, from `lane` on, of the columns [begin, begin + count), which share a scale. `values`: of those columns and rows.
@@ -208,7 +212,7 @@ inline void pack_group(const Layout& layout, const float* values, int64_t begin,
   }
   const Vector inverse = grid.inverse();
   for (const float* const stop = values + count * kLanes; values < stop; values += columns * kLanes, step++)
-    pack_columns<E>(values, columns, grid, inverse, to.line(step) + lane * 4, to.line_stride(), sums.difference);
+    pack_columns<E>(values, columns, &grid, &inverse, to.line(step) + lane * 4, to.line_stride(), sums.difference);
 }
 
 template <class E>

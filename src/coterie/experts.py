@@ -105,7 +105,7 @@ class Experts:
         Args:
             format: ``bf16``, ``int8``, ``int4``, ``fp8_block``, ``fp8_channel``, ``mxfp4``, ``mxfp8``,
                 ``nvfp4``, or GGUF's ``q4_0``, ``q4_1``, ``q5_0``, ``q5_1``, ``q8_0``, ``q2_k``,
-                ``q4_k``, ``q5_k``, ``q6_k``, ``iq4_nl``, ``iq4_xs``; or, with one of its own for down,
+                ``q3_k``, ``q4_k``, ``q5_k``, ``q6_k``, ``iq4_nl``, ``iq4_xs``; or, with one of its own for down,
                 `coterie.formats.Formats`.
             group_size: columns that share a scale (int8, int4: 32, 64, 128; 0 = per row); None: the format's default,
                 32 for int4, per row for int8.

@@ -69,10 +69,11 @@ class Encoding:
 IQ4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes of a 4-bit float
 U8, E4M3 = torch.uint8, torch.float8_e4m3fn
-# GGUF's scales for 256 columns: numbers of 6 bits with minima for each 32 columns, or alone; signed bytes, or numbers
-# of 4 bits with minima, for each 16; and a scale and a minimum for 32.
+# GGUF's scales for 256 columns: numbers of 6 bits with minima for each 32 columns, or alone; numbers of 6 bits, signed
+# bytes, or numbers of 4 bits with minima, for each 16; and a scale and a minimum for 32.
 WITH_MINIMA = Record(nbytes=16, numbers=2, parts=8)
 OF_SIX_BITS = Record(nbytes=8, numbers=1, parts=8)
+SIXTEEN_OF_SIX_BITS = Record(nbytes=14, numbers=1, parts=16)
 OF_BYTES = Record(nbytes=18, numbers=1, parts=16)
 OF_NIBBLES = Record(nbytes=20, numbers=2, parts=16)
 WITH_START = Record(nbytes=4, numbers=2, parts=1)
@@ -100,6 +101,9 @@ ENCODINGS = {
     "q5_1": Encoding(bits=5, codes=U8, scales=U8, group_sizes=(32,), int8_activations=True, record=WITH_START),
     "iq4_xs": Encoding(bits=4, codes=U8, scales=U8, group_sizes=(256,), int8_activations=True, record=OF_SIX_BITS),
     "q2_k": Encoding(bits=2, codes=U8, scales=U8, group_sizes=(256,), int8_activations=True, record=OF_NIBBLES),
+    "q3_k": Encoding(
+        bits=3, codes=U8, scales=U8, group_sizes=(256,), int8_activations=True, record=SIXTEEN_OF_SIX_BITS
+    ),
 }
 FORMATS = tuple(ENCODINGS)
 

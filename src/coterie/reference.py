@@ -125,7 +125,7 @@ def _quantise_records(w: Tensor, spec: Format, record: Record) -> Tensor:
 
     q2_k, q4_k, q5_k, q4_1, q5_1: the range of a part, widened to hold 0, to all codes, above a minimum that is stored
     like the scale; the largest scale and minimum of a group are 63 of its own, of q2_k 15. q6_k: the extreme value of a
-    part maps to -32, the extreme scale of a group is -128 of its own. iq4_xs: to -127, and -32.
+    part maps to -32, the extreme scale of a group is -128 of its own. q3_k: to -4, and -32. iq4_xs: to -127, and -32.
     """
     most = 2**spec.encoding.bits - 1
     g = torch.nn.functional.pad(w, (0, -w.shape[1] % spec.group_size))
@@ -137,9 +137,10 @@ def _quantise_records(w: Tensor, spec: Format, record: Record) -> Tensor:
         scale, minimum = (_multiples(v, factor) if record.parts > 1 else v.half().float() for v in (scale, minimum))
         codes = ((g + minimum) * _inverse(scale)).round().clamp(0, most)
         values = scale * codes - minimum
-    elif spec.name == "q6_k":
-        scale = _multiples(_extreme(g) / -32, -128)
-        values = scale * ((g * _inverse(scale) + 32).round().clamp(0, most) - 32)
+    elif spec.name in ("q6_k", "q3_k"):
+        middle = 2 ** (spec.encoding.bits - 1)
+        scale = _multiples(_extreme(g) / -middle, -128 if spec.name == "q6_k" else -32)
+        values = scale * ((g * _inverse(scale) + middle).round().clamp(0, most) - middle)
     else:
         scale = _multiples(_extreme(g) / -127, -32)
         values = scale * _rounded(g * _inverse(scale), spec)

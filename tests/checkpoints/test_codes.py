@@ -20,7 +20,7 @@ def every_code(spec, rows, cols, random):
     ("name", "group_size"),
     [("fp8_block", 128), ("fp8_channel", 0), ("mxfp4", 32), ("mxfp8", 32), ("nvfp4", 16), ("int4", 32), ("int4", 0),
      ("q4_k", 256), ("q6_k", 256), ("q5_k", 256), ("q4_1", 32), ("q5_0", 32), ("q5_1", 32), ("iq4_xs", 256),
-     ("q2_k", 256)],
+     ("q2_k", 256), ("q3_k", 256)],
 )
 def test_dequantised_as_the_kernels_do(name, group_size):
     spec, random, rows, cols = resolve(name, group_size), torch.Generator().manual_seed(0), 192, 256

@@ -13,7 +13,7 @@ from coterie.formats import Format
 SIZES = (3, 128, 256)
 # Of formats whose scales are f16: what the largest weight is to the largest f16.
 F16_MOST = {"q4_0": 8, "q8_0": 127, "iq4_nl": 127, "q4_k": 63 * 14, "q6_k": 128 * 32,
-            "q5_k": 63 * 30, "q4_1": 14, "q5_0": 16, "q5_1": 30, "iq4_xs": 32 * 127, "q2_k": 15 * 2}
+            "q5_k": 63 * 30, "q4_1": 14, "q5_0": 16, "q5_1": 30, "iq4_xs": 32 * 127, "q2_k": 15 * 2, "q3_k": 32 * 4}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -108,6 +108,7 @@ def test_one_scale_for_the_matrix():
         (Format("q4_k", 256), {"scale": torch.full((96, 1, 16), 127, dtype=torch.uint8)}, "out of q4_k's range"),
         (Format("q6_k", 256), {"scale": torch.full((96, 1, 18), 255, dtype=torch.uint8)}, "out of q6_k's range"),
         (Format("q6_k", 256), {"codes": torch.full((96, 256), 64, dtype=torch.uint8)}, "out of q6_k's range"),
+        (Format("q3_k", 256), {"codes": torch.full((96, 256), 8, dtype=torch.uint8)}, "out of q3_k's range"),
         (Format("fp8_channel"), {"codes": torch.full((96, 256), torch.nan).to(torch.float8_e4m3fn)}, "is NaN"),
         (Format("fp8_block", 128), {"scale": torch.ones(2, 2)}, r"scale: expected shape \[1, 2\]"),
     ],

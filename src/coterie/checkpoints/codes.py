@@ -17,7 +17,7 @@ VALUES = {"mxfp4": SIGNED, "nvfp4": SIGNED, "iq4_nl": IQ4, "iq4_xs": IQ4}
 # The code of 0, where there are no zero points.
 MIDDLE = {
     "int4": 8, "int8": 128, "q4_0": 8, "q8_0": 128, "q4_k": 0, "q6_k": 32, "q5_k": 0, "q4_1": 0, "q5_0": 16, "q5_1": 0,
-    "q2_k": 0,
+    "q2_k": 0, "q3_k": 4,
 }  # fmt: skip
 
 

@@ -99,16 +99,27 @@ def _q2_k(spec: Format, blocks: Tensor) -> Codes:
     return Codes(spec, _two_bits(blocks[..., 16:80]).flatten(1), record, None)
 
 
+def _eighths(packed: Tensor) -> Tensor:
+    """A bit of eight times 32 codes, a byte for eight, [..., 32] -> [..., 256]."""
+    return torch.cat([packed >> n & 1 for n in range(8)], -1)
+
+
+def _q3_k(spec: Format, blocks: Tensor) -> Codes:
+    """The third bits, the lower two, twelve bytes of scales, and an f16."""
+    codes = _two_bits(blocks[..., 32:96]) | _eighths(blocks[..., :32]) << 2
+    record = torch.cat([blocks[..., 108:110], blocks[..., 96:108]], -1)
+    return Codes(spec, codes.flatten(1), record, None)
+
+
 def _q4_k(spec: Format, blocks: Tensor) -> Codes:
     """The record of scales and minima, then four times 32 bytes, each with two times 32 codes."""
     return Codes(spec, _halves(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(1), blocks[..., :16].contiguous(), None)
 
 
 def _q5_k(spec: Format, blocks: Tensor) -> Codes:
-    """The record of scales and minima, the fifth bits of eight times 32 codes, a byte for eight, then as of q4_k."""
+    """The record of scales and minima, the fifth bits, then as of q4_k."""
     lower = _halves(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
-    fifth = torch.cat([blocks[..., 16:48] >> n & 1 for n in range(8)], -1)
-    return Codes(spec, (lower | fifth << 4).flatten(1), blocks[..., :16].contiguous(), None)
+    return Codes(spec, (lower | _eighths(blocks[..., 16:48]) << 4).flatten(1), blocks[..., :16].contiguous(), None)
 
 
 def _q6_k(spec: Format, blocks: Tensor) -> Codes:
@@ -131,11 +142,12 @@ TYPES = {
     "Q5_1": Type(resolve("q5_1"), _q5_1),
     "Q8_0": Type(resolve("q8_0"), _q8_0),
     "Q2_K": Type(resolve("q2_k"), _q2_k),
+    "Q3_K": Type(resolve("q3_k"), _q3_k),
     "Q4_K": Type(resolve("q4_k"), _q4_k),
     "Q5_K": Type(resolve("q5_k"), _q5_k),
     "Q6_K": Type(resolve("q6_k"), _q6_k),
     # Packed anew in what comes nearest.
-    **dict.fromkeys(("Q3_K", "TQ1_0", "TQ2_0"), Type(resolve("q4_0"))),
+    **dict.fromkeys(("TQ1_0", "TQ2_0"), Type(resolve("q4_0"))),
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), Type(resolve("iq4_nl"))),
 }
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coterie.formats import OF_BYTES, OF_NIBBLES, OF_SIX_BITS, WITH_MINIMA, WITH_START, Format
+from coterie.formats import (
+    OF_BYTES,
+    OF_NIBBLES,
+    OF_SIX_BITS,
+    SIXTEEN_OF_SIX_BITS,
+    WITH_MINIMA,
+    WITH_START,
+    Format,
+)
 
 
 def _f16(record: Tensor, at: int) -> Tensor:
@@ -35,6 +43,14 @@ def _six_bits(record: Tensor) -> tuple[Tensor, None]:
     return _f16(record, 0) * ((lower | upper << 4).float() - 32), None
 
 
+def _sixteen_of_six_bits(record: Tensor) -> tuple[Tensor, None]:
+    """An f16, and sixteen such numbers: the lower four bits of n and, above them, of n + 8, then the upper two of n,
+    n + 4, n + 8 and n + 12."""
+    lower = torch.cat([record[..., 2:10] & 15, record[..., 2:10] >> 4], -1)
+    upper = torch.cat([record[..., 10:14] >> 2 * n & 3 for n in range(4)], -1)
+    return _f16(record, 0) * ((lower | upper << 4).float() - 32), None
+
+
 def _nibbles(record: Tensor) -> tuple[Tensor, Tensor]:
     """Two f16, and sixteen bytes with a number of 4 bits for a scale and, above it, one for a minimum."""
     return _f16(record, 0) * (record[..., 4:] & 15), _f16(record, 2) * (record[..., 4:] >> 4)
@@ -48,6 +64,7 @@ def _with_start(record: Tensor) -> tuple[Tensor, Tensor]:
 READ = {
     WITH_MINIMA: _with_minima,
     OF_SIX_BITS: _six_bits,
+    SIXTEEN_OF_SIX_BITS: _sixteen_of_six_bits,
     OF_BYTES: _signed_bytes,
     OF_NIBBLES: _nibbles,
     WITH_START: _with_start,

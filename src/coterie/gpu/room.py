@@ -16,7 +16,7 @@ CONTEXT = 8192  # tokens of the KV cache that there is to be room for, where not
 
 
 def expert_nbytes(formats: Formats, hidden_size: int, intermediate_size: int, has_gate: bool) -> int:
-    """Bytes that one expert's matrices take on a device, which has codes of 5 and 6 bits in a byte each."""
+    """Bytes that one expert's matrices take on a device, which has codes of 2, 3, 5 and 6 bits in a byte each."""
     up = _nbytes(formats.gate_up, intermediate_size, hidden_size)
     return (1 + has_gate) * up + _nbytes(formats.down, hidden_size, intermediate_size)
 

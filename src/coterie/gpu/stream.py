@@ -12,8 +12,14 @@ from coterie.formats import PANEL_ROWS, Format, Record, round_up
 from coterie.gpu.matrices import Matrices
 
 BLOCK_PANELS, LINE, QUAD = 4, 64, (0, 2, 1, 3)
-# Of codes of so many bits, the lower ones: what there is above them stands in lines of its own.
-SPLIT = {2: 2, 5: 4, 6: 4}
+# Of codes of so many bits: how many are lower ones, from which bits of a byte on those of its quads stand, and from
+# which the upper ones, in lines of their own.
+SPLIT = {
+    2: (2, (0, 2, 4, 6), ()),
+    3: (2, (0, 4, 2, 6), (0, 4, 1, 5, 2, 6, 3, 7)),
+    5: (4, (0, 4), (0, 1, 2, 3, 4, 5, 6, 7)),
+    6: (4, (0, 4), (0, 2, 4, 6)),
+}
 
 
 def unpacked(spec: Format, rows: int, cols: int, data: Tensor) -> Matrices:
@@ -112,15 +118,15 @@ def _in_order(bits: int, words: Tensor) -> Tensor:
 
 
 def _joined(bits: int, quads: Tensor) -> Tensor:
-    """Codes whose upper bits, if there are more than `SPLIT` says, stand in a line before those of the lower ones."""
-    low = SPLIT[bits]
+    """Codes whose upper bits, if `SPLIT` says that there are such, stand in a line before those of the lower ones."""
+    low, of_lower, of_upper = SPLIT[bits]
     high = bits - low
     runs = quads.unflatten(-2, (-1, bits // high if high else 1))
     lines = runs[..., 1:, :] if high else runs
-    lower = torch.stack([lines >> low * n & (1 << low) - 1 for n in range(8 // low)], -2).flatten(-3)
+    lower = torch.stack([lines >> bit & (1 << low) - 1 for bit in of_lower], -2).flatten(-3)
     if not high:
         return lower
-    upper = [runs[..., 0, :] >> high * n & (1 << high) - 1 for n in range(8 // high)]
+    upper = [runs[..., 0, :] >> bit & (1 << high) - 1 for bit in of_upper]
     return lower | torch.stack(upper, -2).flatten(-2) << low
 
 
