@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, CompileConfig
 
 import coterie
 from coterie.errors import ArgumentError, UnsupportedModelError
+from coterie.hf.attention import attend_as_before
 from coterie.hf.layout import is_experts
 from coterie.hf.modules import packed_modules
 from coterie.hf.weight import PackedWeight
@@ -48,8 +49,8 @@ def test_packs_on_first_use(family, checkpoint):
     assert not list(packed_modules(model))
     found = logits(model)
     assert len(list(packed_modules(model))) == 2
-    attention = model.config._attn_implementation
-    loaded = coterie.from_pretrained(checkpoint(family), experts="bf16", attn_implementation=attention)
+    loaded = coterie.from_pretrained(checkpoint(family), experts="bf16")
+    attend_as_before(loaded)
     assert torch.equal(found, logits(loaded))
     # The dense parameters are gone, their values are not.
     assert all(isinstance(p, PackedWeight) for p in experts_of(model).parameters())
