@@ -28,6 +28,11 @@ class Arithmetic:
             return False
         return self.activations == "int8" or not self.adapted
 
+    @property
+    def as_trained(self) -> bool:
+        """Whether it computes as in training: asked for bf16, or adapted."""
+        return self.activations == "bf16" or (self.adapted and self.activations == "auto")
+
     def adapt(self) -> None:
         """From now on "auto" means bf16: a model in training must compute the same with its adapter and without.
 

@@ -375,6 +375,11 @@ class Experts:
     # --- computing ---
 
     @property
+    def as_trained(self) -> bool:
+        """Whether they compute as in training: asked for bf16 activations, or adapted or trained through."""
+        return self._layer.as_trained
+
+    @property
     def in_ram(self) -> Layer | None:
         """The experts as the kernels see them; None where some are on a device."""
         return self._layer if self._placement is None else None

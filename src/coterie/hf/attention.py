@@ -1,6 +1,6 @@
 """The attention implementations "coterie" and "coterie_eager" of Transformers' attention interface: by the engine, on
 the CPU, without gradients. A token that is decoded reads keys and values that query heads share once; prompts are taken
-in bf16, until a model has been in training. All else is SDPA's, or, for models that it does not serve, their own."""
+in bf16, but where experts compute as in training. All else is SDPA's, or, for models that it does not serve, their own."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from coterie import _native, cpu
 from coterie.border import runs_now
+from coterie.hf.modules import packed_modules
 
 NAME, NAME_EAGER = "coterie", "coterie_eager"
 SDPA, EAGER = "sdpa", "eager"
 SINKS = "s_aux"
 CHANGES = ("softcap", "position_bias")  # options that change what attention is
-TRAINED = "has_been_in_training"
+EXPERTS = "arithmetic_of"  # experts of the model, which copies of it share: they know whether it is as in training
 TOLERANCE = 2**-6
 
 
@@ -69,20 +70,18 @@ def _attend(
         return _native.attend(query, key, value, mask, scale, options.get(SINKS))
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if (mask is None and not causal) or getattr(module, TRAINED, False) or not cpu.attends_to_prompts():
+    experts = getattr(module, EXPERTS, None)
+    if (mask is None and not causal) or not cpu.attends_to_prompts() or (experts and experts.as_trained):
         return None
     return _native.attend_prompt(query, key, value, mask, scale, options.get(SINKS))
 
 
-def mark_trained(model: nn.Module) -> None:
-    """From now on prompts are SDPA's: what is compared with a model in training must compute as it does."""
-    for module in model.modules():
-        if hasattr(module, "num_key_value_groups"):
-            setattr(module, TRAINED, True)
-
-
 def attend_here(model: PreTrainedModel) -> None:
     """Has a model that uses SDPA, or that SDPA does not serve, attend by the engine."""
+    packed = next((packed for _, packed in packed_modules(model)), None)
+    for module in model.modules():
+        if packed is not None and hasattr(module, "num_key_value_groups"):
+            setattr(module, EXPERTS, packed.experts)
     implementation = model.config._attn_implementation
     if implementation == SDPA:
         model.set_attn_implementation(NAME)

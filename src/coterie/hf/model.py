@@ -13,7 +13,7 @@ from coterie.checkpoints.folderwriter import replaced_folder
 from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.checkpoints.packed_write import write_layer
 from coterie.errors import ArgumentError
-from coterie.hf.attention import attend_as_before, attend_here, mark_trained
+from coterie.hf.attention import attend_as_before, attend_here
 from coterie.hf.dense import packed_linears
 from coterie.hf.growing import grow_in_place
 from coterie.hf.linears import save_linears
@@ -65,7 +65,6 @@ class PackedModel:
                 packed.experts.adapt()
             for _, linear in packed_linears(self):
                 linear.adapt()
-            mark_trained(self)
         return super().train(mode)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
