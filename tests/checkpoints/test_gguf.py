@@ -14,6 +14,7 @@ from coterie.activations import Activation
 from coterie.checkpoints import open_reader
 from coterie.checkpoints.gguf_types import TYPES, widest
 from coterie.convert.compare import compare
+from coterie.convert.dequantize import dequantize
 from coterie.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 
 KEPT = {name for name, kind in TYPES.items() if kind.codes is not None}
@@ -252,8 +253,9 @@ def test_without_the_package(tmp_path, monkeypatch):
 
 def test_where_a_folder_is_expected(tmp_path):
     file, _ = write_experts(tmp_path / "model.gguf", "MXFP4")
-    with pytest.raises(CheckpointError, match="is a GGUF file: expected a checkpoint folder"):
-        compare(file, file)
+    for call in (compare, dequantize):
+        with pytest.raises(CheckpointError, match="is a GGUF file: expected a checkpoint folder"):
+            call(file, tmp_path / "other")
 
 
 def test_blocks_are_what_the_package_says():

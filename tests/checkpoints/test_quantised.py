@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from made_checkpoints import CONFIG, random_experts, separate, two_layers, write_checkpoint
+from made_checkpoints import CONFIG, fused, random_experts, separate, two_layers, write_checkpoint
 
 from coterie import Experts
 from coterie.convert import convert_cpu
@@ -61,6 +61,14 @@ def test_modelopt(tmp_path):
     folder = write_checkpoint(tmp_path / "in", tensors)
     (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
     refused(folder, "in no quantised format that this version reads")
+
+
+def test_stacks_of_fp8(tmp_path):
+    tensors = fused(STEM, {part: w.to(torch.float8_e4m3fn) for part, w in random_experts(0).items()})
+    tensors |= {f"{name}_scale_inv": torch.ones(3, 1, 1) for name in tensors}
+    config = CONFIG | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    folder = write_checkpoint(tmp_path / "in", tensors, config)
+    refused(folder, r"in no quantised format that this version reads: .*gate_up_proj' F8_E4M3 \[3, 64, 64\]")
 
 
 STEM = "model.layers.0.mlp.experts"

@@ -13,6 +13,7 @@ from made_checkpoints import write_checkpoint
 from quantised_checkpoints import quantised
 
 from coterie import tiny
+from coterie.convert import convert_cpu
 from coterie.convert.gpu import IGNORED, GpuConversion
 from coterie.errors import ArgumentError
 
@@ -157,10 +158,12 @@ def test_options(options, message):
 def test_mistakes(coterie, tmp_path, given, texts, monkeypatch):
     tensors, config, _ = quantised("fp8 by blocks")
     fp8 = write_checkpoint(tmp_path / "fp8", tensors, config)
+    convert_cpu(tiny.PATH, tmp_path / "packed")
     (tmp_path / "columns.jsonl").write_text('{"question": "x"}\n')
     out = tmp_path / "out"
     for options, message in (
         (("--model_id", fp8, "--force_cpu"), "is quantised already: `coterie convert dequantize` it first"),
+        (("--model_id", tmp_path / "packed", "--force_cpu"), "is packed by coterie: quantise the checkpoint that"),
         (("--model_id", tmp_path / "nowhere", "--force_cpu", "--quant_method", "RTN"), "cannot open"),
         ((*NEEDED, "--dataset", tmp_path / "columns.jsonl"), "has the columns question: expected messages or text"),
         ((*NEEDED, "--dataset", tmp_path / "nowhere.jsonl"), "nowhere.jsonl is not there"),

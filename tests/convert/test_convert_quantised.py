@@ -1,9 +1,11 @@
 """Quantised checkpoints: codes and scales are kept to the last bit, or dequantised and packed anew."""
 
+import dataclasses
 import json
 from functools import partial
 
 import pytest
+import quantised_checkpoints
 import torch
 from made_checkpoints import CONFIG, write_checkpoint
 from quantised_checkpoints import (
@@ -13,8 +15,11 @@ from quantised_checkpoints import (
     METHODS,
     STEM,
     E,
+    auto_round,
+    awq,
     gpt_oss,
     gptq,
+    int4,
     quantised,
     quantised_as,
     stacks,
@@ -112,6 +117,24 @@ def test_the_rest_is_dequantised(tmp_path, method, dtype):
     assert written.pop("quantization_config")["quant_method"] == "coterie"
     assert written == {key: value for key, value in config.items() if key != "quantization_config"}
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "make"),
+    [
+        ("GPTQ", gptq),
+        ("GPTQ, 8 bits", partial(gptq, bits=8)),
+        ("AWQ", awq),
+        ("AutoRound as GPTQ", auto_round),
+        ("compressed-tensors int4", int4),
+    ],
+)
+def test_groups_of_128(tmp_path, monkeypatch, method, make):
+    monkeypatch.setattr(quantised_checkpoints, "I", 384)
+    tensors, config, dense = quantised_as(partial(make, group=128), METHODS[method][1])
+    report = convert_cpu(write_checkpoint(tmp_path / "in", tensors, config), tmp_path / "out")
+    assert report.kept and report.formats.spec == dataclasses.replace(METHODS[method][2], group_size=128)
+    assert_same(Experts.open(tmp_path / "out").dequantize(), stacks(dense, 0), method)
 
 
 NOT_HELD = {

@@ -100,6 +100,7 @@ def test_what_cannot_be_put_together(tmp_path, source):
     file = broken / "_layer_1" / "_numa_0" / "experts-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     larger = write_checkpoint(tmp_path / "larger", *gpt_oss(layers=2)[:2])
+    convert_cpu(source, tmp_path / "packed")
     for inputs, original, message, error in (
         ([tmp_path / "nowhere"], None, "nowhere is no folder", CheckpointError),
         ([source], None, "no packed layers found; the names tried: experts-NNNNN", CheckpointError),
@@ -111,6 +112,7 @@ def test_what_cannot_be_put_together(tmp_path, source):
         ([first], source, "layers 1 of .* are not there, only 0: convert", ArgumentError),
         ([a], larger, "was not packed from .*larger: hidden_size is 64, expected 256", ArgumentError),
         ([a], tmp_path / "first", "holds no checkpoint", CheckpointError),
+        ([a], tmp_path / "packed", "is packed already: use the original checkpoint", ArgumentError),
     ):
         with pytest.raises(error, match=message):
             merge(inputs, tmp_path / "out", original)

@@ -75,9 +75,9 @@ def test_opens_as_converted(tmp_path, method):
     assert plan.keeping_rate(planned.experts, planned.own) > 0
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "minimax_m2"])
+@pytest.mark.parametrize("family", tiny_models.QUANTISED)
 def test_names_of_other_families(tmp_path, family):
-    make, config, _ = METHODS["fp8 by blocks"]
+    make, config, _ = METHODS[tiny_models.QUANTISED[family]]
     assert_opens_as_converted(write(tmp_path / "in", family, make, config), tmp_path)
 
 

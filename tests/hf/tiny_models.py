@@ -86,6 +86,9 @@ FAMILIES: dict[str, dict] = {
     "granitemoe": {"num_local_experts": 8, "intermediate_size": 96},
 }
 
+# Families whose checkpoints are tried quantised too, for their names of experts: qwen3_moe in every way, these in one.
+QUANTISED = {"mixtral": "fp8 by blocks", "deepseek_v3": "fp8 by blocks", "minimax_m2": "fp8 by blocks"}
+
 
 def make(family: str, dtype: torch.dtype = torch.bfloat16, **changes) -> PreTrainedModel:
     """A model of that family with random weights, in eval mode, its experts strong enough to matter."""

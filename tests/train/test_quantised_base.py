@@ -1,4 +1,4 @@
-"""A checkpoint that others quantised as base_model: trained on in its own format."""
+"""A checkpoint that others quantised, or that is packed, as base_model: trained on in its own format."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import coterie
 from coterie import tiny
+from coterie.convert import convert_cpu
 from coterie.hf.modules import packed_modules
 
 
@@ -35,3 +36,11 @@ def test_trains(configure, train, tmp_path, method):
     adapter = load_file(tmp_path / "output" / "adapter_model.safetensors")
     assert any(value.any() for name, value in adapter.items() if "experts" in name and "lora_B" in name)
     assert all(module.experts.spec == spec for _, module in packed_modules(coterie.from_pretrained(base)))
+
+
+def test_packed(configure, train, tmp_path):
+    convert_cpu(tiny.PATH, tmp_path / "base", "int4", 64)
+    rows = train(configure(base_model=str(tmp_path / "base"), experts=None))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    adapter = json.loads((tmp_path / "output" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tmp_path / "base")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from coterie.checkpoints import packed
 from coterie.checkpoints.folderwriter import new_folder
 from coterie.checkpoints.quantised import says_quantised
 from coterie.errors import ArgumentError
@@ -94,6 +95,8 @@ def convert_gpu(options: GpuConversion) -> None:
             f"`coterie convert gpu` needs llm-compressor, of which {error.name} is missing: pip install llmcompressor"
         ) from None
     local = Path(options.model_id)
+    if packed(local):
+        raise ArgumentError(f"{local} is packed by coterie: quantise the checkpoint that it was made from")
     if local.is_dir() and says_quantised(local):
         raise ArgumentError(f"{local} is quantised already: `coterie convert dequantize` it first, or use the original")
     loading = options.loading()
