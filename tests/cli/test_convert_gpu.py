@@ -4,8 +4,8 @@ import json
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import llm_compressor
 import pytest
 import torch
 import transformers
@@ -20,30 +20,10 @@ from coterie.errors import ArgumentError
 NEEDED = ("--model_id", tiny.PATH, "--force_cpu")
 
 
-class Modifier:
-    def __init__(self, **given):
-        self.given = given
-
-
-class GPTQModifier(Modifier):
-    pass
-
-
-class QuantizationModifier(Modifier):
-    pass
-
-
 @pytest.fixture
 def given(monkeypatch):
     """What `oneshot` was called with."""
-    calls = {}
-    package, modifiers = ModuleType("llmcompressor"), ModuleType("llmcompressor.modifiers.quantization")
-    package.oneshot = lambda **options: calls.update(options)
-    modifiers.GPTQModifier, modifiers.QuantizationModifier = GPTQModifier, QuantizationModifier
-    monkeypatch.setitem(sys.modules, "llmcompressor", package)
-    monkeypatch.setitem(sys.modules, "llmcompressor.modifiers", ModuleType("llmcompressor.modifiers"))
-    monkeypatch.setitem(sys.modules, "llmcompressor.modifiers.quantization", modifiers)
-    return calls
+    return llm_compressor.install(monkeypatch)
 
 
 @pytest.fixture
@@ -58,7 +38,7 @@ def test_gptq(coterie, tmp_path, given, texts):
     more = ("--ignore_patterns", "lm_head", "--ignore_patterns", "re:.*gate", "--quant_type", "W8A16")
     ran = coterie("convert", "gpu", *NEEDED, "--output_dir", tmp_path / "out", *data, *more)
     assert ran.code == 0 and "W8A16 by GPTQ" in ran.out
-    assert type(given["recipe"]) is GPTQModifier
+    assert type(given["recipe"]) is llm_compressor.GPTQModifier
     expected = {"targets": "Linear", "scheme": "W8A16", "ignore": ["lm_head", "re:.*gate"], "dampening_frac": 0.05}
     assert given["recipe"].given == expected
     assert (given["num_calibration_samples"], given["max_seq_length"]) == (4, 7)
@@ -88,7 +68,7 @@ def test_chats(coterie, tmp_path, given):
 def test_rounding_needs_no_data(coterie, tmp_path, given):
     ran = coterie("convert", "gpu", *NEEDED, "--output-dir", tmp_path / "out", "--quant-method", "RTN")
     assert ran.code == 0
-    assert type(given["recipe"]) is QuantizationModifier
+    assert type(given["recipe"]) is llm_compressor.QuantizationModifier
     assert given["recipe"].given == {"targets": "Linear", "scheme": "W4A16", "ignore": list(IGNORED)}
     assert given.keys() == {"model", "tokenizer", "recipe"}
 
