@@ -194,6 +194,7 @@ METHODS = {
     "DeepSeek-V4": (mxfp4_deepseek, FP8 | {"scale_fmt": "ue8m0"}, resolve("mxfp4")),
     "DeepSeek-V4, not experts": (fp8_block_ue8m0, FP8, resolve("fp8_block")),
     "compressed-tensors mxfp8": (mxfp8, COMPRESSED, resolve("mxfp8")),
+    "ModelOpt mxfp8": (mxfp8, MODELOPT | {"quant_algo": "MXFP8"}, resolve("mxfp8")),
     "compressed-tensors int4": (int4, COMPRESSED, resolve("int4", 32)),
     "compressed-tensors int4 by rows": (partial(int4, group=0), COMPRESSED, resolve("int4", 0)),
     "compressed-tensors int4, f16 scales": (partial(int4, dtype=torch.float16), COMPRESSED, resolve("int4", 32)),
