@@ -18,6 +18,7 @@
 
 #include "bind.h"
 #include "bind_tickets.h"
+#include "formats/pack_codes.h"
 #include "formats/unpack.h"
 #include "layer/placement.h"
 #include "layer/workspace.h"
@@ -81,7 +82,7 @@ bool pack_codes(const LayoutTuple& t, uintptr_t codes, uintptr_t scale, uintptr_
   const Codes source{at<uint8_t>(codes), at<uint8_t>(scale), at<uint8_t>(zero), at<float>(row_scale)};
   std::atomic<bool> finite{true};
   parallel(layout.blocks(), [&](int64_t block, int) {
-    if (!pack_codes_of_blocks(layout, source, block, block + 1, at<uint8_t>(matrix))) finite = false;
+    if (!pack_codes_of_block(layout, source, block, at<uint8_t>(matrix))) finite = false;
   });
   return finite;
 }

@@ -102,68 +102,11 @@ void unpack(const Layout& layout, const uint8_t* matrix, int64_t begin, int64_t 
   }
 }
 
-template <class E>
-bool pack(const Layout& layout, const Codes& source, int64_t begin, int64_t end, uint8_t* matrix) {
-  using Scale = typename E::Scale;
-  constexpr int kCodeBytes = E::Codes::kBits == 16 ? 2 : 1;
-  const int64_t steps = (layout.cols + layout.step - 1) / layout.step;
-  bool valid = true;
-  for (int64_t r = begin; r < end && valid; r++) {
-    const Row<E> row(layout, r);
-    uint16_t padding = E::kStepZero ? 0 : E::Codes::kPadding;  // columns beyond the matrix stand for zero, where no minimum is taken off
-    if constexpr (E::kRowScale) memcpy(matrix + row.row_scale(), source.row_scale + r, 4);
-    if constexpr (E::kRowZero) matrix[row.zero(0)] = static_cast<uint8_t>(padding = source.zero[r]);
-    const uint8_t* const codes = source.codes + r * layout.cols * kCodeBytes;
-    for (int64_t s = 0; s < layout.steps(); s++) {
-      const int64_t first = s * layout.step;
-      if (first < layout.cols) {
-        if constexpr (Scale::kBlockBytes > 0) {
-          const uint8_t* scale = source.scale + (r / kScaleTileRows * steps + s) * 4;
-          valid &= Scale::valid(scale);
-          Scale::store(Scale::value(scale), matrix + row.tail(first));
-        }
-        if constexpr (Scale::kRowBytes > 0) {
-          const uint8_t* record = source.scale + (r * steps + s) * Scale::kRowBytes;
-          valid &= Scale::valid(record);
-          for (int i = 0; i < Scale::kRowBytes; i++) matrix[row.tail_of_panel(first) + record_byte(Scale::kHalves, row.lane, i)] = record[i];
-        }
-        if constexpr (E::kStepZero) matrix[row.zero(first)] = source.zero[r * steps + s];
-      }
-      for (int64_t k = first; k < first + layout.step; k += E::kRunColumns) {
-        uint8_t lines[E::kRunLines][4] = {};
-        for (int i = 0; i < E::kRunColumns; i++) {
-          uint16_t code = padding;
-          if (k + i < layout.cols) {
-            memcpy(&code, codes + (k + i) * kCodeBytes, kCodeBytes);
-            if constexpr (E::Codes::kBits < 16) valid &= E::Codes::valid(code &= 255);
-          }
-          if constexpr (E::Codes::kBits == 16) {
-            memcpy(&lines[0][i * 2], &code, 2);
-          } else {
-            using P = Place<E>;
-            const P at(i);
-            lines[at.line][at.byte] |= static_cast<uint8_t>((code & P::kLowMask) << at.low_shift);
-            if constexpr (P::kHigh > 0) lines[0][at.byte] |= static_cast<uint8_t>(code >> P::kLow << at.high_shift);
-          }
-        }
-        for (int line = 0; line < E::kRunLines; line++) memcpy(matrix + row.run(k) + line * row.panels * kLine, lines[line], 4);
-      }
-    }
-  }
-  return valid;
-}
-
 }  // namespace
 
 void unpack_blocks(const Layout& layout, const uint8_t* matrix, int64_t begin, int64_t end, float* to) {
   with_encoding(layout, [&](auto encoding) {
     unpack<decltype(encoding)>(layout, matrix, begin * kBlockRows, std::min(layout.rows, end * kBlockRows), to);
-  });
-}
-
-bool pack_codes_of_blocks(const Layout& layout, const Codes& source, int64_t begin, int64_t end, uint8_t* matrix) {
-  return with_encoding(layout, [&](auto encoding) {
-    return pack<decltype(encoding)>(layout, source, begin * kBlockRows, std::min(layout.rows, end * kBlockRows), matrix);
   });
 }
 
