@@ -18,6 +18,7 @@
 
 #include "bind.h"
 #include "bind_tickets.h"
+#include "formats/fields.h"
 #include "formats/pack_codes.h"
 #include "formats/unpack.h"
 #include "layer/placement.h"
@@ -85,6 +86,19 @@ bool pack_codes(const LayoutTuple& t, uintptr_t codes, uintptr_t scale, uintptr_
     if (!pack_codes_of_block(layout, source, block, at<uint8_t>(matrix))) finite = false;
   });
   return finite;
+}
+
+using FieldTuple = std::tuple<int64_t, int, int>;  // at, bits, span
+
+// Of `number` blocks, as many at once as make some pages of codes.
+void spread_fields(uintptr_t data, int64_t number, int64_t bytes, int64_t count, const FieldTuple& lower, const FieldTuple& upper, int flip, uintptr_t to) {
+  nb::gil_scoped_release released;
+  const auto field = [](const FieldTuple& t) { return Field{std::get<0>(t), std::get<1>(t), std::get<2>(t)}; };
+  const Blocks blocks{at<uint8_t>(data), bytes, count, field(lower), field(upper), static_cast<uint8_t>(flip)};
+  const int64_t together = std::max<int64_t>((1 << 16) / count, 1);
+  parallel((number + together - 1) / together, [&](int64_t item, int) {
+    spread_fields(blocks, item * together, std::min(number, (item + 1) * together), at<uint8_t>(to));
+  });
 }
 
 void unpack(const LayoutTuple& t, uintptr_t matrix, uintptr_t to) {
@@ -211,6 +225,7 @@ NB_MODULE(_native, m) {
   m.def("matrix_bytes", [](const LayoutTuple& t) { return layout_from(t).bytes(); }, "layout"_a, "Bytes of a packed matrix.");
   m.def("pack", &pack);
   m.def("pack_codes", &pack_codes);
+  m.def("spread_fields", static_cast<void (*)(uintptr_t, int64_t, int64_t, int64_t, const FieldTuple&, const FieldTuple&, int, uintptr_t)>(&spread_fields));
   m.def("unpack", &unpack);
   auto names = [](bool automatic) {
     std::vector<std::string> found;

@@ -7,7 +7,7 @@
 namespace coterie {
 namespace {
 
-constexpr int64_t kColumnsAtOnce = 256;  // of all rows of a block: their codes and their lines stay in the first cache
+constexpr int64_t kColumns = 256;  // of all rows of a block at once: their codes and their lines stay in the first cache. Whole steps, of any width
 
 // A byte at a time compilers compare with vectors.
 template <class C>
@@ -17,27 +17,52 @@ bool all_valid(const uint8_t* codes, int64_t count) {
   return !invalid;
 }
 
-// A row's words of the lines of a run, out of its codes, which are valid.
 template <class E>
-[[gnu::always_inline]] inline void words_of_run(const uint8_t* codes, uint32_t (&words)[E::kRunLines]) {
-  using C = typename E::Codes;
-  if constexpr (C::kBits == 16) {
-    memcpy(words, codes, sizeof words);
-  } else {
-    constexpr int kLow = C::kBits - C::kHighBits, kFirst = C::kHighBits > 0;
-    constexpr uint32_t kBytes = 0x01010101u, kLower = ((1u << kLow) - 1) * kBytes;
-    for (uint32_t& word : words) word = 0;
-    each_index<E::kRunColumns / 4>([&](auto index) {
-      constexpr int quad = decltype(index)::value;
-      const uint32_t four = load<uint32_t>(codes + 4 * quad);
-      words[kFirst + quad / (8 / kLow)] |= (four & kLower) << lower_bit<C>(4 * quad);
-      if constexpr (kFirst) words[0] |= (four & ~kLower) >> kLow << upper_bit<C>(4 * quad);
-    });
-    for (uint32_t& word : words) word = (word & 0xff0000ffu) | (word & 0xff00u) << 8 | (word >> 8 & 0xff00u);  // kQuadOrder
-  }
+using Lines = uint32_t[E::kRunLines][kColumns / E::kRunColumns];
+
+// Codes of two quads, a byte each, as a line has them: those of the first from bit `first` on, those of the second from bit `second`.
+template <int first, int second>
+[[gnu::always_inline]] inline uint32_t part_of_word(uint64_t eight) {
+  return static_cast<uint32_t>(eight | eight >> (32 - (second - first))) << first;
 }
 
-// The rows of a block whose steps are being packed.
+// A row's words of the lines of `runs` runs, out of its codes, which are valid. Each loop is one that compilers take several runs at once in.
+template <class E>
+inline void words_of_runs(const uint8_t* __restrict codes, int64_t runs, Lines<E>& __restrict words) {
+  using C = typename E::Codes;
+  if constexpr (C::kBits == 16) {
+    memcpy(words, codes, runs * 4);
+  } else if constexpr (C::kBits < 8) {
+    constexpr int kLow = C::kBits - C::kHighBits, kFirst = C::kHighBits > 0, kOfLine = 4 / kLow;  // pairs of quads
+    constexpr uint64_t kLower = ((1u << kLow) - 1) * 0x0101010101010101u;
+    each_index<E::kRunLines>([&](auto index) {
+      constexpr int line = decltype(index)::value;
+      for (int64_t run = 0; run < runs; run++) {
+        const uint8_t* const from = codes + run * E::kRunColumns;
+        uint32_t word = 0;
+        if constexpr (kFirst && line == 0)
+          each_index<E::kRunColumns / 8>([&](auto pair) {
+            const uint64_t eight = load<uint64_t>(from + 8 * pair);
+            word |= part_of_word<upper_bit<C>(8 * pair), upper_bit<C>(8 * pair + 4)>((eight & ~kLower) >> kLow);
+          });
+        else
+          each_index<(line - kFirst + 1) * kOfLine, (line - kFirst) * kOfLine>([&](auto pair) {
+            const uint64_t eight = load<uint64_t>(from + 8 * pair);
+            word |= part_of_word<lower_bit<C>(8 * pair), lower_bit<C>(8 * pair + 4)>(kFirst ? eight & kLower : eight);
+          });
+        words[line][run] = word;
+      }
+    });
+  }
+  if constexpr (C::kBits < 16)
+    for (auto& line : words)
+      for (int64_t run = 0; run < runs; run++) {
+        const uint32_t word = C::kBits == 8 ? load<uint32_t>(codes + 4 * run) : line[run];
+        line[run] = (word & 0xff0000ffu) | (word & 0xff00u) << 8 | (word >> 8 & 0xff00u);  // kQuadOrder
+      }
+}
+
+// A block that is being packed.
 template <class E>
 struct Target {
   using C = typename E::Codes;
@@ -58,34 +83,48 @@ struct Target {
         start(matrix + layout.block_start(block)), end(start + layout.steps() * step_bytes) {}
 
   bool pack() const {
-    const int64_t first = block * kBlockRows, rows = std::min<int64_t>(layout.rows - first, kBlockRows), steps = layout.steps();
-    const int64_t at_once = std::max<int64_t>(kColumnsAtOnce / width, 1);
+    const int64_t first = block * kBlockRows, rows = std::min<int64_t>(layout.rows - first, kBlockRows), padded = layout.padded_cols();
     bool valid = true;
-    for (int row = 0; row < rows; row++) {
-      if constexpr (E::kRowScale) memcpy(end + row * 4, source.row_scale + first + row, 4);
-      if constexpr (E::kRowZero) end[panels * kPanelRows * 4 + row] = source.zero[first + row];
+    for (int place = 0; place < rows; place++) {
+      if constexpr (E::kRowScale) memcpy(end + place * 4, source.row_scale + first + place, 4);
+      if constexpr (E::kRowZero) end[panels * kPanelRows * 4 + place] = source.zero[first + place];
     }
-    for (int64_t step = 0; step < steps; step += at_once)
-      for (int row = 0; row < rows; row++) {
-        const int64_t column = step * width, count = std::clamp<int64_t>(layout.cols - column, 0, at_once * width);
-        if constexpr (C::kBits < 16) valid &= all_valid<C>(source.codes + (first + row) * layout.cols + column, count);
-        for (int64_t s = step; s < std::min(step + at_once, steps); s++) valid &= pack_step(first + row, row, s);
+    for (int64_t column = 0; column < padded; column += kColumns)
+      for (int place = 0; place < rows; place++) {
+        const int64_t columns = std::min(kColumns, padded - column), count = std::clamp<int64_t>(layout.cols - column, 0, columns);
+        valid &= pack_codes(first + place, place, column, columns, count);
+        for (int64_t step = column / width; step < (column + count + width - 1) / width; step++) valid &= pack_scales(first + place, place, step);
       }
     return valid;
   }
 
-  // Of row `row` of the matrix, which is number `place` of the block's.
-  bool pack_step(int64_t row, int place, int64_t step) const {
-    uint8_t* const to = start + step * step_bytes;
-    const int64_t first = step * width, count = std::clamp<int64_t>(layout.cols - first, 0, width);
-    uint16_t padding = E::kStepZero ? 0 : C::kPadding;  // columns beyond the matrix stand for zero, where no minimum is taken off
-    if constexpr (E::kRowZero) padding = source.zero[row];
-    pack_lines(source.codes + (row * layout.cols + first) * kCodeBytes, count, padding, place, to + codes_at);
-    return count == 0 || pack_scales(row, place, step, to + shared_at);
+ private:
+  // Of row `row` of the matrix, which is number `place` of the block's: `columns` of whole steps, of which the matrix has `count`.
+  bool pack_codes(int64_t row, int place, int64_t column, int64_t columns, int64_t count) const {
+    const uint8_t* codes = source.codes + (row * layout.cols + column) * kCodeBytes;
+    uint8_t padded[kColumns * kCodeBytes];
+    if (count < columns) {
+      uint16_t padding = E::kStepZero ? 0 : C::kPadding;  // stands for zero, where no minimum is taken off
+      if constexpr (E::kRowZero) padding = source.zero[row];
+      memcpy(padded, codes, count * kCodeBytes);
+      for (int64_t k = count; k < columns; k++) memcpy(padded + k * kCodeBytes, &padding, kCodeBytes);
+      codes = padded;
+    }
+    Lines<E> words;
+    words_of_runs<E>(codes, columns / E::kRunColumns, words);
+    const int64_t runs = width / E::kRunColumns, stride = panels * kLine;
+    uint8_t* step = start + column / width * step_bytes + codes_at + place / kPanelRows * kLine + place % kPanelRows * 4;
+    for (int64_t run = 0; run < columns / E::kRunColumns; step += step_bytes) {
+      uint8_t* to = step;
+      for (const int64_t last = run + runs; run < last; run++)
+        for (int line = 0; line < E::kRunLines; line++, to += stride) memcpy(to, &words[line][run], 4);
+    }
+    if constexpr (C::kBits < 16) return all_valid<C>(codes, count);
+    return true;
   }
 
-  bool pack_scales(int64_t row, int place, int64_t step, uint8_t* shared) const {
-    const int panel = place / kPanelRows, lane = place % kPanelRows;
+  bool pack_scales(int64_t row, int place, int64_t step) const {
+    [[maybe_unused]] uint8_t* const shared = start + step * step_bytes + shared_at;
     bool valid = true;
     if constexpr (Scale::kBlockBytes > 0) {
       const uint8_t* const scale = source.scale + (row / kScaleTileRows * groups + step) * 4;
@@ -95,31 +134,11 @@ struct Target {
     if constexpr (Scale::kRowBytes > 0) {
       const uint8_t* const record = source.scale + (row * groups + step) * Scale::kRowBytes;
       valid = Scale::valid(record);
-      uint8_t* const to = shared + panel * kPanelRows * Scale::kRowBytes;
-      for (int i = 0; i < Scale::kRowBytes; i++) to[record_byte(Scale::kHalves, lane, i)] = record[i];
+      uint8_t* const to = shared + place / kPanelRows * kPanelRows * Scale::kRowBytes;
+      for (int i = 0; i < Scale::kRowBytes; i++) to[record_byte(Scale::kHalves, place % kPanelRows, i)] = record[i];
     }
     if constexpr (E::kStepZero) shared[panels * kPanelRows * Scale::kRowBytes + place] = source.zero[row * groups + step];
     return valid;
-  }
-
-  // A step's `count` codes, and what pads them.
-  void pack_lines(const uint8_t* codes, int64_t count, uint16_t padding, int place, uint8_t* lines) const {
-    uint8_t* to = lines + place / kPanelRows * kLine + place % kPanelRows * 4;
-    const int64_t stride = panels * kLine, whole = count / E::kRunColumns * E::kRunColumns;
-    const auto take = [&](const uint8_t* run) {
-      uint32_t words[E::kRunLines];
-      words_of_run<E>(run, words);
-      for (const uint32_t word : words) {
-        memcpy(to, &word, 4);
-        to += stride;
-      }
-    };
-    for (int64_t k = 0; k < whole; k += E::kRunColumns) take(codes + k * kCodeBytes);
-    for (int64_t k = whole; k < width; k += E::kRunColumns) {
-      uint8_t run[E::kRunColumns * kCodeBytes];
-      for (int i = 0; i < E::kRunColumns; i++) memcpy(run + i * kCodeBytes, k + i < count ? codes + (k + i) * kCodeBytes : reinterpret_cast<const uint8_t*>(&padding), kCodeBytes);
-      take(run);
-    }
   }
 };
 

@@ -203,8 +203,8 @@ def _matrix(file: GgufFile, name: str, expert: int) -> Tensor | Codes:
         return torch.from_numpy(file.data(name, expert).copy()).view(PLAIN_TORCH[kind])
     if stored.codes is None or stored.spec is None:
         return torch.from_numpy(file.dequantize(name, expert).copy()).mul_(factor)
-    rows = torch.from_numpy(file.data(name, expert).copy())
-    codes = stored.codes(stored.spec, rows.unflatten(1, (-1, file.block_bytes(name))))
+    rows = file.data(name, expert)
+    codes = stored.codes(stored.spec, rows.reshape(len(rows), -1, file.block_bytes(name)))
     if factor == 1.0:
         return codes
     if codes.row_scale is None:

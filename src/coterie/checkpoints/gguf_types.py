@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from coterie.checkpoints.codes import Codes
+from coterie.fields import Field, spread
 from coterie.formats import Format, resolve
 
 
@@ -21,113 +23,90 @@ class Type:
     """
 
     spec: Format | None
-    codes: Callable[[Format, Tensor], Codes] | None = None
+    codes: Callable[[Format, np.ndarray], Codes] | None = None
 
     def keeps(self, spec: Format | None) -> bool:
         """Whether weights keep their codes in that format, None for plain numbers, which have none."""
         return self.spec is None or (self.spec == spec and self.codes is not None)
 
 
-def _halves(packed: Tensor) -> Tensor:
-    """Two codes to a byte [..., n], the first n of them in the low halves -> [..., 2n]."""
-    return torch.cat((packed & 15, packed >> 4), -1)
+def _bytes(blocks: np.ndarray, *parts: tuple[int, int]) -> Tensor:
+    """Bytes first to last of each block, of one part behind the other: [rows, blocks, bytes]."""
+    return torch.from_numpy(np.concatenate([blocks[..., first:last] for first, last in parts], -1))
 
 
-def _linear4(spec: Format, blocks: Tensor) -> Codes:
-    """q4_0, and iq4_nl: an f16 scale, then 32 codes."""
-    return Codes(spec, _halves(blocks[..., 2:]).flatten(1), _f16(blocks, 0), None)
-
-
-def _q8_0(spec: Format, blocks: Tensor) -> Codes:
-    """An f16 scale, then 32 signed bytes."""
-    return Codes(spec, (blocks[..., 2:] ^ 128).flatten(1), _f16(blocks, 0), None)
-
-
-def _q4_1(spec: Format, blocks: Tensor) -> Codes:
-    """An f16 scale and an f16 that is added, then 32 codes."""
-    return Codes(spec, _halves(blocks[..., 4:]).flatten(1), blocks[..., :4].contiguous(), None)
-
-
-def _fifth(packed: Tensor) -> Tensor:
-    """The fifth bits of 32 codes, [..., 4] -> [..., 32]."""
-    return torch.stack([packed >> bit & 1 for bit in range(8)], -1).flatten(-2) << 4
-
-
-def _q5_0(spec: Format, blocks: Tensor) -> Codes:
-    """An f16 scale, the fifth bits of 32 codes, then their lower four."""
-    return Codes(spec, (_halves(blocks[..., 6:]) | _fifth(blocks[..., 2:6])).flatten(1), _f16(blocks, 0), None)
-
-
-def _q5_1(spec: Format, blocks: Tensor) -> Codes:
-    """The same with an f16 behind the scale that is added."""
-    codes = _halves(blocks[..., 8:]) | _fifth(blocks[..., 4:8])
-    return Codes(spec, codes.flatten(1), blocks[..., :4].contiguous(), None)
-
-
-def _iq4_xs(spec: Format, blocks: Tensor) -> Codes:
-    """The record of scales, then eight times 32 codes."""
-    codes = _halves(blocks[..., 8:].unflatten(-1, (8, 16)))
-    return Codes(spec, codes.flatten(1), blocks[..., :8].contiguous(), None)
-
-
-def _f16(blocks: Tensor, at: int) -> Tensor:
+def _f16(blocks: np.ndarray, at: int) -> Tensor:
     """[rows, blocks]: the number at a byte of each block."""
-    return blocks[..., at : at + 2].contiguous().view(torch.float16)[..., 0].contiguous()
+    return torch.from_numpy(np.array(blocks[..., at : at + 2].view(np.float16)[..., 0], order="C"))
 
 
-def _mxfp4(spec: Format, blocks: Tensor) -> Codes:
-    return Codes(spec, _halves(blocks[..., 1:]).flatten(1), blocks[..., 0].contiguous(), None)
+def _linear4(spec: Format, blocks: np.ndarray) -> Codes:
+    """q4_0, and iq4_nl: an f16 scale, then 32 codes."""
+    return Codes(spec, spread(blocks, 32, Field(2, 4, 16)), _f16(blocks, 0), None)
 
 
-def _nvfp4(spec: Format, blocks: Tensor) -> Codes:
+def _q8_0(spec: Format, blocks: np.ndarray) -> Codes:
+    """An f16 scale, then 32 signed bytes."""
+    return Codes(spec, spread(blocks, 32, Field(2, 8, 32), flip=128), _f16(blocks, 0), None)
+
+
+def _q4_1(spec: Format, blocks: np.ndarray) -> Codes:
+    """An f16 scale and an f16 that is added, then 32 codes."""
+    return Codes(spec, spread(blocks, 32, Field(4, 4, 16)), _bytes(blocks, (0, 4)), None)
+
+
+def _q5_0(spec: Format, blocks: np.ndarray) -> Codes:
+    """An f16 scale, the fifth bits of 32 codes, then their lower four."""
+    return Codes(spec, spread(blocks, 32, Field(6, 4, 16), Field(2, 1, 1)), _f16(blocks, 0), None)
+
+
+def _q5_1(spec: Format, blocks: np.ndarray) -> Codes:
+    """The same with an f16 behind the scale that is added."""
+    return Codes(spec, spread(blocks, 32, Field(8, 4, 16), Field(4, 1, 1)), _bytes(blocks, (0, 4)), None)
+
+
+def _iq4_xs(spec: Format, blocks: np.ndarray) -> Codes:
+    """The record of scales, then eight times 32 codes."""
+    return Codes(spec, spread(blocks, 256, Field(8, 4, 16)), _bytes(blocks, (0, 8)), None)
+
+
+def _mxfp4(spec: Format, blocks: np.ndarray) -> Codes:
+    return Codes(spec, spread(blocks, 32, Field(1, 4, 16)), _bytes(blocks, (0, 1)).squeeze(-1), None)
+
+
+def _nvfp4(spec: Format, blocks: np.ndarray) -> Codes:
     """Four scales, then four times sixteen codes. 0x7f stands for 0; there are no signs."""
-    scale = blocks[..., :4] & 0x7F
+    scale = _bytes(blocks, (0, 4)) & 0x7F
     scale = torch.where(scale == 0x7F, 0, scale).flatten(1).view(torch.float8_e4m3fn)
-    codes = _halves(blocks[..., 4:].unflatten(-1, (4, 8))).flatten(1)
-    return Codes(spec, codes, scale, torch.ones(len(blocks)))
+    return Codes(spec, spread(blocks, 64, Field(4, 4, 8)), scale, torch.ones(len(blocks)))
 
 
-def _two_bits(packed: Tensor) -> Tensor:
-    """For each 128 codes 32 bytes with two bits of four times 32, [..., 64] -> [..., 256]."""
-    parts = packed.unflatten(-1, (2, 32))
-    return torch.cat([parts >> 2 * n & 3 for n in range(4)], -1).flatten(-2)
+def _q2_k(spec: Format, blocks: np.ndarray) -> Codes:
+    """Sixteen scales and minima; the codes, for each 128 of them 32 bytes with four times 32; and two f16."""
+    return Codes(spec, spread(blocks, 256, Field(16, 2, 32)), _bytes(blocks, (80, 84), (0, 16)), None)
 
 
-def _q2_k(spec: Format, blocks: Tensor) -> Codes:
-    """Sixteen scales and minima, the codes, and two f16."""
-    record = torch.cat([blocks[..., 80:84], blocks[..., :16]], -1)
-    return Codes(spec, _two_bits(blocks[..., 16:80]).flatten(1), record, None)
+def _q3_k(spec: Format, blocks: np.ndarray) -> Codes:
+    """The third bits, 32 bytes with eight times 32; the lower two as of q2_k; twelve bytes of scales, and an f16."""
+    codes = spread(blocks, 256, Field(32, 2, 32), Field(0, 1, 32))
+    return Codes(spec, codes, _bytes(blocks, (108, 110), (96, 108)), None)
 
 
-def _eighths(packed: Tensor) -> Tensor:
-    """A bit of eight times 32 codes, a byte for eight, [..., 32] -> [..., 256]."""
-    return torch.cat([packed >> n & 1 for n in range(8)], -1)
-
-
-def _q3_k(spec: Format, blocks: Tensor) -> Codes:
-    """The third bits, the lower two, twelve bytes of scales, and an f16."""
-    codes = _two_bits(blocks[..., 32:96]) | _eighths(blocks[..., :32]) << 2
-    record = torch.cat([blocks[..., 108:110], blocks[..., 96:108]], -1)
-    return Codes(spec, codes.flatten(1), record, None)
-
-
-def _q4_k(spec: Format, blocks: Tensor) -> Codes:
+def _q4_k(spec: Format, blocks: np.ndarray) -> Codes:
     """The record of scales and minima, then four times 32 bytes, each with two times 32 codes."""
-    return Codes(spec, _halves(blocks[..., 16:].unflatten(-1, (4, 32))).flatten(1), blocks[..., :16].contiguous(), None)
+    return Codes(spec, spread(blocks, 256, Field(16, 4, 32)), _bytes(blocks, (0, 16)), None)
 
 
-def _q5_k(spec: Format, blocks: Tensor) -> Codes:
-    """The record of scales and minima, the fifth bits, then as of q4_k."""
-    lower = _halves(blocks[..., 48:].unflatten(-1, (4, 32))).flatten(-2)
-    return Codes(spec, (lower | _eighths(blocks[..., 16:48]) << 4).flatten(1), blocks[..., :16].contiguous(), None)
+def _q5_k(spec: Format, blocks: np.ndarray) -> Codes:
+    """The record of scales and minima, the fifth bits as q3_k's third, then as of q4_k."""
+    return Codes(spec, spread(blocks, 256, Field(48, 4, 32), Field(16, 1, 32)), _bytes(blocks, (0, 16)), None)
 
 
-def _q6_k(spec: Format, blocks: Tensor) -> Codes:
+def _q6_k(spec: Format, blocks: np.ndarray) -> Codes:
     """For each 128 codes the lower four bits, 64 bytes with two times 64; then for each 128 the upper two, 32 bytes
     with four times 32; sixteen scales, and an f16."""
-    lower = _halves(blocks[..., :128].unflatten(-1, (2, 64))).flatten(-2)
-    record = torch.cat([blocks[..., 208:210], blocks[..., 192:208]], -1)
-    return Codes(spec, (lower | _two_bits(blocks[..., 128:192]) << 4).flatten(1), record, None)
+    codes = spread(blocks, 256, Field(0, 4, 64), Field(128, 2, 32))
+    return Codes(spec, codes, _bytes(blocks, (208, 210), (192, 208)), None)
 
 
 TYPES = {

@@ -13,6 +13,7 @@ from coterie.checkpoints.codes import MIDDLE, Codes
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.tensorfile import shown
 from coterie.errors import CheckpointError
+from coterie.fields import Field, spread
 from coterie.formats import Format
 
 
@@ -217,7 +218,7 @@ class Scheme:
                 stored = stored + ones  # of the element, as they were subtracted: a carry undoes a borrow
             stored = stored.movedim(part.along, -1).contiguous().view(torch.uint8)
             if self.spec.encoding.bits == 4:
-                stored = torch.stack((stored & 15, stored >> 4), -1).flatten(-2)
+                stored = spread(stored.unsqueeze(1).numpy(), 2 * stored.shape[-1], Field(0, 4, 1))
             if self.order:
                 stored = stored.unflatten(-1, (-1, len(self.order)))[..., list(self.order)].flatten(-2)
             stored = stored.movedim(-1, part.along)
