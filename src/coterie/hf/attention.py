@@ -1,6 +1,6 @@
 """The attention implementations "coterie" and "coterie_eager" of Transformers' attention interface: by the engine, on
 the CPU, without gradients. A token that is decoded reads keys and values that query heads share once; prompts are taken
-in bf16, but where experts compute as in training. All else is SDPA's, or, for models that it does not serve, their own."""
+in bf16, where experts do not compute as in training. All else is SDPA's or the model's own."""
 
 from __future__ import annotations
 
