@@ -14,31 +14,25 @@ uint64_t load(const uint8_t* from) {
   return eight;
 }
 
-// Eight numbers that follow each other in `Bits` bytes, a byte each.
-template <int Bits>
-uint64_t in_order(const uint8_t* from) {
-  static_assert(Bits == 1 || Bits == 4);
-  if constexpr (Bits == 1) return ((*from * kBytes & 0x8040201008040201u) + 0x7f * kBytes) >> 7 & kBytes;  // each byte has a bit of its own left
-  uint32_t nibbles;
-  memcpy(&nibbles, from, 4);
-  uint64_t x = nibbles;
-  x = (x | x << 16) & 0x0000ffff0000ffffu;
-  x = (x | x << 8) & 0x00ff00ff00ff00ffu;
-  return (x | x << 4) & 0x0f * kBytes;
-}
-
-// put(place, numbers from there on): eight, or one.
-template <int Bits, int Span, class Put>
-void each(const uint8_t* from, int64_t count, const Put& put) {
-  constexpr uint64_t kMask = (1u << Bits) - 1;
-  if constexpr (Span == 1) {
-    int64_t k = 0;
-    for (; k + 8 <= count; k += 8) put(k, in_order<Bits>(from + k / 8 * Bits));
-    for (; k < count; k++) put(k, static_cast<uint8_t>(from[k * Bits / 8] >> k * Bits % 8 & kMask));
-  } else {
+// Bytes of `to` become change(numbers, bytes), as many at once as the integers have bytes.
+template <int Bits, int Span, class Change>
+[[gnu::always_inline]] inline void each(const uint8_t* from, int64_t count, uint8_t* to, const Change& change) {
+  const auto put = [&](int64_t k, auto numbers) {
+    auto bytes = numbers;
+    memcpy(&bytes, to + k, sizeof bytes);
+    bytes = change(numbers, bytes);
+    memcpy(to + k, &bytes, sizeof bytes);
+  };
+  if constexpr (Span > 1) {
+    constexpr uint64_t kMask = ((1u << Bits) - 1) * kBytes;
     for (int64_t k = 0; k < count; k += Span * 8 / Bits, from += Span)
       for (int part = 0; part < 8 / Bits; part++)
-        for (int i = 0; i < Span; i += 8) put(k + part * Span + i, load(from + i) >> part * Bits & kMask * kBytes);
+        for (int i = 0; i < Span; i += 8) put(k + part * Span + i, load(from + i) >> part * Bits & kMask);
+  } else if constexpr (Bits == 4) {
+    for (int64_t i = 0; i < count / 2; i++) put(2 * i, static_cast<uint16_t>((from[i] | from[i] << 4) & 0x0f0f));
+  } else {
+    static_assert(Bits == 1);
+    for (int64_t i = 0; i < count / 8; i++) put(8 * i, ((from[i] * kBytes & 0x8040201008040201u) + 0x7f * kBytes) >> 7 & kBytes);  // a bit for each byte, then its carry
   }
 }
 
@@ -48,18 +42,10 @@ using Above = void (*)(const uint8_t* from, int64_t count, int shift, uint8_t* t
 template <int Bits, int Span>
 struct Known {
   static void spread(const uint8_t* from, int64_t count, uint64_t flip, uint8_t* to) {
-    each<Bits, Span>(from, count, [=](int64_t k, auto numbers) {
-      numbers ^= flip;
-      memcpy(to + k, &numbers, sizeof numbers);
-    });
+    each<Bits, Span>(from, count, to, [=](auto numbers, auto) { return numbers ^ flip; });
   }
   static void above(const uint8_t* from, int64_t count, int shift, uint8_t* to) {
-    each<Bits, Span>(from, count, [=](int64_t k, auto numbers) {
-      auto all = numbers;
-      memcpy(&all, to + k, sizeof all);
-      all |= numbers << shift;
-      memcpy(to + k, &all, sizeof all);
-    });
+    each<Bits, Span>(from, count, to, [=](auto numbers, auto bytes) { return bytes | numbers << shift; });
   }
 };
 

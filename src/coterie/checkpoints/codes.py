@@ -62,15 +62,24 @@ class Codes:
     def fitted(self) -> Codes:
         """The same as the encoding holds it: scales in its own dtype, and 8-bit codes from -127 on, not -128."""
         codes, scale, dtype = self.codes, self.scale, self.spec.encoding.scales
-        if self.spec.name in ("int8", "q8_0") and not codes.all():
+        if self.spec.name in ("int8", "q8_0") and not codes.numpy().all():
             codes = codes.clamp(min=1)
         if scale is not None and dtype is not None:
             scale = scale.to(dtype)
         fitted = replace(self, codes=codes, scale=scale)
-        if codes is self.codes and (scale is self.scale or torch.equal(number(scale), number(self.scale))):
+        if codes is not self.codes:
+            exact = self.dequantize()
+            return replace(fitted, loss=((fitted.dequantize() - exact).norm() / exact.norm()).item())
+        if scale is self.scale or torch.equal(number(scale), number(self.scale)):
             return fitted
-        exact = self.dequantize()
-        return replace(fitted, loss=((fitted.dequantize() - exact).norm() / exact.norm()).item())
+        return replace(fitted, loss=self._loss_with(scale))
+
+    def _loss_with(self, scale: Tensor) -> float:
+        """The relative error that other scales of groups, which are not those of tiles, make of the weights."""
+        squares = self._values().square_().unflatten(1, (scale.shape[1], -1)).sum(-1)
+        exact = number(self.scale)
+        error = (number(scale) - exact).square_().mul_(squares).sum() / exact.square().mul_(squares).sum()
+        return error.sqrt().item()
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Codes:
         """The same with every part changed, [rows, ...] each; no part of the encoding is shared by rows."""
@@ -90,9 +99,9 @@ class Codes:
     def _values(self) -> Tensor:
         """Float32 [rows, cols]: what the codes stand for, without scales."""
         if self.zero is not None:
-            return self.codes.float() - self._columns(self.zero.float().view(len(self.codes), -1))
+            return self.codes.float().sub_(self._columns(self.zero.float().view(len(self.codes), -1)))
         if self.spec.name in MIDDLE:
-            return self.codes.float() - MIDDLE[self.spec.name]
+            return self.codes.float().sub_(MIDDLE[self.spec.name])
         if self.spec.name in VALUES:
             return torch.tensor(VALUES[self.spec.name], dtype=torch.float32, device="cpu")[self.codes.int()]
         return self.codes.float()

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -247,7 +248,7 @@ class Scheme:
 
 
 def _check_finite(folder: Folder, name: str, scale: Tensor) -> None:
-    if not scale.float().isfinite().all():
+    if not np.isfinite(scale.float().numpy()).all():
         raise CheckpointError(
             f"{folder.file_of(name).path}, tensor {shown(name)}: expected scales of which weights are finite numbers, "
             "found NaN, Inf or a division by 0"
