@@ -14,18 +14,22 @@ PROMPTS = torch.tensor([[0, 0, 0, 7, 8, 9, 10, 11], [4, 5, 6, 7, 8, 9, 10, 11]])
 SEEN = (PROMPTS > 0).long()
 
 
+def counted(monkeypatch, name: str) -> list:
+    """What a function of the engine gives from now on."""
+    given, function = [], getattr(_native, name)
+
+    def call(*arguments):
+        given.append(function(*arguments))
+        return given[-1]
+
+    monkeypatch.setattr(attention._native, name, call)
+    return given
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How often the engine attended."""
-    counted = []
-
-    def attend(*arguments):
-        counted.append(_attend(*arguments))
-        return counted[-1]
-
-    _attend = _native.attend
-    monkeypatch.setattr(attention._native, "attend", attend)
-    return counted
+    return counted(monkeypatch, "attend")
 
 
 def opened(**options):
@@ -50,14 +54,7 @@ def test_a_model_attends_by_the_engine(calls):
 
 
 def test_prompts_attend_by_the_engine_until_the_model_is_trained(monkeypatch):
-    taken = []
-
-    def attend(*arguments):
-        taken.append(_attend(*arguments))
-        return taken[-1]
-
-    _attend = _native.attend_prompt
-    monkeypatch.setattr(attention._native, "attend_prompt", attend)
+    taken = counted(monkeypatch, "attend_prompt")
     monkeypatch.setattr(attention.cpu, "attends_to_prompts", lambda: True)
     model = opened()
     layers = model.config.num_hidden_layers

@@ -105,7 +105,7 @@ def _attends_by_engine(attention: Any) -> bool:
 class LayerParts:
     """The modules of a layer that the engine may take the place of.
 
-    block, router, experts: None where what follows attention is something else.
+    router, experts: None where `block`, what follows attention, is more than these, or something else.
     """
 
     @classmethod
@@ -187,7 +187,6 @@ class LayerStep:
     def __init__(self, parts: LayerParts, halved: bool, with_experts: bool) -> None:
         self.parts, self.with_experts = parts, with_experts
         self._attention = AttentionStep(parts, halved, parts.norm)
-        self._finish: Callable[[Tensor], Tensor | None] = self._experts if with_experts else self._block
 
     @property
     def attending(self) -> float:
@@ -204,7 +203,7 @@ class LayerStep:
 
     def finish(self, x: Tensor) -> Tensor:
         """What the rest of the layer makes of x [B, 1, H]."""
-        out = self._finish(x)
+        out = self._experts(x) if self.with_experts else None
         return self._block(x) if out is None else out
 
     def _experts(self, x: Tensor) -> Tensor | None:
@@ -276,7 +275,7 @@ def _proved(layer: QuickLayer, x: Tensor, kwargs: dict[str, Any], cached: Growin
         hook.remove()
     if len(seen) != 1 or not _same(_tried(LayerStep(parts, halved, False).attend, random, kwargs, cached), seen[0]):
         return None
-    for with_experts in (parts.experts is not None, False):
+    for with_experts in (False,) if parts.experts is None else (True, False):
         step = LayerStep(parts, halved, with_experts)
         if _same(step.finish(seen[0]), expected):
             return step
