@@ -263,6 +263,18 @@ template <int end, int begin = 0, class F>
   if constexpr (begin + 1 < end) each_index<end, begin + 1>(f);
 }
 
+// f of those of a run's quads that belong to part `part` of `parts`, as constants.
+template <int quads, int parts, class F>
+[[gnu::always_inline]] inline void each_quad([[maybe_unused]] int part, const F& f) {
+  static_assert(parts <= 2);
+  if constexpr (parts == 1)
+    each_index<quads>(f);
+  else if (part == 0)
+    each_index<quads / 2>(f);
+  else
+    each_index<quads, quads / 2>(f);
+}
+
 // The columns of a line in natural order, two by two: take(index of the pair, first, second). Zero: zero points are stored.
 template <class Isa, class Codes, bool Zero, class Take>
 inline void each_pair_of_line(const uint8_t* line, typename Isa::F minus_zero, const Take& take) {
@@ -289,13 +301,12 @@ inline void each_pair_of_line(const uint8_t* line, typename Isa::F minus_zero, c
 }
 
 // The same of part `part` of a run's `parts`, whose lines lie `stride` bytes apart.
-template <class Isa, class Codes, bool Zero, int part, int parts, class Take>
-inline void each_pair(const uint8_t* run, int64_t stride, typename Isa::F minus_zero, const Take& take) {
-  constexpr int kQuads = Codes::kPairs / 2 / parts;
+template <class Isa, class Codes, bool Zero, int parts, class Take>
+inline void each_pair(const uint8_t* run, int part, int64_t stride, typename Isa::F minus_zero, const Take& take) {
   if constexpr (!Codes::kSplit)
     each_pair_of_line<Isa, Codes, Zero>(run, minus_zero, take);
   else
-    each_index<(part + 1) * kQuads, part * kQuads>([&](auto index) {
+    each_quad<Codes::kPairs / 2, parts>(part, [&](auto index) {
       constexpr int quad = decltype(index)::value;
       const auto words = Codes::template bytes<Isa, quad>(run, stride);
       const auto column = [&](auto bytes) { return Isa::add(Isa::to_float(bytes), minus_zero); };

@@ -32,12 +32,12 @@ void decode_pairs(const Layout& layout, const Block& block, int64_t begin, int64
   const int64_t step = E::kStep ? E::kStep : layout.step, step_bytes = layout.step_bytes(panels), stride = panels * kLine;
   const int64_t width = step * E::kRunScales / E::kScales;  // of columns that share a scale, or scales
   const uint8_t* const end_of_steps = block.data + layout.steps() * step_bytes;
-  for (int64_t first = begin, n = begin / width * E::kRunScales; first < end; n += E::kRunScales) {
+  for (int64_t first = begin, n = begin / width * E::kRunScales; first < end; n++) {
     const int64_t stop = (n / E::kRunScales + 1) * width, last = stop < end ? stop : end, s = n / E::kScales;
+    const int group = static_cast<int>(n % E::kScales), part = group % E::kRunScales;
     const uint8_t* const codes = block.data + s * step_bytes + layout.codes_at(panels) + (first - s * step) / E::kRunColumns * E::kRunLines * stride;
     const uint8_t* const tail = block.data + s * step_bytes + layout.shared_at(panels);
-    const auto part_of_panel = [&](auto part, int p) {
-      const int group = static_cast<int>(n % E::kScales) + part;
+    for (int p = 0; p < panels; p++) {
       auto scale = Isa::set1(E::Codes::kUnit), minimum = Isa::zero();
       if constexpr (E::kStepScale) scale = Isa::mul(scale, E::template scale<Isa>(tail, p, group));
       if constexpr (E::kMinimum) minimum = Isa::mul(E::template minimum<Isa>(tail, p, group), Isa::set1(-1.0f));
@@ -49,11 +49,10 @@ void decode_pairs(const Layout& layout, const Block& block, int64_t begin, int64
       const uint8_t* from = codes + p * kLine;
       uint8_t* out = to + (first - begin) / 2 * stride + p * kLine;
       for (int64_t k = first; k < last; k += E::kRunColumns, from += E::kRunLines * stride, out += E::Codes::kPairs * stride)
-        each_pair<Isa, typename E::Codes, E::kZero, decltype(part)::value, E::kRunScales>(
-            from, stride, minus_zero, [&](int i, auto a, auto b) { Isa::store_pairs(out + i * stride, value(a), value(b)); });
-    };
-    for (int p = 0; p < panels; p++) each_index<E::kRunScales>([&](auto part) { part_of_panel(part, p); });
-    first = last;
+        each_pair<Isa, typename E::Codes, E::kZero, E::kRunScales>(
+            from, part, stride, minus_zero, [&](int i, auto a, auto b) { Isa::store_pairs(out + i * stride, value(a), value(b)); });
+    }
+    if (part == E::kRunScales - 1) first = last;
   }
 }
 
@@ -104,22 +103,20 @@ void decode_bytes(const Layout& layout, const Block& block, uint8_t* to) {
       if constexpr (E::kRowScale) stored = Isa::mul(stored, Isa::load(reinterpret_cast<const float*>(E::row_scale(block.data + layout.steps() * step_bytes, p))));
       Isa::store(reinterpret_cast<float*>(scales) + p * kPanelRows, stored);
       uint8_t* out = to + p * kLine;
-      const auto group = [&](auto part, int64_t n) {
-        const int64_t s = n / E::kScales;
+      for (int64_t n = begin / width; n < end / width; n++) {
+        const int64_t s = n / E::kScales, group = n % E::kScales;
         const auto ratio = Isa::nearest(Isa::mul(scale_of(n), inverse));
         auto below = Isa::mul(ratio, Isa::set1(Codes::kOffset));
         if constexpr (E::kStepZero) below = Isa::mul(ratio, Isa::load_bytes(E::step_zero(tail_of(s), panels, p)));
         if constexpr (E::kMinimum) below = Isa::nearest(Isa::mul(minimum_of(n), inverse));
         const typename Isa::Rescale rescale(ratio, Isa::fma(below, Isa::set1(-1.0f), Isa::set1(128.0f * 128.0f + 64.0f)));  // rounds
-        constexpr int kQuads = E::kRunColumns / 4 / E::kRunScales, kFirst = decltype(part)::value * kQuads;
-        const uint8_t* from = block.data + s * step_bytes + layout.codes_at(panels) + (n % E::kScales) * runs / E::kScales * E::kRunLines * stride + p * kLine;
-        for (int64_t columns = 0; columns < width; columns += 4 * kQuads, from += E::kRunLines * stride)
-          each_index<kFirst + kQuads, kFirst>([&](auto quad) {
+        const uint8_t* from = block.data + s * step_bytes + layout.codes_at(panels) + group * runs / E::kScales * E::kRunLines * stride + p * kLine;
+        for (int64_t k = 0; k < width; k += E::kRunColumns, from += E::kRunLines * stride)
+          each_quad<E::kRunColumns / 4, E::kRunScales>(group % E::kRunScales, [&](auto quad) {
             rescale(Codes::template bytes<Isa, decltype(quad)::value>(from, stride), out);
             out += stride;
           });
-      };
-      for (int64_t n = begin / width; n < end / width; n += E::kRunScales) each_index<E::kRunScales>([&](auto part) { group(part, n + part); });
+      }
     }
     to = scales + panels * kPanelRows * 4;
   }

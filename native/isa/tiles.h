@@ -72,7 +72,8 @@ struct StepScales {
 template <class Isa, class E, int M, int NP>
 __attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& block, int panel, const Rows<M>& rows, int64_t cols, float* out,
                                           const Ahead& ahead, bool add) {
-  constexpr int kPairs = E::Codes::kPairs;
+  constexpr int kPairs = E::Codes::kPairs, kLastPart = E::kRunScales - 1;
+  static_assert(E::kRunScales == 1 || (E::Codes::kSplit && !E::kMinimum));
   const int64_t stride = block.panels * kLine, groups = E::kStepScale ? layout.steps() * E::kScales : 1;
   const int64_t runs = (E::kStep ? E::kStep * E::kRunScales / E::kScales : E::kStepScale ? layout.step : cols) / E::kRunColumns;
   const uint8_t* at = block.data + panel * kLine;
@@ -89,87 +90,83 @@ __attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& blo
   StepScales<Isa, E, NP> several;
   typename Isa::F sums[M];  // of activations, where minima are taken off
   for (int m = 0; m < M; m++) sums[m] = Isa::zero();
-  for (int64_t g = 0, run = 0; g < groups; g += E::kRunScales) {
-    const int first_group = static_cast<int>(g % E::kScales);
-    if (E::kRecord && first_group == 0) {
+  for (int64_t g = 0, run = 0; g < groups; g++) {
+    const int group = static_cast<int>(g % E::kScales);
+    if (E::kRecord && group == 0) {
       several.read(at - panel * kLine, panel);
       at += block.panels * kPanelRows * E::Scale::kRowBytes;
     }
-    each_index<E::kRunScales>([&](auto part) __attribute__((always_inline)) {
-      constexpr bool kLast = part + 1 == E::kRunScales;
-      constexpr int kFirst = part * kPairs / E::kRunScales;
+    const int part = group % E::kRunScales;
 #pragma GCC unroll 1
-      for (int64_t n = 0; n < runs; n++) {
-        if (kLast) ahead.template line<Isa>(run);
-        const auto activations = [&](int m, int i) { return Isa::broadcast_pair(x.data[m] + (run * kPairs + i) * 2 * Isa::kFloatBytes); };
-        if constexpr (E::kMinimum)
+    for (int64_t n = 0; n < runs; n++) {
+      if (part == kLastPart) ahead.template line<Isa>(run);
+      const auto activations = [&](int m, int i) { return Isa::broadcast_pair(x.data[m] + (run * kPairs + i) * 2 * Isa::kFloatBytes); };
+      if constexpr (E::kMinimum)
 #pragma GCC unroll 16
-          for (int i = kFirst; i < kFirst + kPairs / E::kRunScales; i++)
+        for (int i = 0; i < kPairs; i++)
 #pragma GCC unroll 8
-            for (int m = 0; m < M; m++) sums[m] = Isa::dot(sums[m], Isa::pair_of(Isa::set1(1.0f), Isa::set1(1.0f)), activations(m, i));
-        if constexpr (kPairs == 1 && !kPanelMajor<Isa>) {
-          typename Isa::Pair w[NP][1];
+          for (int m = 0; m < M; m++) sums[m] = Isa::dot(sums[m], Isa::pair_of(Isa::set1(1.0f), Isa::set1(1.0f)), activations(m, i));
+      if constexpr (kPairs == 1 && !kPanelMajor<Isa>) {
+        typename Isa::Pair w[NP][1];
 #pragma GCC unroll 4
-          for (int p = 0; p < NP; p++) pairs_of_line<Isa, typename E::Codes>(at + p * kLine, w[p]);
+        for (int p = 0; p < NP; p++) pairs_of_line<Isa, typename E::Codes>(at + p * kLine, w[p]);
 #pragma GCC unroll 8
-          for (int m = 0; m < M; m++) {
-            auto v = activations(m, 0);
+        for (int m = 0; m < M; m++) {
+          auto v = activations(m, 0);
 #pragma GCC unroll 4
-            for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p][0], v);
-          }
-        } else if constexpr (E::Codes::kSplit) {
-          each_index<(kFirst + kPairs / E::kRunScales) / 2, kFirst / 2>([&](auto index) {
-            constexpr int quad = decltype(index)::value;
-#pragma GCC unroll 4
-            for (int p = 0; p < NP; p++) {
-              typename Isa::Pair w[2];
-              pairs_of_quad<Isa, typename E::Codes, quad>(at + p * kLine, stride, w);
-#pragma GCC unroll 8
-              for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
-                for (int i = 0; i < 2; i++) acc[m][p] = Isa::dot(acc[m][p], w[i], activations(m, 2 * quad + i));
-            }
-          });
-        } else {
+          for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p][0], v);
+        }
+      } else if constexpr (E::Codes::kSplit) {
+        each_quad<kPairs / 2, E::kRunScales>(part, [&](auto index) {
+          constexpr int quad = decltype(index)::value;
 #pragma GCC unroll 4
           for (int p = 0; p < NP; p++) {
-            typename Isa::Pair w[kPairs];
-            pairs_of_line<Isa, typename E::Codes>(at + p * kLine, w);
+            typename Isa::Pair w[2];
+            pairs_of_quad<Isa, typename E::Codes, quad>(at + p * kLine, stride, w);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-              for (int i = 0; i < kPairs; i++)
-                acc[m][p] = Isa::dot(acc[m][p], w[i], activations(m, i));
+#pragma GCC unroll 2
+              for (int i = 0; i < 2; i++) acc[m][p] = Isa::dot(acc[m][p], w[i], activations(m, 2 * quad + i));
           }
-        }
-        if (kLast) run++, at += E::kRunLines * stride;
-      }
-      if constexpr (E::kStepScale) {
-        const int group = first_group + part;
-        const uint8_t* const tail = at - panel * kLine;
+        });
+      } else {
 #pragma GCC unroll 4
         for (int p = 0; p < NP; p++) {
-          typename Isa::F scale, minimum;
-          if constexpr (E::kRecord) {
-            scale = Isa::load(several.scale[group][p]);
-            if constexpr (E::kMinimum) minimum = Isa::mul(Isa::load(several.minimum[group][p]), Isa::set1(-1.0f));
-          } else {
-            scale = E::template scale<Isa>(tail, panel + p, 0);
-            if (E::Codes::kUnit != 1.0f) scale = Isa::mul(scale, Isa::set1(E::Codes::kUnit));
-          }
+          typename Isa::Pair w[kPairs];
+          pairs_of_line<Isa, typename E::Codes>(at + p * kLine, w);
 #pragma GCC unroll 8
-          for (int m = 0; m < M; m++) {
-            const auto before = E::kMinimum ? Isa::fma(minimum, sums[m], totals.get(m, p)) : totals.get(m, p);
-            totals.put(m, p, Isa::fma(acc[m][p], scale, before));
-            acc[m][p] = Isa::zero();
-          }
+          for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+            for (int i = 0; i < kPairs; i++)
+              acc[m][p] = Isa::dot(acc[m][p], w[i], activations(m, i));
         }
-        if (E::kMinimum)
-          for (int m = 0; m < M; m++) sums[m] = Isa::zero();
-        if (!E::kRecord) at += block.panels * kPanelRows * E::Scale::kRowBytes + E::Scale::kBlockBytes;
-        totals.settle();
       }
-    });
+      if (part == kLastPart) run++, at += E::kRunLines * stride;
+    }
+    if constexpr (E::kStepScale) {
+      const uint8_t* const tail = at - panel * kLine;
+#pragma GCC unroll 4
+      for (int p = 0; p < NP; p++) {
+        typename Isa::F scale, minimum;
+        if constexpr (E::kRecord) {
+          scale = Isa::load(several.scale[group][p]);
+          if constexpr (E::kMinimum) minimum = Isa::mul(Isa::load(several.minimum[group][p]), Isa::set1(-1.0f));
+        } else {
+          scale = E::template scale<Isa>(tail, panel + p, 0);
+          if (E::Codes::kUnit != 1.0f) scale = Isa::mul(scale, Isa::set1(E::Codes::kUnit));
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+          const auto before = E::kMinimum ? Isa::fma(minimum, sums[m], totals.get(m, p)) : totals.get(m, p);
+          totals.put(m, p, Isa::fma(acc[m][p], scale, before));
+          acc[m][p] = Isa::zero();
+        }
+      }
+      if (E::kMinimum)
+        for (int m = 0; m < M; m++) sums[m] = Isa::zero();
+      if (!E::kRecord) at += block.panels * kPanelRows * E::Scale::kRowBytes + E::Scale::kBlockBytes;
+      totals.settle();
+    }
   }
   for (int p = 0; p < NP; p++) {
     typename Isa::F scale = Isa::zero();
@@ -191,7 +188,7 @@ __attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& blo
 template <class Isa, class E, int M, int NP>
 __attribute__((noinline)) void quads_tile(const Block& block, int panel, const Rows<M>& rows, int64_t cols, int64_t any_unit, float* out,
                                           const Ahead& ahead) {
-  constexpr int kRun = E::kRunColumns, kScales = E::kScales, kQuad = 4 * Isa::kIntegerBytes;
+  constexpr int kRun = E::kRunColumns, kScales = E::kScales, kQuad = 4 * Isa::kIntegerBytes, kLastPart = E::kRunScales - 1;
   const int panels = block.panels;
   const int64_t stride = panels * kLine, unit = E::kStep ? E::kStep / kScales : any_unit, runs = cols / kRun;
   const uint8_t* at = block.data + panel * kLine;
@@ -202,83 +199,78 @@ __attribute__((noinline)) void quads_tile(const Block& block, int panel, const R
   StepScales<Isa, E, NP> several;
   if constexpr (E::kRowZero)
     for (int p = 0; p < NP; p++) zeros[p] = Isa::load_bytes(E::row_zero(end_of_steps, panels, panel + p));
-  for (int64_t first = 0, run = 0; run < runs; first += E::kRunScales) {
-    const int first_group = static_cast<int>(first % kScales);
-    if (E::kRecord && first_group == 0) {
+  for (int64_t u = 0, run = 0; run < runs; u++) {
+    const int group = static_cast<int>(u % kScales);
+    if (E::kRecord && group == 0) {
       several.read(at - panel * kLine, panel);
       at += panels * kPanelRows * E::Scale::kRowBytes;
     }
-    each_index<E::kRunScales>([&](auto part) __attribute__((always_inline)) {
-      constexpr bool kLast = part + 1 == E::kRunScales;
-      constexpr int kQuads = kRun / 4 / E::kRunScales, kFirst = part * kQuads;
-      const int64_t u = first + part;
-      const int group = first_group + part;
-      typename Isa::I acc[M][NP];
+    typename Isa::I acc[M][NP];
 #pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        auto start = E::kSums ? Isa::integer_zero() : Isa::integer_set1(x.offset[m][u]);
+    for (int m = 0; m < M; m++) {
+      auto start = E::kSums ? Isa::integer_zero() : Isa::integer_set1(x.offset[m][u]);
 #pragma GCC unroll 4
-        for (int p = 0; p < NP; p++) acc[m][p] = start;
-      }
-      const int64_t end = run + unit * E::kRunScales / kRun < runs ? run + unit * E::kRunScales / kRun : runs;
+      for (int p = 0; p < NP; p++) acc[m][p] = start;
+    }
+    const int part = group % E::kRunScales;
+    const int64_t end = run + unit / kRun < runs ? run + unit / kRun : runs;
 #pragma GCC unroll 1
-      do {
-        if (kLast) ahead.template line<Isa>(run);
-        each_index<kFirst + kQuads, kFirst>([&](auto index) {
-          constexpr int i = decltype(index)::value;
-          auto activations = [&](int m) { return Isa::broadcast_quad(x.data[m] + run * (kRun * Isa::kIntegerBytes) + i * kQuad); };
-          if constexpr (kPanelMajor<Isa>) {
+    do {
+      if (part == kLastPart) ahead.template line<Isa>(run);
+      each_quad<kRun / 4, E::kRunScales>(part, [&](auto index) {
+        constexpr int i = decltype(index)::value;
+        auto activations = [&](int m) { return Isa::broadcast_quad(x.data[m] + run * (kRun * Isa::kIntegerBytes) + i * kQuad); };
+        if constexpr (kPanelMajor<Isa>) {
 #pragma GCC unroll 4
-            for (int p = 0; p < NP; p++) {
-              const auto w = Isa::quad_of(E::Codes::template bytes<Isa, i>(at + p * kLine, stride));
+          for (int p = 0; p < NP; p++) {
+            const auto w = Isa::quad_of(E::Codes::template bytes<Isa, i>(at + p * kLine, stride));
 #pragma GCC unroll 8
-              for (int m = 0; m < M; m++) acc[m][p] = Isa::dot(acc[m][p], w, activations(m));
-            }
-          } else {
-            typename Isa::Quad w[NP];
-#pragma GCC unroll 4
-            for (int p = 0; p < NP; p++) w[p] = Isa::quad_of(E::Codes::template bytes<Isa, i>(at + p * kLine, stride));
-#pragma GCC unroll 8
-            for (int m = 0; m < M; m++) {
-              const auto v = activations(m);
-#pragma GCC unroll 4
-              for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p], v);
-            }
+            for (int m = 0; m < M; m++) acc[m][p] = Isa::dot(acc[m][p], w, activations(m));
           }
-        });
-        if (kLast) run++, at += E::kRunLines * stride;
-      } while (kLast && run < end);
-      typename Isa::F ws[NP], minima[NP];
-      const uint8_t* const tail = at - panel * kLine;
+        } else {
+          typename Isa::Quad w[NP];
+#pragma GCC unroll 4
+          for (int p = 0; p < NP; p++) w[p] = Isa::quad_of(E::Codes::template bytes<Isa, i>(at + p * kLine, stride));
+#pragma GCC unroll 8
+          for (int m = 0; m < M; m++) {
+            const auto v = activations(m);
+#pragma GCC unroll 4
+            for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p], v);
+          }
+        }
+      });
+      if (part == kLastPart) run++, at += E::kRunLines * stride;
+    } while (run < end);
+    typename Isa::F ws[NP], minima[NP];
+    const uint8_t* const tail = at - panel * kLine;
+#pragma GCC unroll 4
+    for (int p = 0; p < NP; p++) {
+      if constexpr (E::kRecord) {
+        ws[p] = Isa::load(several.scale[group][p]);
+        if constexpr (E::kMinimum) minima[p] = Isa::load(several.minimum[group][p]);
+      } else if constexpr (E::kStepScale) {
+        ws[p] = E::template scale<Isa>(tail, panel + p, 0);
+        if (E::Codes::kUnit != 1.0f) ws[p] = Isa::mul(ws[p], Isa::set1(E::Codes::kUnit));
+      }
+      if constexpr (E::kStepZero) zeros[p] = Isa::load_bytes(E::step_zero(tail, panels, panel + p));
+    }
+    if (E::kStepScale && !E::kRecord) at += panels * kPanelRows * (E::Scale::kRowBytes + E::kStepZero);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      auto xs = Isa::set1(x.scale[m][static_cast<uint64_t>(u * unit) / kActivationGroup]);
+      typename Isa::F sum;
+      if (E::kSums) sum = Isa::set1(static_cast<float>(x.offset[m][u]));
 #pragma GCC unroll 4
       for (int p = 0; p < NP; p++) {
-        if constexpr (E::kRecord) {
-          ws[p] = Isa::load(several.scale[group][p]);
-          if constexpr (E::kMinimum) minima[p] = Isa::load(several.minimum[group][p]);
-        } else if constexpr (E::kStepScale) {
-          ws[p] = E::template scale<Isa>(tail, panel + p, 0);
-          if (E::Codes::kUnit != 1.0f) ws[p] = Isa::mul(ws[p], Isa::set1(E::Codes::kUnit));
-        }
-        if constexpr (E::kStepZero) zeros[p] = Isa::load_bytes(E::step_zero(tail, panels, panel + p));
+        auto v = Isa::to_float(acc[m][p]);
+        if (E::kZero) v = Isa::fma(zeros[p], sum, v);
+        if (E::kMinimum)
+          totals.put(m, p, Isa::fma(Isa::fma(v, ws[p], Isa::mul(minima[p], sum)), xs, totals.get(m, p)));
+        else
+          totals.put(m, p, Isa::fma(v, E::kStepScale ? Isa::mul(xs, ws[p]) : xs, totals.get(m, p)));
       }
-      if (E::kStepScale && !E::kRecord) at += panels * kPanelRows * (E::Scale::kRowBytes + E::kStepZero);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; m++) {
-        auto xs = Isa::set1(x.scale[m][static_cast<uint64_t>(u * unit) / kActivationGroup]);
-        typename Isa::F sum;
-        if (E::kSums) sum = Isa::set1(static_cast<float>(x.offset[m][u]));
-#pragma GCC unroll 4
-        for (int p = 0; p < NP; p++) {
-          auto v = Isa::to_float(acc[m][p]);
-          if (E::kZero) v = Isa::fma(zeros[p], sum, v);
-          if (E::kMinimum)
-            totals.put(m, p, Isa::fma(Isa::fma(v, ws[p], Isa::mul(minima[p], sum)), xs, totals.get(m, p)));
-          else
-            totals.put(m, p, Isa::fma(v, E::kStepScale ? Isa::mul(xs, ws[p]) : xs, totals.get(m, p)));
-        }
-      }
-      totals.settle();
-    });
+    }
+    totals.settle();
   }
   for (int p = 0; p < NP; p++) {
     typename Isa::F ws = Isa::zero();
