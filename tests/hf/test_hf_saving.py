@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import coterie
 from coterie.errors import ArgumentError, CheckpointError
+from coterie.hf.attention import attend_as_before
 from coterie.hf.modules import packed_modules
 from coterie.hf.weight import PackedWeight
 
@@ -205,6 +206,7 @@ def test_dequantize_after_saving(model, tmp_path):
     assert model.config._experts_implementation != "coterie" and "packed" not in repr(model)
     model.save_pretrained(tmp_path / "plain")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    attend_as_before(model)
     assert torch.equal(logits(again), logits(model))
     assert torch.equal(again.state_dict()["model.layers.0.mlp.experts.down_proj"], expected)
 
