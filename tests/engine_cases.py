@@ -166,6 +166,12 @@ def decoded_with_minima(experts: Experts, name: str, expert: int) -> Tensor:
     return ((whole + 64) / 128).floor() * columns(step)
 
 
+def stays_narrow(spec: Format, isa: str) -> bool:
+    """Whether codes of few bits are multiplied as they are for any number of rows: where sums of 16 bits hold their
+    products and scales are rare."""
+    return isa in ("avx2", "avx512") and spec.scale_columns >= 32 and not spec.name.startswith("iq4")
+
+
 def rounds_weights(spec: Format, isa: str, rows: int) -> bool:
     """Whether bf16 activations of so many rows of an expert meet weights rounded to bf16: decoded ones are, but for
     those whose scales, one a row or one for 128 columns, are applied to the products."""
@@ -201,7 +207,8 @@ def engine_truth(experts: Experts, isa: str, x: Tensor, ids: Tensor, weights: Te
 
         def linear(name: str, v: Tensor, e: int = e) -> Tensor:
             spec, matrix = experts.formats[name], dense_of(experts)[name][e]
-            if integer and spec.encoding.bits < 8 and spec.group_size and len(v) >= from_rows:
+            narrow = spec.encoding.bits < 8 and spec.group_size and not stays_narrow(spec, isa)
+            if integer and narrow and len(v) >= from_rows:
                 matrix = decoded(experts, name)[e]
             if not integer and rounds_weights(spec, isa, len(v)):
                 matrix = matrix.bfloat16().float()

@@ -18,6 +18,9 @@ constexpr int64_t kDecodeFrom = 16;
 // Whether decoded codes are multiplied first and scaled then: where scales are few, that costs less than scaling weights, and rounds nothing.
 template <class E>
 constexpr bool kKeepsScales = E::kFused && (!E::kStepScale || (E::kStep >= 128 && !E::kRecord));
+// Where narrow codes are as quick to multiply as bytes for any number of rows: their products are added in 16 bits, and rarely scaled.
+template <class Isa, class E>
+constexpr bool kStaysNarrow = kShortQuads<Isa, typename E::Codes> >= 4 && (E::kStep == 0 || E::kStep / E::kScales >= 32);
 // Rows whose gate products wait for those of up.
 constexpr int64_t kPairRows = 128;
 
@@ -84,7 +87,7 @@ struct Engine {
       const int64_t lines = layout.block_bytes(block.panels) / kLine;
       if (x.integer) {
         if constexpr (E::kNarrow)
-          if (gathered || all >= kDecodeFrom) {
+          if (gathered || (all >= kDecodeFrom && !kStaysNarrow<Isa, E>)) {
             decode_bytes<Isa, E>(layout, block, scratch);
             return tiles<Bytes>(layout, {scratch, block.panels}, x, tokens, gathered, next, lines, finish);
           }
@@ -120,8 +123,9 @@ struct Engine {
     }
     alignas(64) float out[Isa::kTileRows * kBlockRows];
     const int64_t count = (tokens.count + Isa::kTileRows - 1) / Isa::kTileRows;
-    // What is read once from end to end, the hardware fetches by itself.
-    const bool once = count == 1 && Isa::tile_panels(static_cast<int>(tokens.count)) >= block.panels;
+    // What is read once from end to end, the hardware fetches by itself; not in time where codes keep few registers busy.
+    constexpr bool kBusy = kPanelMajor<Isa> && E::Codes::kBits <= 8;
+    const bool once = !kBusy && count == 1 && Isa::tile_panels(static_cast<int>(tokens.count)) >= block.panels;
     const int64_t share = once ? 0 : lines / count;
     for (int64_t t = 0; t < count; t++) {
       const int64_t first = tokens.count * t / count, rows = tokens.count * (t + 1) / count - first;
@@ -329,8 +333,11 @@ struct Engine {
       for (int64_t u = begin; u < end; u += to.unit) {
         auto acc = Isa::integer_zero();
         const int64_t stop = u + to.unit < end ? u + to.unit : end;
-        for (int64_t i = u; i < stop; i += kPanelRows)
-          acc = Isa::add(acc, Isa::store_codes(codes + i * Isa::kIntegerBytes, Isa::mul(Isa::load(row + i), inverse)));
+        for (int64_t i = u; i < stop; i += kPanelRows) {
+          const auto q = Isa::store_codes(codes + i * Isa::kIntegerBytes, Isa::mul(Isa::load(row + i), inverse));
+          if constexpr (Isa::kShortBytes > 0) Isa::store_bytes(codes + to.cols * Isa::kIntegerBytes + i, q);
+          acc = Isa::add(acc, q);
+        }
         const int32_t sum = Isa::reduce_add(acc);
         to.offset[index * to.units() + u / to.unit] = wrapping_product(-code_offset, sum);
         group_sum = wrapping_sum(group_sum, sum);

@@ -15,7 +15,7 @@ struct Avx2 {
   struct I {
     __m256i a, b;
   };
-  static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
+  static constexpr int kFloatBytes = 4, kIntegerBytes = 2, kShortBytes = 1;
   static constexpr bool kTiles = false, kLooksUpLines = false, kE4m3Lines = true;
   static constexpr int kRegistersPerVector = 2;
   static constexpr int kTileRows = 6;
@@ -145,6 +145,17 @@ struct Avx2 {
     acc = {_mm256_fmadd_ps(w.even.a, x.even, acc.a), _mm256_fmadd_ps(w.even.b, x.even, acc.b)};
     return {_mm256_fmadd_ps(w.odd.a, x.odd, acc.a), _mm256_fmadd_ps(w.odd.b, x.odd, acc.b)};
   }
+  // Row by row as it is written: the compiler would rather have everything at once, for which registers do not suffice.
+  template <class V, class Register>
+  static V in_order(Register a, Register b) {
+    asm volatile("" : "+x"(a), "+x"(b));
+    return {a, b};
+  }
+  static F dot_half(F acc, const Pair& w, const PairOf1& x, int half) {
+    const F v = half ? w.odd : w.even;
+    const __m256 y = half ? x.odd : x.even;
+    return in_order<F>(_mm256_fmadd_ps(v.a, y, acc.a), _mm256_fmadd_ps(v.b, y, acc.b));
+  }
 
   struct Quad {
     I even, odd;
@@ -228,6 +239,26 @@ struct Avx2 {
   static I dot(I acc, const Quad& w, const QuadOf1& x) {
     acc = add(acc, {_mm256_madd_epi16(w.even.a, x.even), _mm256_madd_epi16(w.even.b, x.even)});
     return add(acc, {_mm256_madd_epi16(w.odd.a, x.odd), _mm256_madd_epi16(w.odd.b, x.odd)});
+  }
+  static I dot_half(I acc, const Quad& w, const QuadOf1& x, int half) {
+    const I v = half ? w.odd : w.even;
+    const __m256i y = half ? x.odd : x.even;
+    return in_order<I>(_mm256_add_epi32(acc.a, _mm256_madd_epi16(v.a, y)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(v.b, y)));
+  }
+  // Small bytes of weights times bytes of activations, two columns' products added in 16 bits, and those then in 32.
+  static I dot_shorts(I acc, I w, const uint8_t* x) {
+    const __m256i bytes = _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(x));
+    return in_order<I>(_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(w.a, bytes)), _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(w.b, bytes)));
+  }
+  static I add_shorts(I acc, I shorts) {
+    const __m256i one = _mm256_set1_epi16(1);
+    return add(acc, {_mm256_madd_epi16(shorts.a, one), _mm256_madd_epi16(shorts.b, one)});
+  }
+  // 16 codes as bytes in the order of kQuadOrder.
+  static void store_bytes(uint8_t* to, I q) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(q.a, q.b), 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128((__m128i*)to, _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15)));
   }
   // 16 codes as 16-bit integers in natural order: the halves of a quad meet its even and odd bytes.
   static I store_codes(uint8_t* to, F v) {

@@ -20,7 +20,7 @@ constexpr Interleaved kInterleaved;
 struct Avx512 {
   using F = __m512;
   using I = __m512i;
-  static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
+  static constexpr int kFloatBytes = 4, kIntegerBytes = 2, kShortBytes = 1;
   static constexpr bool kTiles = false, kLooksUpLines = false, kE4m3Lines = true;
   static constexpr int kRegistersPerVector = 1;
   static constexpr int kTileRows = 6;
@@ -156,6 +156,15 @@ struct Avx512 {
   }
   static I dot(I acc, const Quad& w, const Quad& x) {
     return add(add(acc, _mm512_madd_epi16(w.even, x.even)), _mm512_madd_epi16(w.odd, x.odd));
+  }
+  // Small bytes of weights times bytes of activations, two columns' products added in 16 bits, and those then in 32.
+  static I dot_shorts(I acc, I w, const uint8_t* x) {
+    return _mm512_add_epi16(acc, _mm512_maddubs_epi16(w, _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(x))));
+  }
+  static I add_shorts(I acc, I shorts) { return add(acc, _mm512_madd_epi16(shorts, _mm512_set1_epi16(1))); }
+  // 16 codes as bytes in the order of kQuadOrder.
+  static void store_bytes(uint8_t* to, I q) {
+    _mm_storeu_si128((__m128i*)to, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(q), _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15)));
   }
   // 16 codes as 16-bit integers in natural order: the halves of a quad meet its even and odd bytes.
   static I store_codes(uint8_t* to, F v) {

@@ -21,7 +21,7 @@ struct E4m3Bytes {
 constexpr E4m3Bytes kE4m3Bytes;
 
 struct Avx512Bf16 : Avx512 {
-  static constexpr int kFloatBytes = 2, kIntegerBytes = 1;
+  static constexpr int kFloatBytes = 2, kIntegerBytes = 1, kShortBytes = 0;
   static constexpr bool kLooksUpLines = true;
   static constexpr int kTileRows = 6;
   static constexpr int tile_panels(int) { return 4; }
@@ -98,11 +98,9 @@ struct Avx512Bf16 : Avx512 {
 #endif
     return acc;
   }
-  // 16 codes as bytes in the order of kQuadOrder.
   static I store_codes(uint8_t* to, Avx512::F v) {
     const I q = _mm512_cvtps_epi32(v);
-    const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
-    _mm_storeu_si128((__m128i*)to, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(q), order));
+    store_bytes(to, q);
     return q;
   }
 

@@ -15,7 +15,7 @@ struct Scalar {
   struct I {
     int32_t v[kLanes];
   };
-  static constexpr int kFloatBytes = 4, kIntegerBytes = 2;
+  static constexpr int kFloatBytes = 4, kIntegerBytes = 2, kShortBytes = 0;
   static constexpr bool kTiles = false, kLooksUpLines = false, kE4m3Lines = false;
   static constexpr int kRegistersPerVector = 1;
   static constexpr int kTileRows = 4;

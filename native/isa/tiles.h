@@ -1,4 +1,5 @@
 // The hot loops: a few rows of activations times panels of a block of weights, over an instruction set `Isa` and an encoding `E`.
+// Every lambda here is inlined by force: what one captures is otherwise in memory, sums and pointers too, wherever else it is used.
 #pragma once
 #include <type_traits>
 
@@ -28,6 +29,21 @@ struct Rows {
 // Whether one panel's weights at a time are in registers, where those are few, or those of all panels of a line.
 template <class Isa>
 constexpr bool kPanelMajor = Isa::kRegistersPerVector > 1;
+
+// The largest byte that stands for a weight.
+template <class Codes>
+constexpr int largest_byte() {
+  int largest = (1 << Codes::kBits) - 1;
+  if constexpr (requires { Codes::kTable; }) {
+    largest = 0;
+    for (int value : Codes::kTable) largest = value + Codes::kOffset > largest ? value + Codes::kOffset : largest;
+  }
+  return largest;
+}
+
+// Where an instruction set adds two products of bytes in 16 bits: how many quads can be added there. 0: products are added in 32 bits.
+template <class Isa, class Codes>
+constexpr int kShortQuads = Isa::kShortBytes ? 32767 / (2 * 127 * largest_byte<Codes>()) : 0;
 
 // Sums of a tile: in registers where those suffice, or else in the result itself, so that registers are for the accumulators of the inner loop.
 template <class Isa, int M, int NP>
@@ -100,7 +116,9 @@ __attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& blo
 #pragma GCC unroll 1
     for (int64_t n = 0; n < runs; n++) {
       if (part == kLastPart) ahead.template line<Isa>(run);
-      const auto activations = [&](int m, int i) { return Isa::broadcast_pair(x.data[m] + (run * kPairs + i) * 2 * Isa::kFloatBytes); };
+      const auto activations = [&](int m, int i) __attribute__((always_inline)) {
+        return Isa::broadcast_pair(x.data[m] + (run * kPairs + i) * 2 * Isa::kFloatBytes);
+      };
       if constexpr (E::kMinimum)
 #pragma GCC unroll 16
         for (int i = 0; i < kPairs; i++)
@@ -117,7 +135,7 @@ __attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& blo
           for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p][0], v);
         }
       } else if constexpr (E::Codes::kSplit) {
-        each_quad<kPairs / 2, E::kRunScales>(part, [&](auto index) {
+        each_quad<kPairs / 2, E::kRunScales>(part, [&](auto index) __attribute__((always_inline)) {
           constexpr int quad = decltype(index)::value;
 #pragma GCC unroll 4
           for (int p = 0; p < NP; p++) {
@@ -129,6 +147,16 @@ __attribute__((noinline)) void pairs_tile(const Layout& layout, const Block& blo
               for (int i = 0; i < 2; i++) acc[m][p] = Isa::dot(acc[m][p], w[i], activations(m, 2 * quad + i));
           }
         });
+      } else if constexpr (kPairs == 1) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++)
+#pragma GCC unroll 4
+          for (int p = 0; p < NP; p++) {
+            typename Isa::Pair w[1];
+            pairs_of_line<Isa, typename E::Codes>(at + p * kLine, w);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) acc[m][p] = Isa::dot_half(acc[m][p], w[0], activations(m, 0), half);
+          }
       } else {
 #pragma GCC unroll 4
         for (int p = 0; p < NP; p++) {
@@ -189,6 +217,8 @@ template <class Isa, class E, int M, int NP>
 __attribute__((noinline)) void quads_tile(const Block& block, int panel, const Rows<M>& rows, int64_t cols, int64_t any_unit, float* out,
                                           const Ahead& ahead) {
   constexpr int kRun = E::kRunColumns, kScales = E::kScales, kQuad = 4 * Isa::kIntegerBytes, kLastPart = E::kRunScales - 1;
+  constexpr int kQuads = kRun / 4, kShort = kShortQuads<Isa, typename E::Codes>, kSpan = kShort > kQuads ? kShort / kQuads : 1;
+  [[maybe_unused]] const int64_t bytes_at = cols * Isa::kIntegerBytes;
   const int panels = block.panels;
   const int64_t stride = panels * kLine, unit = E::kStep ? E::kStep / kScales : any_unit, runs = cols / kRun;
   const uint8_t* at = block.data + panel * kLine;
@@ -206,41 +236,67 @@ __attribute__((noinline)) void quads_tile(const Block& block, int panel, const R
       at += panels * kPanelRows * E::Scale::kRowBytes;
     }
     typename Isa::I acc[M][NP];
+    [[maybe_unused]] typename Isa::I shorts[M][NP];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       auto start = E::kSums ? Isa::integer_zero() : Isa::integer_set1(x.offset[m][u]);
 #pragma GCC unroll 4
-      for (int p = 0; p < NP; p++) acc[m][p] = start;
+      for (int p = 0; p < NP; p++) acc[m][p] = start, shorts[m][p] = Isa::integer_zero();
     }
+    const auto widen = [&]() __attribute__((always_inline)) {
+      if constexpr (kShort > 0)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+          for (int p = 0; p < NP; p++) acc[m][p] = Isa::add_shorts(acc[m][p], shorts[m][p]), shorts[m][p] = Isa::integer_zero();
+    };
     const int part = group % E::kRunScales;
     const int64_t end = run + unit / kRun < runs ? run + unit / kRun : runs;
 #pragma GCC unroll 1
     do {
-      if (part == kLastPart) ahead.template line<Isa>(run);
-      each_quad<kRun / 4, E::kRunScales>(part, [&](auto index) {
-        constexpr int i = decltype(index)::value;
-        auto activations = [&](int m) { return Isa::broadcast_quad(x.data[m] + run * (kRun * Isa::kIntegerBytes) + i * kQuad); };
-        if constexpr (kPanelMajor<Isa>) {
+      const int64_t stop = kShort > 0 && run + kSpan < end ? run + kSpan : end;
+#pragma GCC unroll 1
+      do {
+        if (part == kLastPart) ahead.template line<Isa>(run);
+        each_quad<kQuads, E::kRunScales>(part, [&](auto index) __attribute__((always_inline)) {
+          constexpr int i = decltype(index)::value;
+          const auto bytes = [&](int p) __attribute__((always_inline)) { return E::Codes::template bytes<Isa, i>(at + p * kLine, stride); };
+          const auto activations = [&](int m) __attribute__((always_inline)) {
+            return Isa::broadcast_quad(x.data[m] + run * (kRun * Isa::kIntegerBytes) + i * kQuad);
+          };
+          if constexpr (kShort > 0) {
 #pragma GCC unroll 4
-          for (int p = 0; p < NP; p++) {
-            const auto w = Isa::quad_of(E::Codes::template bytes<Isa, i>(at + p * kLine, stride));
+            for (int p = 0; p < NP; p++) {
+              const auto w = bytes(p);
 #pragma GCC unroll 8
-            for (int m = 0; m < M; m++) acc[m][p] = Isa::dot(acc[m][p], w, activations(m));
-          }
-        } else {
-          typename Isa::Quad w[NP];
+              for (int m = 0; m < M; m++) shorts[m][p] = Isa::dot_shorts(shorts[m][p], w, x.data[m] + bytes_at + run * kRun + i * 4);
+            }
+            if constexpr (i + 1 < kQuads && (i + 1) % kShort == 0) widen();
+          } else if constexpr (kPanelMajor<Isa>) {
 #pragma GCC unroll 4
-          for (int p = 0; p < NP; p++) w[p] = Isa::quad_of(E::Codes::template bytes<Isa, i>(at + p * kLine, stride));
+            for (int p = 0; p < NP; p++) {
+              const auto w = Isa::quad_of(bytes(p));
+#pragma GCC unroll 2
+              for (int half = 0; half < 2; half++)
 #pragma GCC unroll 8
-          for (int m = 0; m < M; m++) {
-            const auto v = activations(m);
+                for (int m = 0; m < M; m++) acc[m][p] = Isa::dot_half(acc[m][p], w, activations(m), half);
+            }
+          } else {
+            typename Isa::Quad w[NP];
 #pragma GCC unroll 4
-            for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p], v);
+            for (int p = 0; p < NP; p++) w[p] = Isa::quad_of(bytes(p));
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+              const auto v = activations(m);
+#pragma GCC unroll 4
+              for (int p = 0; p < NP; p++) acc[m][p] = Isa::dot(acc[m][p], w[p], v);
+            }
           }
-        }
-      });
-      if (part == kLastPart) run++, at += E::kRunLines * stride;
-    } while (run < end);
+        });
+        if (part == kLastPart) run++, at += E::kRunLines * stride;
+      } while (run < stop);
+      widen();
+    } while (kShort > 0 && run < end);
     typename Isa::F ws[NP], minima[NP];
     const uint8_t* const tail = at - panel * kLine;
 #pragma GCC unroll 4

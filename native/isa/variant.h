@@ -16,7 +16,7 @@ constexpr Kernels kernels_of(const char* name) {
   using T = Trainer<Isa>;
   return {name,
           Isa::kFloatBytes,
-          Isa::kIntegerBytes,
+          Isa::kIntegerBytes + Isa::kShortBytes,
           E::stage,
           E::multiply,
           E::store,

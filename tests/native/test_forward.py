@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from engine_cases import FORMATS, Batch, assert_close, dequantized, engine_truth, name_of, packed, token_errors
+import torch
+from engine_cases import FORMATS, Batch, assert_close, dequantized, engine_truth, name_of, options, packed, token_errors
 
-from coterie import reference
+from coterie import Experts, reference
 from coterie.formats import Format
 
 # (experts, hidden, intermediate); columns of grouped formats are multiples of their group.
@@ -51,6 +52,19 @@ def test_error_that_the_format_promises(isa, spec):
     x, ids, weights = Batch(64, 4).tensors(sizes)
     found, truth = packed(spec, sizes)(x, ids, weights), reference.forward(x, ids, weights, *dequantized(spec, sizes))
     assert token_errors(found, truth).square().mean().sqrt() < (3e-2 if spec.encoding.int8_activations else 4e-3)
+
+
+@pytest.mark.parametrize("largest", [(3, -4), (7, -8), (15, -16), (31, -32), (6, -6), (3, 0), (15, 0), (31, 0)])
+@pytest.mark.parametrize("spec", [spec for spec in FORMATS if spec.encoding.int8_activations], ids=name_of)
+def test_sums_of_the_largest_codes_with_the_largest_activations(isa, spec, largest):
+    """Nothing overflows: every column has the largest code but for one of the other end in a group."""
+    weights = torch.full((1, 256, 256), float(largest[0]))
+    weights[..., ::16] = largest[1]
+    experts = Experts.pack(None, weights, weights, **options(spec))
+    for tokens in (1, 6, 17):
+        x = torch.ones(tokens, 256) * torch.tensor([1.0, -1.0] * 9)[:tokens, None]
+        batch = x, torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
+        assert_close(spec, experts(*batch), engine_truth(experts, isa, *batch))
 
 
 @pytest.mark.parametrize("spec", [FORMATS[0], FORMATS[1], FORMATS[6]], ids=name_of)

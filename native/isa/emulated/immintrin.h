@@ -141,6 +141,15 @@ inline __m512i mm512_madd_epi16(__m512i a, __m512i b) {
   return each<__m512i, int32_t>([&](int i) { return x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1]; });
 }
 
+inline __m512i mm512_maddubs_epi16(__m512i a, __m512i b) {
+  Lanes<uint8_t> x = lanes<uint8_t>(a);
+  Lanes<int8_t> y = lanes<int8_t>(b);
+  return each<__m512i, int16_t>([&](int i) {
+    const int sum = x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+    return sum > 32767 ? 32767 : sum < -32768 ? -32768 : sum;
+  });
+}
+
 inline __m512i mm512_shuffle_epi8(__m512i a, __m512i order) {
   Lanes<uint8_t> x = lanes<uint8_t>(a), o = lanes<uint8_t>(order);
   return each<__m512i, uint8_t>([&](int i) { return o[i] & 0x80 ? uint8_t{0} : x[i / 16 * 16 + o[i] % 16]; });
@@ -356,6 +365,7 @@ inline __m256i mm256_dpbusd_avx_epi32(__m256i acc, __m256i u, __m256i s) { retur
 #define _mm512_loadu_ps ::coterie_emulated::mm512_loadu_ps
 #define _mm512_loadu_si512 ::coterie_emulated::mm512_loadu_si512
 #define _mm512_madd_epi16 ::coterie_emulated::mm512_madd_epi16
+#define _mm512_maddubs_epi16 ::coterie_emulated::mm512_maddubs_epi16
 #define _mm512_mask_blend_ps ::coterie_emulated::mm512_mask_blend_ps
 #define _mm512_mask_mov_epi16 ::coterie_emulated::mm512_mask_mov_epi16
 #define _mm512_mask_permutexvar_epi16 ::coterie_emulated::mm512_mask_permutexvar_epi16
