@@ -39,7 +39,7 @@ def doctor() -> None:
     report = facts(f"\nMeasured with {info.threads} threads")
     report.add_row("reading memory", f"{significant(bandwidth / 1e9)} GB/s: the limit of decoding")
     report.add_row("bf16 dot products", f"{significant(bf16 / 1e9)} GFLOP/s: the limit of prefill with bf16 experts")
-    report.add_row("int8 dot products", f"{significant(int8 / 1e9)} GOP/s: the limit with int8 experts, about that with 4-bit ones")
+    report.add_row("int8 dot products", f"{significant(int8 / 1e9)} GOP/s: about the limit with int8 and 4-bit experts")
     console.print(report)
 
     report = facts("\nVersions")
