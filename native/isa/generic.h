@@ -314,7 +314,8 @@ struct Engine {
   static int32_t wrapping_sum(int32_t a, int32_t b) { return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
   static int32_t wrapping_product(int32_t a, int32_t b) { return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b)); }
 
-  // Int8 codes of one row, a scale per group of columns, and what undoes the offset of the weights' codes. A NaN or Inf makes its group's scale NaN.
+  // Int8 codes of one row (those of all columns in kIntegerBytes each, and behind them again in kShortBytes), a scale per group of columns, and what
+  // undoes the offset of the weights' codes. A NaN or Inf makes its group's scale NaN.
   static void quantise_row(const Layout& weights, const float* row, const Staged& to, int64_t index) {
     const int32_t code_offset = weights.code_offset;
     uint8_t* codes = to.data + index * to.row_bytes;
