@@ -16,7 +16,8 @@ from coterie.formats import ENCODINGS, Format, Formats
 ACTIVATION_GROUP = 256  # columns of an activation that share one int8 scale
 BF16_ACTIVATIONS = ("avx512_bf16", "amx", "amx_emulated")  # the others compute bf16 weights with float32 activations
 TILES = ("amx", "amx_emulated")
-DECODED_FROM, DECODED_FROM_IN_TILES = 16, 8  # rows of an expert from which 4-bit groups are decoded to int8
+DECODED_FROM = 24  # rows of an expert from which 4-bit groups are decoded to int8
+TILES_FROM = 8  # from which AMX computes bf16 in tiles
 # Codes as whole numbers: the largest magnitude, and what one is worth.
 LARGEST = {"int4": 8.0, "q4_0": 8.0, "iq4_nl": 127.0, "mxfp4": 12.0, "nvfp4": 12.0, "q6_k": 32.0, "q5_0": 16.0,
            "iq4_xs": 127.0, "q3_k": 4.0}
@@ -180,7 +181,7 @@ def rounds_weights(spec: Format, isa: str, rows: int) -> bool:
     if rows <= TILE_ROWS.get(isa, 6):
         return False
     keeps_scales = spec.group_size == 0 or spec.encoding.tile_rows == 128
-    return not keeps_scales or (isa in TILES and rows >= DECODED_FROM_IN_TILES)
+    return not keeps_scales or (isa in TILES and rows >= TILES_FROM)
 
 
 @functools.lru_cache(maxsize=64)
@@ -192,7 +193,6 @@ def engine_truth(experts: Experts, isa: str, x: Tensor, ids: Tensor, weights: Te
     """reference.forward with activations and weights rounded where the engine rounds them: what is left is the order of
     sums."""
     biases, integer = experts.biases(), experts.formats.int8_activations
-    from_rows = DECODED_FROM_IN_TILES if isa in TILES else DECODED_FROM
 
     def rounded(v: Tensor) -> Tensor:
         if integer:
@@ -208,7 +208,7 @@ def engine_truth(experts: Experts, isa: str, x: Tensor, ids: Tensor, weights: Te
         def linear(name: str, v: Tensor, e: int = e) -> Tensor:
             spec, matrix = experts.formats[name], dense_of(experts)[name][e]
             narrow = spec.encoding.bits < 8 and spec.group_size and not stays_narrow(spec, isa)
-            if integer and narrow and len(v) >= from_rows:
+            if integer and narrow and len(v) >= DECODED_FROM:
                 matrix = decoded(experts, name)[e]
             if not integer and rounds_weights(spec, isa, len(v)):
                 matrix = matrix.bfloat16().float()

@@ -14,7 +14,7 @@ namespace coterie {
 namespace {
 
 // Rows from which decoding narrow codes to bytes once costs less than unpacking them in every tile.
-constexpr int64_t kDecodeFrom = 16;
+constexpr int64_t kDecodeFrom = 24;
 // Whether decoded codes are multiplied first and scaled then: where scales are few, that costs less than scaling weights, and rounds nothing.
 template <class E>
 constexpr bool kKeepsScales = E::kFused && (!E::kStepScale || (E::kStep >= 128 && !E::kRecord));
@@ -30,24 +30,24 @@ struct Engine {
 
   // M rows times every panel of a block: all four at once where the tile is wide enough, or else in several sweeps. They share out between them the
   // `lines` at `next` to fetch. `add`: to what is there, for pairs.
-  template <class E, int M>
+  template <class E, int M, bool Integer>
   static void sweep(const Layout& layout, const Block& block, const Staged& x, const int32_t* index, float* out, const uint8_t* next, int64_t lines,
                     bool add) {
-    constexpr int NP = Isa::tile_panels(M);
+    constexpr int NP = Isa::tile_panels(M, Integer);
     const Rows<M> rows(x, index, std::is_same_v<E, Bytes>);
     const int64_t share = lines / ((block.panels + NP - 1) / NP);
     Ahead ahead{next};
     ahead.spread(share, x.cols / E::kRunColumns);
     int panel = 0;
     for (; panel + NP <= block.panels; panel += NP, ahead.from += share * kLine)
-      tile<E, M, NP>(layout, block, panel, x, rows, out + panel * kPanelRows, ahead, add);
+      tile<E, M, NP, Integer>(layout, block, panel, x, rows, out + panel * kPanelRows, ahead, add);
     if constexpr (NP > 1)
-      for (; panel < block.panels; panel++) tile<E, M, 1>(layout, block, panel, x, rows, out + panel * kPanelRows, Ahead{}, add);
+      for (; panel < block.panels; panel++) tile<E, M, 1, Integer>(layout, block, panel, x, rows, out + panel * kPanelRows, Ahead{}, add);
   }
 
-  template <class E, int M, int NP>
+  template <class E, int M, int NP, bool Integer>
   static void tile(const Layout& layout, const Block& block, int panel, const Staged& x, const Rows<M>& rows, float* out, const Ahead& ahead, bool add) {
-    if (x.integer) {
+    if constexpr (Integer) {
       if constexpr (E::Codes::kInteger)
         quads_tile<Isa, E, M, NP>(block, panel, rows, x.cols, std::is_same_v<E, Bytes> ? kActivationGroup : x.unit, out, ahead);
     } else if constexpr (E::kFused && !std::is_same_v<E, Bytes>) {
@@ -62,13 +62,13 @@ struct Engine {
     if constexpr (M > 1) {
       if (count < M) return rows_of<E, M - 1>(count, layout, block, x, index, out, next, lines, add);
     }
-    sweep<E, M>(layout, block, x, index, out, next, lines, add);
+    x.integer ? sweep<E, M, true>(layout, block, x, index, out, next, lines, add) : sweep<E, M, false>(layout, block, x, index, out, next, lines, add);
   }
 
   // Tile registers want rows next to each other: those of an expert, copied once for all its panels. Null where tiles are not used.
   static const uint8_t* gather(const Layout& layout, const Staged& x, const Tokens& tokens) {
     if constexpr (Isa::kTiles) {
-      if (tokens.count < Isa::kTilesFrom || !Isa::supports(layout, x.integer)) return nullptr;
+      if (tokens.count < Isa::tiles_from(x.integer) || !Isa::supports(layout, x.integer)) return nullptr;
       static thread_local std::vector<uint8_t> rows;
       rows.resize(tokens.count * x.row_bytes);
       for (int64_t m = 0; m < tokens.count; m++) memcpy(rows.data() + m * x.row_bytes, x.data + tokens.input[m] * x.row_bytes, x.row_bytes);
@@ -123,9 +123,8 @@ struct Engine {
     }
     alignas(64) float out[Isa::kTileRows * kBlockRows];
     const int64_t count = (tokens.count + Isa::kTileRows - 1) / Isa::kTileRows;
-    // What is read once from end to end, the hardware fetches by itself; not in time where codes keep few registers busy.
-    constexpr bool kBusy = kPanelMajor<Isa> && E::Codes::kBits <= 8;
-    const bool once = !kBusy && count == 1 && Isa::tile_panels(static_cast<int>(tokens.count)) >= block.panels;
+    // What is read once from end to end, the hardware fetches by itself, on some CPUs in time.
+    const bool once = E::Codes::kBits > Isa::kFetchedBits && count == 1 && Isa::tile_panels(static_cast<int>(tokens.count), x.integer) >= block.panels;
     const int64_t share = once ? 0 : lines / count;
     for (int64_t t = 0; t < count; t++) {
       const int64_t first = tokens.count * t / count, rows = tokens.count * (t + 1) / count - first;

@@ -223,6 +223,6 @@ struct Kernels {
 // their scales are less.
 inline int64_t block_scratch_bytes(int64_t padded_cols) { return kBlockRows * (padded_cols * 2 + 4 + padded_cols / 128 * 4); }
 
-extern const Kernels kScalar, kAvx2, kAvx2Vnni, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated;
+extern const Kernels kScalar, kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx, kAmxEmulated;
 
 }  // namespace coterie

@@ -8,9 +8,11 @@ namespace {
 template <class Tiles>
 struct Amx : Avx512Bf16 {
   static constexpr bool kTiles = true;
-  static constexpr int kTilesFrom = 8;       // rows from which tiles are used
+  // Rows from which tiles are used: bytes, which are decoded for them, are multiplied as fast without.
+  static constexpr int tiles_from(bool integer) { return integer ? 32 : 8; }
   static constexpr int kTileCols = 64;       // columns of int8 in a tile
   static constexpr int kTileChunk = 32;      // rows of one call to `multiply_tiles`
+  static constexpr int kFetchedBits = 16;    // these are Intel's
   static constexpr int64_t kFloatMacs = 32;  // `dots` measures the AVX512 rate
 
   static bool supports(const Layout& layout, bool integer) {

@@ -18,8 +18,9 @@ struct Avx2 {
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2, kShortBytes = 1;
   static constexpr bool kTiles = false, kLooksUpLines = false, kE4m3Lines = true;
   static constexpr int kRegistersPerVector = 2;
+  static constexpr int kFetchedBits = 8;  // codes of at most so many bits are fetched ahead even where they are read but once
   static constexpr int kTileRows = 6;
-  static constexpr int tile_panels(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+  static constexpr int tile_panels(int rows, bool) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
   static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 32;
 
   static F zero() { return set1(0.0f); }

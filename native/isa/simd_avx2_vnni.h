@@ -7,6 +7,7 @@ namespace {
 
 struct Avx2Vnni : Avx2 {
   static constexpr int kIntegerBytes = 1, kShortBytes = 0;
+  static constexpr int kFetchedBits = 16;
   static constexpr int64_t kIntegerMacs = 64;
 
   using Quad = I;

@@ -23,8 +23,9 @@ struct Avx512 {
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2, kShortBytes = 1;
   static constexpr bool kTiles = false, kLooksUpLines = false, kE4m3Lines = true;
   static constexpr int kRegistersPerVector = 1;
+  static constexpr int kFetchedBits = 16;  // codes of at most so many bits are fetched ahead even where they are read but once
   static constexpr int kTileRows = 6;
-  static constexpr int tile_panels(int rows) { return rows <= 2 ? 4 : 2; }
+  static constexpr int tile_panels(int rows, bool) { return rows <= 2 ? 4 : 2; }
   static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 32;
 
   static F zero() { return _mm512_setzero_ps(); }

@@ -18,8 +18,9 @@ struct Scalar {
   static constexpr int kFloatBytes = 4, kIntegerBytes = 2, kShortBytes = 0;
   static constexpr bool kTiles = false, kLooksUpLines = false, kE4m3Lines = false;
   static constexpr int kRegistersPerVector = 1;
+  static constexpr int kFetchedBits = 0;  // codes of at most so many bits are fetched ahead even where they are read but once
   static constexpr int kTileRows = 4;
-  static constexpr int tile_panels(int) { return 1; }
+  static constexpr int tile_panels(int, bool) { return 1; }
   static constexpr int64_t kFloatMacs = 16, kIntegerMacs = 16;
 
   template <class V, class Op>

@@ -25,9 +25,12 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl");
 }
 
-bool has_avx512_bf16() {
-  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-}
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"); }
+
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+
+// Intel's CPUs multiply bf16 at half the rate of float32.
+bool bf16_is_fast() { return !__builtin_cpu_is("intel"); }
 
 // AMX needs the CPU's tiles, bf16 and int8, and the kernel's permission to use the tile registers.
 bool has_amx() {
@@ -49,14 +52,16 @@ constexpr bool kEmulated = false;
 struct Variant {
   const Kernels* kernels;
   bool available;
-  bool automatic;  // chosen without being asked for
+  bool automatic;    // chosen without being asked for
+  bool fast = true;  // or only where nothing else is there
 };
 
 const std::vector<Variant>& variants() {
   static const std::vector<Variant> all = {
 #if defined(__x86_64__)
       {&kAmx, has_amx(), true},
-      {&kAvx512Bf16, kEmulated || has_avx512_bf16(), !kEmulated},
+      {&kAvx512Bf16, kEmulated || has_avx512_bf16(), !kEmulated, bf16_is_fast()},
+      {&kAvx512Vnni, kEmulated || has_avx512_vnni(), !kEmulated},
       {&kAvx512, kEmulated || has_avx512(), !kEmulated},
       {&kAvx2Vnni, kEmulated || has_avx2_vnni(), !kEmulated},
       {&kAvx2, has_avx2(), true},
@@ -88,7 +93,7 @@ Choice choose() {
   const char* wanted = std::getenv("COTERIE_ISA");
   if (wanted && *wanted) return {named(wanted), "forced by COTERIE_ISA"};
   for (const Variant& v : variants())
-    if (v.available && v.automatic) return {v.kernels, "the best this CPU has"};
+    if (v.available && v.automatic && v.fast) return {v.kernels, "the fastest this CPU has"};
   return {&kScalar, "the only one built"};
 }
 

@@ -14,9 +14,9 @@ AWKWARD = [(1, 1, 1), (2, 1, 70), (3, 33, 17), (4, 100, 65), (5, 65, 130)]
 GROUPED = [(1, 128, 128), (4, 128, 256), (3, 640, 128)]
 HALF_GROUPS = [(3, 96, 160), (2, 32, 32)]  # the last activation group is not whole
 
-# Up to a tile of rows and past it, for every tile height; one expert's 16 rows and more decode int4 to bytes.
+# Up to a tile of rows and past it, for every tile height; one expert's 24 rows and more decode int4 to bytes.
 BATCHES = [
-    *(Batch(tokens, 1, spread=False) for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 17, 31, 33, 47, 64, 100)),
+    *(Batch(tokens, 1, spread=False) for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 23, 24, 31, 33, 47, 64, 100)),
     *(Batch(tokens, top_k) for tokens in (0, 1, 2, 3, 5, 7, 16, 33) for top_k in (1, 2)),
     Batch(300, 3),
 ]

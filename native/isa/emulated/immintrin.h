@@ -252,6 +252,7 @@ inline __m512i mm512_broadcast_i32x4(__m128i quarter) {
   for (int i = 0; i < 4; i++) memcpy(reinterpret_cast<char*>(&v) + 16 * i, &quarter, 16);
   return v;
 }
+inline __m512i mm512_broadcast_i64x4(__m256i half) { return mm512_inserti64x4(mm512_castsi256_si512(half), half, 1); }
 inline __m512i mm512_set1_epi32(int32_t s) {
   return each<__m512i, int32_t>([&](int) { return s; });
 }
@@ -341,6 +342,7 @@ inline __m256i mm256_dpbusd_avx_epi32(__m256i acc, __m256i u, __m256i s) { retur
 #define _mm512_add_ps ::coterie_emulated::mm512_add_ps
 #define _mm512_and_si512 ::coterie_emulated::mm512_and_si512
 #define _mm512_broadcast_i32x4 ::coterie_emulated::mm512_broadcast_i32x4
+#define _mm512_broadcast_i64x4 ::coterie_emulated::mm512_broadcast_i64x4
 #define _mm512_castps512_ps256 ::coterie_emulated::mm512_castps512_ps256
 #define _mm512_castps_si512 ::coterie_emulated::mm512_castps_si512
 #define _mm512_castsi256_si512 ::coterie_emulated::mm512_castsi256_si512
