@@ -22,6 +22,7 @@ void bind_attention(nanobind::module_& m);
 void bind_decode(nanobind::module_& m);
 void bind_layer(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
+void bind_stream_call(nanobind::module_& m);
 void bind_tickets(nanobind::module_& m);
 
 }  // namespace coterie

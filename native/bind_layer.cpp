@@ -5,16 +5,19 @@
 #include <nanobind/stl/tuple.h>
 
 #include <array>
+#include <cstring>
 #include <mutex>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "bind.h"
-#include "formats/bfloat16.h"
+#include "bind_stream_call.h"
 #include "bind_tickets.h"
+#include "formats/bfloat16.h"
 #include "layer/backward.h"
 #include "layer/step.h"
 #include "layer/workspace.h"
@@ -37,6 +40,15 @@ LoraFactor factor_of(const FactorTuple& t) {
 using LoraTuple = std::tuple<FactorTuple, FactorTuple, FactorTuple, bool>;  // gate, up, down, shared A
 
 Lora lora_of(const LoraTuple& t) { return {factor_of(std::get<0>(t)), factor_of(std::get<1>(t)), factor_of(std::get<2>(t)), std::get<3>(t)}; }
+
+// tokens, top_k, x, its type and stride, ids, weights, out, its type, whether with int8 activations
+using BatchTuple = std::tuple<int64_t, int64_t, uintptr_t, int, int64_t, uintptr_t, uintptr_t, uintptr_t, int, bool>;
+
+Batch batch_of(const BatchTuple& t) {
+  const auto [tokens, top_k, x, x_dtype, x_stride, ids, weights, out, out_dtype, integer] = t;
+  return {tokens,          top_k,          at<void>(x), static_cast<DType>(x_dtype),    x_stride,
+          at<int64_t>(ids), at<float>(weights), at<void>(out), static_cast<DType>(out_dtype), integer};
+}
 
 // Projections are numbered gate, up, down.
 class Layer {
@@ -126,10 +138,8 @@ class Layer {
   }
 
   // Returns when it is done, or, where `owners` of all that it reads and writes are given, at once with a ticket.
-  OwningTicket* forward(int64_t tokens, int64_t top_k, uintptr_t x, int x_dtype, int64_t x_stride, uintptr_t ids, uintptr_t weights, uintptr_t out,
-                        int out_dtype, bool integer, const std::optional<LoraTuple>& lora, uintptr_t gate, uintptr_t up, nb::object owners) const {
-    const Batch batch{tokens,          top_k,          at<void>(x), static_cast<DType>(x_dtype),    x_stride,
-                      at<int64_t>(ids), at<float>(weights), at<void>(out), static_cast<DType>(out_dtype), integer};
+  OwningTicket* forward(const BatchTuple& given, const std::optional<LoraTuple>& lora, uintptr_t gate, uintptr_t up, nb::object owners) const {
+    const Batch batch = batch_of(given);
     std::optional<Training> training;
     if (lora) training = Training{lora_of(*lora), at<uint16_t>(gate), at<uint16_t>(up)};
     if (owners.is_none()) {
@@ -137,9 +147,27 @@ class Layer {
       return nullptr;
     }
     check_complete();
-    check_ids(batch.ids, tokens, top_k);
+    check_ids(batch);
     auto work = [this, &kernels = kernels(), batch, training] { coterie::forward(layer_, kernels, batch, training ? &*training : nullptr); };
     return new OwningTicket(std::move(work), nb::make_tuple(nb::find(this), owners));
+  }
+
+  // The same by a device's stream, which writes the inputs before; where it fails, the output is NaN.
+  StreamCall* on_stream(const BatchTuple& given, const std::optional<LoraTuple>& lora, nb::object owners) const {
+    check_complete();
+    const Batch batch = batch_of(given);
+    std::optional<Training> training;
+    if (lora) training = Training{lora_of(*lora), nullptr, nullptr};
+    auto work = [this, &kernels = kernels(), batch, training] {
+      try {
+        check_ids(batch);
+        coterie::forward(layer_, kernels, batch, training ? &*training : nullptr);
+      } catch (...) {
+        std::memset(batch.out, 0xff, batch.tokens * layer_.hidden * (batch.out_dtype == DType::f32 ? sizeof(float) : sizeof(uint16_t)));
+        throw;
+      }
+    };
+    return new StreamCall(std::move(work), nb::make_tuple(nb::find(this), owners));
   }
 
   void backward(int64_t tokens, int64_t top_k, uintptr_t x, int x_dtype, uintptr_t grad_out, int grad_out_dtype, uintptr_t ids, uintptr_t weights,
@@ -148,7 +176,7 @@ class Layer {
                               static_cast<DType>(x_dtype),      static_cast<DType>(grad_out_dtype),
                               at<int64_t>(ids), at<float>(weights), at<void>(grad_x), static_cast<DType>(grad_x_dtype), at<float>(grad_weights)};
     check_complete();
-    check_ids(batch.ids, tokens, top_k);
+    check_ids(batch);
     const Training training{lora_of(lora), at<uint16_t>(gate), at<uint16_t>(up)};
     nb::gil_scoped_release released;
     coterie::backward(layer_, kernels(), batch, training);
@@ -162,7 +190,7 @@ class Layer {
  private:
   void run(const Batch& batch, const Training* training) const {
     check_complete();
-    check_ids(batch.ids, batch.tokens, batch.top_k);
+    check_ids(batch);
     nb::gil_scoped_release released;
     coterie::forward(layer_, kernels(), batch, training);
   }
@@ -171,12 +199,12 @@ class Layer {
     if (missing_) throw nb::value_error("these experts do not have all their weights yet");
   }
 
-  void check_ids(const int64_t* ids, int64_t tokens, int64_t top_k) const {
-    for (int64_t i = 0; i < tokens * top_k; i++)
-      if (ids[i] < -1 || ids[i] >= layer_.count)
-        throw nb::value_error(("expert id " + std::to_string(ids[i]) + " of token " + std::to_string(i / top_k) +
-                               " is out of range: expected -1 or 0.." + std::to_string(layer_.count - 1))
-                                  .c_str());
+  // Of a Batch or a BackwardBatch. Needs no GIL.
+  void check_ids(const auto& batch) const {
+    for (int64_t i = 0; i < batch.tokens * batch.top_k; i++)
+      if (batch.ids[i] < -1 || batch.ids[i] >= layer_.count)
+        throw std::invalid_argument("expert id " + std::to_string(batch.ids[i]) + " of token " + std::to_string(i / batch.top_k) +
+                                    " is out of range: expected -1 or 0.." + std::to_string(layer_.count - 1));
   }
 
   int64_t number_;
@@ -197,8 +225,8 @@ void bind_layer(nb::module_& m) {
       .def("compute", &Layer::compute)
       .def("step", &Layer::step, nb::arg("x"), nb::arg("norm_weight"), nb::arg("norm"), nb::arg("router"), nb::arg("router_bias").none(), nb::arg("top_k"),
            nb::arg("normalised"), nb::arg("rounded_weights"), nb::arg("integer"))
-      .def("forward", &Layer::forward, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-           nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none())
+      .def("forward", &Layer::forward, nb::arg("batch"), nb::arg("lora").none(), nb::arg("gate"), nb::arg("up"), nb::arg("owners").none())
+      .def("on_stream", &Layer::on_stream, nb::arg("batch"), nb::arg("lora").none(), nb::arg("owners"))
       .def("backward", &Layer::backward);
 }
 

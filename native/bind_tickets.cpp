@@ -19,32 +19,37 @@ namespace {
 
 constexpr std::chrono::milliseconds kBetweenSignals{100};  // how long Ctrl-C may go unheard
 
-struct Dropped {
-  std::shared_ptr<Ticket> ticket;
+struct Kept {
+  std::function<bool()> done;
   nb::object owners;
 };
 
 // Guarded by the GIL. Never destroyed: when the process exits, there is no Python to give the objects back to.
-std::vector<Dropped>& dropped = *new std::vector<Dropped>;
-
-// Letting go of an object may run any Python code, which may come here again.
-void release_dropped() {
-  const auto first_done = std::stable_partition(dropped.begin(), dropped.end(), [](const Dropped& d) { return !d.ticket->done(); });
-  const std::vector<Dropped> done(std::make_move_iterator(first_done), std::make_move_iterator(dropped.end()));
-  dropped.erase(first_done, dropped.end());
-}
+std::vector<Kept>& kept = *new std::vector<Kept>;
 
 }  // namespace
 
+// Letting go of an object may run any Python code, which may come here again.
+void release_done() {
+  const auto first_done = std::stable_partition(kept.begin(), kept.end(), [](const Kept& k) { return !k.done(); });
+  const std::vector<Kept> done(std::make_move_iterator(first_done), std::make_move_iterator(kept.end()));
+  kept.erase(first_done, kept.end());
+}
+
+void keep_until(std::function<bool()> done, nb::object owners) {
+  release_done();
+  kept.push_back({std::move(done), std::move(owners)});
+}
+
 OwningTicket::OwningTicket(std::function<void()> work, nb::object owners) : owners_(std::move(owners)) {
-  release_dropped();
+  release_done();
   nb::gil_scoped_release released;
   ticket_ = submit(std::move(work));
 }
 
 OwningTicket::~OwningTicket() {
-  if (!ticket_->done()) dropped.push_back({std::move(ticket_), std::move(owners_)});
-  release_dropped();
+  if (!ticket_->done()) keep_until([ticket = ticket_] { return ticket->done(); }, std::move(owners_));
+  release_done();
 }
 
 void OwningTicket::wait() {
@@ -56,7 +61,7 @@ void OwningTicket::wait() {
     }
   }
   { const nb::object owners = std::move(owners_); }
-  release_dropped();
+  release_done();
   ticket_->check();
 }
 
@@ -70,7 +75,7 @@ void bind_tickets(nb::module_& m) {
           nb::gil_scoped_release released;
           end_tickets();
         }
-        release_dropped();
+        release_done();
       },
       "For the end of the process: what is being done is finished, what waits is lost.");
   m.def(

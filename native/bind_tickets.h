@@ -9,8 +9,13 @@
 
 namespace coterie {
 
+// Keeps Python objects that something in the background reads or writes, until a release after it is done; keeping others is one too, and so is submitting,
+// waiting for or dropping a ticket. With the GIL.
+void keep_until(std::function<bool()> done, nanobind::object owners);
+void release_done();
+
 // The thread that does the work never touches Python. Its objects are let go of by threads that hold the GIL: when the ticket is waited for or dropped,
-// or, where it is dropped before it is done, when a later one is submitted, waited for or dropped.
+// or, where it is dropped before it is done, see keep_until.
 class OwningTicket {
  public:
   OwningTicket(std::function<void()> work, nanobind::object owners);

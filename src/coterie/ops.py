@@ -355,10 +355,11 @@ def _run(
     """Compute `out`; with `owners` of all that is read and written, in the background, and return the native ticket."""
     rows, slots = (x.shape[0], layer.hidden_size), tuple(ids.shape)
     try:
-        return layer.forward(
+        batch = (
             *slots, address("x", x, FLOATS, rows, rows_apart=True), DTYPES[x.dtype], x.stride(0),
             address("ids", ids, I64, slots), address("weights", weights, F32, slots),
-            address("out", out, COMPUTED, rows), DTYPES[out.dtype], integer, factors, gate, up, owners,
+            address("out", out, COMPUTED, rows), DTYPES[out.dtype], integer,
         )  # fmt: skip
+        return layer.forward(batch, factors, gate, up, owners)
     except ValueError as error:
         raise ArgumentError(str(error)) from None

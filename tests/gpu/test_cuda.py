@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
-from engine_cases import FORMATS, Batch, dequantized, name_of, packed
+from engine_cases import FORMATS, Batch, dense, dequantized, name_of, packed
 from gradient_cases import TOLERANCE, gradients, random_batch, random_lora, relative
 from torch.utils.checkpoint import checkpoint
 
 import coterie
 from coterie import ExpertLora, Experts, reference
 from coterie.errors import ArgumentError
+from coterie.gpu import ordered
 from coterie.gpu.transfer import CudaTransfer, transfer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
@@ -192,5 +195,48 @@ def test_refused():
         experts(x, IDS, weights)
     with pytest.raises(ArgumentError, match="x: expected a CPU tensor, found cuda:0"):
         experts.submit(x, ids, weights)
+    many = [t.repeat(8, 1) for t in (x, ids * 0 + 4, weights)]
     with pytest.raises(ArgumentError, match="expert id 4 of token 0 is out of range"):
-        experts(x, ids * 0 + 4, weights)
+        experts(*many)
+
+
+def test_few_tokens_are_not_waited_for():
+    """Python goes on while the stream is busy; what fails then is raised by a later call."""
+    experts = packed(FORMATS[0], SIZES)
+    x, ids, weights = on_gpu(X, IDS, WEIGHTS)
+    experts(x, ids, weights)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(A_WHILE)
+    found, wrong = experts(x, ids, weights), experts(x, ids * 0 + 4, weights)
+    assert not torch.cuda.current_stream().query()
+    torch.cuda.synchronize()
+    assert torch.equal(found.cpu(), experts.submit(X, IDS, WEIGHTS).wait()) and wrong.isnan().all()
+    with pytest.raises(ArgumentError, match=r"an earlier call .* expert id 4 of token 0 is out of range"):
+        experts(x, ids, weights)
+
+
+@pytest.mark.parametrize("moved", [[], [0, 2], None], ids=["in RAM", "on both", "on the GPU"])
+def test_captured(moved):
+    """As a CUDA graph, which keeps what it needs, and is replayed with other inputs."""
+    experts = Experts.pack(*dense(SIZES), format="int8")
+    experts.adapt()
+    expected = experts(X * 3, IDS.flip(0), WEIGHTS)
+    if moved != []:
+        experts.move("cuda", moved)
+    inputs = on_gpu(X, IDS, WEIGHTS)
+    for _ in range(2):
+        experts(*inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = experts(*inputs) * 2
+    del experts
+    gc.collect()
+    for tensor, changed in zip(inputs, (X * 3, IDS.flip(0), WEIGHTS), strict=True):
+        tensor.copy_(changed)
+    for _ in range(3):
+        out.zero_()
+        graph.replay()
+    torch.cuda.synchronize()
+    assert relative(out.cpu() / 2, expected) < (0.01 if moved != [] else 1e-6)
+    ordered.check()

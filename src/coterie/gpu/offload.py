@@ -1,4 +1,7 @@
-"""The forward of experts in RAM for tokens on a GPU: copied there, computed, copied back."""
+"""The forward of experts in RAM for tokens on a GPU: copied there, computed, copied back.
+
+Few tokens go there in the order of the GPU's stream (ordered.py); more, and those with gradients, are waited for.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from coterie import ops
 from coterie.border import is_traced
 from coterie.errors import ArgumentError
+from coterie.gpu import ordered
 from coterie.gpu.transfer import Transfer, transfer
 from coterie.lora import ExpertLora
 
@@ -28,7 +32,7 @@ def forward(
     ids: Tensor,
     weights: Tensor,
     lora: ExpertLora | None = None,
-    meanwhile: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Tensor:
     """See Experts.__call__: x, ids and weights are on one device, LoRA's factors there or in RAM. So are gradients.
 
@@ -40,6 +44,13 @@ def forward(
             raise ArgumentError(f"{name}: expected a tensor on {device}, as x is, found {tensor.device}")
     lora = lora or ExpertLora()
     factors = list(lora.factors())
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *factors))
+    in_order = ordered.possible(device, len(x)) and all(factor is None or factor.is_cpu for factor in factors)
+    if in_order and not learns and not is_traced():
+        ops.check_batch(experts, x, ids, weights, device)
+        lora.check(experts)
+        return ordered.forward(experts, x, ids, weights, lora, meanwhile)
+    meanwhile = meanwhile or _nothing
     shared = factors[0] is factors[2]  # gate and up have one A, or none
     if shared:
         factors[2] = None
@@ -60,10 +71,14 @@ def forward(
         return _forward(experts, *copied).to(device)
     copies = transfer(device)
     copied = in_ram(copies.to_host([tensor.detach() for tensor in inputs]))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *factors)):
+    if learns:
         return _Compute.apply(x, ids, weights, _Call(experts, copies, copied, meanwhile), *factors)
     meanwhile()
     return copies.to_device([_forward(experts, *copied)])[0]
+
+
+def _nothing() -> None:
+    pass
 
 
 def _forward(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora) -> Tensor:
