@@ -18,3 +18,9 @@ def cut(cache: Any, tokens: int) -> bool:
         return False
     cache.crop(-tokens)
     return True
+
+
+def has_room(cache: Any, tokens: int) -> bool:
+    """Whether a cache holds so many tokens in all; one that grows does."""
+    fixed = [layer for layer in cache.layers if not getattr(layer, "is_sliding", False)]
+    return all(getattr(layer, "max_cache_len", tokens) >= tokens for layer in fixed)

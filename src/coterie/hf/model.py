@@ -13,6 +13,7 @@ from coterie.checkpoints.folderwriter import replaced_folder
 from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.checkpoints.packed_write import write_layer
 from coterie.errors import ArgumentError
+from coterie.hf import cache, graphs
 from coterie.hf.attention import attend_as_before, attend_here
 from coterie.hf.dense import packed_linears
 from coterie.hf.growing import grow_in_place
@@ -67,6 +68,20 @@ class PackedModel:
                 linear.adapt()
         return super().train(mode)
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, length: int
+    ) -> Any:
+        """As Transformers has it, of fixed size where that decodes as a CUDA graph."""
+        if model_kwargs.get(cache.NAME) is None:
+            graphs.fix_cache(self, generation_config, mode, batch_size, length)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, length)
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """What decodes with a cache of fixed size: a CUDA graph, where nothing else is asked for."""
+        if compile_config is None and graphs.usable(self):
+            return graphs.GraphedForward(self)
+        return super().get_compiled_call(compile_config)
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers has it, which knows its own kinds of attention only."""
         attend_as_before(self)
@@ -120,8 +135,10 @@ def become_packed(model: PreTrainedModel) -> None:
 
 
 def compute_here(model: PreTrainedModel) -> None:
-    """Has a model that is in RAM attend, append to its caches, and compute norms, routers and tokens by the engine."""
+    """Has a model attend and compute norms and routers by the engine, or on a GPU by kernels, and one that is in RAM
+    append to its caches and take tokens through whole layers too."""
     attend_here(model)
-    grow_in_place(model)
     quicken(model)
-    step_at_once(model)
+    if model.device.type == "cpu":
+        grow_in_place(model)
+        step_at_once(model)

@@ -72,6 +72,8 @@ class Conversation:
                     f"the conversation has {len(ids)} tokens, the model's context is {self.context}: start a new one"
                 )
             room = min(room, self.context - len(ids))
+        if self._cache is not None and not cache.has_room(self._cache, len(ids) + room):
+            self._drop_cache()
         shown = Shown(self.tokenizer, show, self.tokenizer.decode(ids[-16:]).rstrip().endswith(OPEN))
         computed = len(ids) - self._reuse(ids)
         start = time.perf_counter()

@@ -1,0 +1,130 @@
+"""Decoding on a GPU: the forward of one more token is captured as a CUDA graph and replayed, which takes none of the
+time that Python and hundreds of launches take.
+
+Transformers asks a model for a compiled forward wherever its cache is of fixed size; it is given this one. Unless
+something else is asked for, such a cache is taken on a GPU wherever there is room for it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.generation.utils import GenerationMode
+from transformers.utils import logging
+
+from coterie.gpu import ordered
+from coterie.gpu.device import free_nbytes
+from coterie.hf import cache, skeleton
+from coterie.hf.empty import empty_model
+
+LENGTHS = 1024  # tokens, of which a cache holds a multiple, so that a conversation seldom outgrows it
+SHARE = 0.5  # of the free memory that such a cache may take
+logger = logging.get_logger(__name__)
+
+
+def is_fixed(found: Any) -> bool:
+    """Whether nothing of a cache is kept outside of tensors whose sizes and addresses stay."""
+    return isinstance(found, StaticCache) and all(type(layer) is StaticLayer for layer in found.layers)
+
+
+def usable(model: PreTrainedModel) -> bool:
+    """Whether a model is where there are CUDA graphs."""
+    return model.device.type == "cuda" and not torch.version.hip
+
+
+def fix_cache(
+    model: PreTrainedModel, settings: GenerationConfig, mode: GenerationMode, sequences: int, tokens: int
+) -> None:
+    """Asks for a cache of fixed size in `settings`, of one call of `generate`, where nothing else is asked for, and it
+    is one that decodes as a graph and has room."""
+    others = ("cache_implementation", "compile_config", "disable_compile", "is_assistant", "prefill_chunk_size")
+    others += ("output_attentions", "output_hidden_states")
+    plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and settings.use_cache is not False
+    if not usable(model) or not plain or any(getattr(settings, name, None) for name in others):
+        return
+    if not is_fixed(StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1)):
+        return
+    length = -(-tokens // LENGTHS) * LENGTHS
+    nbytes = sequences * length * _token_nbytes(model)
+    if nbytes <= SHARE * (free_nbytes(model.device) or 0):
+        settings.cache_implementation, settings.max_cache_len = "static", length
+
+
+def _token_nbytes(model: PreTrainedModel) -> float:
+    """Of the cache of one sequence."""
+    if not hasattr(model, "_coterie_token_nbytes"):
+        config = copy.deepcopy(model.config)  # which a trace gives experts of its own
+        nbytes, _ = skeleton.trace(empty_model(config, dtype=model.dtype).eval(), LENGTHS)
+        model._coterie_token_nbytes = nbytes / LENGTHS
+    return model._coterie_token_nbytes
+
+
+class GraphedForward:
+    """The forward of a model that decodes, for one call of `generate`. What cannot be captured is computed as ever."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._key: Any = None
+        self._replay: Callable[[list[Tensor]], Any] | None = None
+        self._refused = False
+
+    def __call__(self, **inputs: Any) -> Any:
+        """The model's output for these inputs. Its tensors are written anew by the next call."""
+        found = inputs.pop(cache.NAME, None)
+        leaves, spec = tree_flatten(inputs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        kinds = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves]
+        if self._refused or not is_fixed(found) or torch.is_grad_enabled():
+            return self.model(**inputs, **{cache.NAME: found})
+        key = (id(found), spec, kinds)
+        if key != self._key:  # the first time kernels are compiled, and libraries take their memory
+            self._key, self._replay = key, None
+            return self.model(**inputs, **{cache.NAME: found})
+        if self._replay is None:
+            try:
+                self._replay = self._captured(found, leaves, spec)
+            except Exception as error:  # whatever the model's own code does that a graph cannot hold
+                self._refused = True
+                logger.warning_once(
+                    f"{type(self.model).__name__} decodes without a CUDA graph, which is slower: {str(error)[:300]}"
+                )
+                return self.model(**inputs, **{cache.NAME: found})
+        return self._replay(tensors)
+
+    def _captured(self, found: Cache, leaves: list[Any], spec: Any) -> Callable[[list[Tensor]], Any]:
+        """Copies tensors in, replays, and gives the output."""
+        own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        inputs = tree_unflatten(own, spec)
+        replay, out = captured(lambda: self.model(**inputs, **{cache.NAME: found}))
+        places = [leaf for leaf in own if isinstance(leaf, Tensor)]
+
+        def run(tensors: list[Tensor]) -> Any:
+            for place, tensor in zip(places, tensors, strict=True):
+                place.copy_(tensor)
+            ordered.check()
+            replay()
+            return out
+
+        return run
+
+
+def captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """(what replays a call on the current device, the call's result, which each replay writes)."""
+    torch.cuda.synchronize()
+    ordered.check()
+    graph, random = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
+    before = random.clone_state()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = call()
+    except Exception:
+        random.graphsafe_set_state(before)  # the one it had believes that it is still captured
+        raise
+    return graph.replay, out

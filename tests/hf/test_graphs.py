@@ -1,0 +1,146 @@
+"""Decoding as a graph that is captured and replayed. What captures is pretended, on the CPU; the rest is as it is."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers.generation.utils import GenerationMode
+
+import coterie
+from coterie.hf import cache as caches
+from coterie.hf import graphs
+from coterie.hf.graphs import GraphedForward
+
+TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen3_moe")
+    tiny_models.make("qwen3_moe").save_pretrained(folder)
+    return coterie.from_pretrained(folder, "int8", dtype=torch.float32)
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """How often something was captured, how often replayed."""
+    counts = {"captured": 0, "replayed": 0}
+
+    def captured(call):
+        """As a GPU has it: what is captured is not computed, and a replay computes on what lies in the same tensors."""
+        held = call.__closure__
+        cache = next(c.cell_contents for c in held if isinstance(c.cell_contents, StaticCache))
+        before = [layer.cumulative_length.clone() for layer in cache.layers]
+        out = call()
+        for layer, length in zip(cache.layers, before, strict=True):
+            layer.cumulative_length.copy_(length)
+        counts["captured"] += 1
+
+        def replay():
+            counts["replayed"] += 1
+            out.logits.copy_(call().logits)
+
+        out.logits.fill_(float("nan"))
+        return replay, out
+
+    monkeypatch.setattr(graphs, "captured", captured)
+    monkeypatch.setattr(graphs, "usable", lambda model: True)
+    monkeypatch.setattr(graphs, "free_nbytes", lambda device: 1 << 30)
+    return counts
+
+
+@pytest.fixture
+def on_gpu(model, monkeypatch):
+    """Transformers asks for a compiled forward, as it does where the model is on a GPU."""
+    kind = type(model)
+    fixed = lambda self, given, settings: graphs.is_fixed(given[caches.NAME]) and not settings.disable_compile  # noqa: E731
+    monkeypatch.setattr(kind, "_valid_auto_compile_criteria", fixed)
+    return model
+
+
+def written(model, **options):
+    options = {"max_new_tokens": TOKENS, "do_sample": False, "return_dict_in_generate": True} | options
+    return model.generate(tiny_models.prompt(), output_logits=True, **options)
+
+
+def test_generate_decodes_as_a_graph(on_gpu, capture):
+    expected = written(on_gpu, cache_implementation="dynamic")
+    assert not capture["captured"]
+    for times in (1, 2):
+        found = written(on_gpu)
+        assert graphs.is_fixed(found[caches.NAME])
+        assert capture == {"captured": times, "replayed": times * (TOKENS - 2)}  # the prompt, and a token before
+        assert torch.equal(found.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits))
+
+
+def test_a_cache_that_is_passed_on(on_gpu, capture):
+    """Part of an answer is taken back, as in a conversation, and another goes on from there."""
+    first = written(on_gpu)
+    held, kept = first[caches.NAME], first.sequences[:, :-3]
+    assert caches.has_room(held, 1024) and not caches.has_room(held, 1025)
+    assert caches.cut(held, 3)  # it holds all but the last token; the last that is kept is to be asked for
+    go_on = {"max_new_tokens": TOKENS, "do_sample": False}
+    assert torch.equal(
+        on_gpu.generate(kept, **go_on, **{caches.NAME: held}),
+        on_gpu.generate(kept, cache_implementation="dynamic", **go_on),
+    )
+    assert capture["captured"] == 2
+
+
+def test_what_cannot_be_captured_is_computed(on_gpu, capture, monkeypatch):
+    def refuse(call):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "captured", refuse)
+    expected = written(on_gpu, cache_implementation="dynamic")
+    assert torch.equal(written(on_gpu).sequences, expected.sequences)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cache_implementation": "dynamic"}, {"disable_compile": True}, {"num_beams": 2}, {"output_hidden_states": True}],
+    ids=str,
+)
+def test_what_is_asked_for_is_done(options, on_gpu, capture):
+    assert isinstance(written(on_gpu, **options)[caches.NAME], DynamicCache)
+    assert not capture["captured"]
+
+
+def test_a_cache_that_has_no_room_grows(model, monkeypatch):
+    monkeypatch.setattr(graphs, "usable", lambda model: True)
+    for free, fixed in ((1 << 30, True), (1 << 10, False)):
+        monkeypatch.setattr(graphs, "free_nbytes", lambda device, free=free: free)
+        settings = GenerationConfig()
+        graphs.fix_cache(model, settings, GenerationMode.SAMPLE, 1, 1025)
+        assert (settings.cache_implementation, getattr(settings, "max_cache_len", None)) == (
+            ("static", 2048) if fixed else (None, None)
+        )
+
+
+def test_layers_that_count_in_python_are_computed(model, capture):
+    """A sliding window's layer keeps its length outside of tensors, where no graph moves it on."""
+    from transformers.cache_utils import StaticSlidingWindowLayer
+
+    held = StaticCache(config=model.config, max_cache_len=32)
+    assert graphs.is_fixed(held) and not graphs.is_fixed(DynamicCache())
+    held.layers = [StaticSlidingWindowLayer(max_cache_len=32, sliding_window=32) for _ in held.layers]
+    assert not graphs.is_fixed(held)
+    forward, ids = GraphedForward(model), torch.zeros(1, 1, dtype=torch.int64)
+    with torch.no_grad():
+        for _ in range(4):
+            forward(input_ids=ids, **{caches.NAME: held})
+    assert not capture["captured"]
+
+
+def test_new_shapes_are_captured_anew_and_gradients_never(model, capture):
+    held, forward = StaticCache(config=model.config, max_cache_len=32), GraphedForward(model)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            for tokens in (1, 1, 1, 2, 2):
+                ids = torch.zeros(1, tokens, dtype=torch.int64)
+                out = forward(input_ids=ids, use_cache=True, **{caches.NAME: held})
+                assert out.logits.shape[:2] == (1, tokens) and out.logits.requires_grad == gradients
+        assert capture["captured"] == (0 if gradients else 2)
