@@ -38,7 +38,7 @@ test: $(BUILT) kernels
 
 # In processes of their own: Triton, where there is one, is imported by every process that has torch, which takes a second.
 kernels: $(BUILT) $(TRITON)
-	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(PY) -m pytest -n 2 tests/gpu/test_kernels.py tests/gpu/test_machine_code.py
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(PY) -m pytest -n 2 tests/gpu/test_kernels.py tests/gpu/test_token_kernels.py tests/gpu/test_machine_code.py
 
 bench: $(BUILT)
 	PATH="$(abspath $(VENV)/bin):$$PATH" bash benchmarks/tables.sh

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 from coterie import Activation
 from coterie.bench.shapes import SHAPES, Shape
 from coterie.formats import Format, resolve
-from coterie.gpu.kernels import few, gram, rows
+from coterie.gpu.kernels import few, gram, rows, token
 from coterie.gpu.kernels.dequantise import dequantise
 from coterie.gpu.matrices import Matrices
 
@@ -109,6 +109,11 @@ def launch(shape: Shape, spec: Format) -> None:
     index = torch.empty(count, dtype=torch.int64, device="meta")
     x = torch.empty(count, shape.H + rank, dtype=torch.bfloat16, device="meta")
     gram.gathered_gram(low, x, index, ends, shape.H)
+    token.rms_norm(before[:1, None, : shape.I].contiguous(), before[0, : shape.I], 1e-6, True, False)
+    token.choose(torch.empty(1, shape.E, dtype=torch.bfloat16, device="meta"), shape.K, True, torch.bfloat16)
+    cache = torch.empty(1, 4, 8192, 128, dtype=torch.bfloat16, device="meta")
+    mask = torch.empty(1, 1, 1, 8192, dtype=torch.bool, device="meta")
+    token.attend(cache[:, :, :8].reshape(1, 32, 1, 128), cache, cache, mask, 0.1)
 
 
 def main() -> None:

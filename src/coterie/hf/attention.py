@@ -1,6 +1,7 @@
 """The attention implementations "coterie" and "coterie_eager" of Transformers' attention interface: by the engine, on
-the CPU, without gradients. A token that is decoded reads keys and values that query heads share once; prompts are taken
-in bf16, where experts do not compute as in training. All else is SDPA's or the model's own."""
+the CPU, without gradients. A token that is decoded reads keys and values that query heads share once, on a GPU too, by
+a kernel; prompts are taken in bf16, where experts do not compute as in training. All else is SDPA's or the model's own.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from coterie import _native, cpu
 from coterie.border import runs_now
+from coterie.gpu import fast
 from coterie.hf.modules import packed_modules
 
 NAME, NAME_EAGER = "coterie", "coterie_eager"
@@ -61,11 +63,13 @@ def _attend(
     options: dict[str, Any],
 ) -> Tensor | None:
     """What the engine gives; None for what it does not take."""
-    if dropout or not query.is_cpu or module.training or torch.is_grad_enabled() or not runs_now():
+    if dropout or module.training or torch.is_grad_enabled() or not runs_now():
         return None
     if any(options.get(option) is not None for option in CHANGES):
         return None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not query.is_cpu:
+        return _attend_on_gpu(query, key, value, mask, scale, options.get(SINKS))
     if query.shape[2] == 1:
         return _native.attend(query, key, value, mask, scale, options.get(SINKS))
     causal = options.get("is_causal")
@@ -74,6 +78,17 @@ def _attend(
     if (mask is None and not causal) or not cpu.attends_to_prompts() or (experts and experts.as_trained):
         return None
     return _native.attend_prompt(query, key, value, mask, scale, options.get(SINKS))
+
+
+def _attend_on_gpu(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None
+) -> Tensor | None:
+    """What a kernel gives for a token that is decoded; None for what it does not take."""
+    if query.shape[2] != 1 or sinks is not None or not fast.usable(query.device):
+        return None
+    from coterie.gpu.kernels import token
+
+    return token.attend(query, key, value, mask, scale)
 
 
 def attend_here(model: PreTrainedModel) -> None:

@@ -173,8 +173,8 @@ class CoterieQuantizer(HfQuantizer):
         self._linears.load(self.quantization_config.mmap, self._codes)
         become_packed(model)
         logger.info("%s: %s", type(model).__name__, model.extra_repr())
+        compute_here(model)
         if self._device.type == "cpu":
-            compute_here(model)
             cpu.warn_of_spinning()
         self.quantization_config.gguf = model.config.quantization_config.gguf = None
         del self._model, self._layouts, self._formats, self._moved, self._streamed, self._linears

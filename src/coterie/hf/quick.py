@@ -1,4 +1,5 @@
-"""Norms and routers that take as little time while a model decodes as their work is small: by the engine, a call each.
+"""Norms and routers that take as little time while a model decodes as their work is small: by the engine, a call each,
+or on a GPU by a kernel.
 
 They are found by their structure and proved by trying them, with weights of our own: what the module answers is what
 the engine must answer. Prompts and whatever is trained are the modules' own, with gradients and without: so a reference
@@ -12,19 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
 from coterie import _native
 from coterie.border import runs_now
+from coterie.gpu import fast
 from coterie.hf.mixed import mixed
 
-FEW = 16  # sequences, or tokens of a router
+FEW, FEW_ON_GPU = 16, 256  # sequences, or tokens of a router
 ROWS = 16  # that are tried
 # What bf16 and float32 leave open: a step of the result, sums in another order.
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float32: 1e-5}
 
 
 def quicken(model: nn.Module) -> None:
-    """Has the norms and routers of a model in CPU memory become such wherever they can be."""
+    """Has the norms and routers of a model become such wherever they can be."""
     known: dict[Any, Any] = {}
     for module in list(model.modules()):
         parameters = dict(module.named_parameters(recurse=False))
@@ -51,6 +54,32 @@ def _decodes(module: nn.Module, x: Any, args: tuple, kwargs: dict) -> bool:
     return alone and not module.training and not torch.is_grad_enabled() and runs_now() and not x.is_neg()
 
 
+def _is_few(x: Tensor, count: int) -> bool:
+    """Whether there is a quick way for so many rows, where they are."""
+    return count <= FEW if x.is_cpu else count <= FEW_ON_GPU and fast.usable(x.device)
+
+
+def _normed(x: Tensor, weight: Tensor, options: tuple[float, bool, bool]) -> Tensor | None:
+    if x.is_cpu:
+        return _native.rms_norm(x, weight, *options)
+    from coterie.gpu.kernels import token
+
+    return token.rms_norm(x, weight, *options)
+
+
+def _routed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, normalised: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Logits [T, E], weights [T, K] in `dtype`, experts [T, K]."""
+    if x.is_cpu:
+        found = _native.route(x, weight, bias, top_k, normalised)
+        return None if found is None else (found[0], found[1].to(dtype), found[2])
+    from coterie.gpu.kernels import token
+
+    logits = functional.linear(x, weight, bias)
+    return logits, *token.choose(logits, top_k, normalised, dtype)
+
+
 class QuickNorm(nn.Module):
     """Mixed into the class of an RMSNorm; `quick`: the arguments of `_native.rms_norm`."""
 
@@ -58,8 +87,8 @@ class QuickNorm(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [B, T, ..., H] -> its norm, in its dtype."""
-        if _decodes(self, x, args, kwargs) and x.dim() > 2 and x.shape[1] == 1 and len(x) <= FEW:
-            out = _native.rms_norm(x, self.weight, *self.quick)
+        if _decodes(self, x, args, kwargs) and x.dim() > 2 and x.shape[1] == 1 and _is_few(x, len(x)):
+            out = _normed(x, self.weight, self.quick)
             if out is not None:
                 return out
         return super().forward(x, *args, **kwargs)
@@ -72,13 +101,10 @@ class QuickRouter(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """x [..., H] -> logits [T, E], weights [T, K], experts [T, K]."""
-        if _decodes(self, x, args, kwargs) and x.shape[:-1].numel() <= FEW:
-            top_k, normalised, dtype = self.quick
-            rows, bias = x.reshape(-1, x.shape[-1]), getattr(self, "bias", None)
-            found = _native.route(rows, self.weight, bias, top_k, normalised)
+        if _decodes(self, x, args, kwargs) and _is_few(x, x.shape[:-1].numel()):
+            found = _routed(x.reshape(-1, x.shape[-1]), self.weight, getattr(self, "bias", None), *self.quick)
             if found is not None:
-                logits, weights, experts = found
-                return logits, weights.to(dtype), experts
+                return found
         return super().forward(x, *args, **kwargs)
 
 
