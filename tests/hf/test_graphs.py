@@ -111,13 +111,12 @@ def test_what_is_asked_for_is_done(options, on_gpu, capture):
 
 def test_a_cache_that_has_no_room_grows(model, monkeypatch):
     monkeypatch.setattr(graphs, "usable", lambda model: True)
-    for free, fixed in ((1 << 30, True), (1 << 10, False)):
-        monkeypatch.setattr(graphs, "free_nbytes", lambda device, free=free: free)
+    token = graphs._token_nbytes(model)
+    for room, length in ((2048, 2048), (2047, 1025), (1025, 1025), (1024, None)):
+        monkeypatch.setattr(graphs, "free_nbytes", lambda device, room=room: 2 * 3 * room * token)
         settings = GenerationConfig()
-        graphs.fix_cache(model, settings, GenerationMode.SAMPLE, 1, 1025)
-        assert (settings.cache_implementation, getattr(settings, "max_cache_len", None)) == (
-            ("static", 2048) if fixed else (None, None)
-        )
+        graphs.fix_cache(model, settings, GenerationMode.SAMPLE, 3, 1025)
+        assert (settings.cache_implementation, settings.max_cache_len) == (length and "static", length)
 
 
 def test_layers_that_count_in_python_are_computed(model, capture):

@@ -24,7 +24,7 @@ from coterie.gpu.device import free_nbytes
 from coterie.hf import cache, skeleton
 from coterie.hf.empty import empty_model
 
-LENGTHS = 1024  # tokens, of which a cache holds a multiple, so that a conversation seldom outgrows it
+LEAST = 1024  # tokens that a cache holds
 SHARE = 0.5  # of the free memory that such a cache may take
 logger = logging.get_logger(__name__)
 
@@ -51,9 +51,10 @@ def fix_cache(
         return
     if not is_fixed(StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1)):
         return
-    length = -(-tokens // LENGTHS) * LENGTHS
-    nbytes = sequences * length * _token_nbytes(model)
-    if nbytes <= SHARE * (free_nbytes(model.device) or 0):
+    most = SHARE * (free_nbytes(model.device) or 0) / (sequences * _token_nbytes(model))
+    twice = max(LEAST, 1 << (tokens - 1).bit_length())  # a conversation then outgrows it a few times only
+    length = twice if twice <= most else tokens
+    if length <= most:
         settings.cache_implementation, settings.max_cache_len = "static", length
 
 
@@ -61,8 +62,8 @@ def _token_nbytes(model: PreTrainedModel) -> float:
     """Of the cache of one sequence."""
     if not hasattr(model, "_coterie_token_nbytes"):
         config = copy.deepcopy(model.config)  # which a trace gives experts of its own
-        nbytes, _ = skeleton.trace(empty_model(config, dtype=model.dtype).eval(), LENGTHS)
-        model._coterie_token_nbytes = nbytes / LENGTHS
+        nbytes, _ = skeleton.trace(empty_model(config, dtype=model.dtype).eval(), LEAST)
+        model._coterie_token_nbytes = nbytes / LEAST
     return model._coterie_token_nbytes
 
 
