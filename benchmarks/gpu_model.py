@@ -38,7 +38,6 @@ def make(like: str, layers: int, format: str, share: float) -> tuple[Any, float]
         moved = round(share * packed.experts.num_experts)
         if moved:
             packed.experts.move("cuda", range(moved))
-    model.set_attn_implementation("sdpa")
     return model.to("cuda"), time.perf_counter() - began
 
 

@@ -390,7 +390,9 @@ class Experts:
         Duplicates of an expert in one token add up. Same bits whatever the number of threads.
 
         Tensors on a GPU are copied to RAM, computed there and the result copied back, gradients likewise; LoRA's
-        factors may be on either side. It waits for the GPU's stream.
+        factors may be on either side. It waits for the GPU's stream. Not with up to 64 tokens without gradients, and
+        factors in RAM: then the stream calls the engine when it comes to it. Until then the adapter must not change,
+        and what is wrong with the values, an id out of range, is raised by a later call; the output is NaN.
 
         Experts that are on a device (see :meth:`move`) compute there with bf16 activations, those in RAM meanwhile; x,
         ids and weights must be on that device. Where all are on it, nothing is copied, and an id out of range fails as

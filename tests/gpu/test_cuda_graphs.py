@@ -22,8 +22,8 @@ def replayed(monkeypatch):
     """How often graphs were replayed."""
     counts, captured = [], graphs.captured
 
-    def counting(call):
-        replay, out = captured(call)
+    def counting(device, call):
+        replay, out = captured(device, call)
         return lambda: (counts.append(1), replay()), out
 
     monkeypatch.setattr(graphs, "captured", counting)
@@ -91,3 +91,4 @@ def test_what_cannot_be_captured(replayed, tmp_path):
     assert_same(written(model), written(model, cache_implementation="dynamic"))
     written(model, do_sample=True)
     assert not replayed and torch.randn(8, device="cuda").isfinite().all()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()

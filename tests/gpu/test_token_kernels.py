@@ -51,6 +51,13 @@ def test_choose(dtype, normalised, experts, top_k):
     torch.testing.assert_close(weights.float(), expected, rtol=ROUNDING[dtype], atol=1e-6)
 
 
+def test_choose_of_what_is_no_number():
+    """Experts that there are, as torch gives them."""
+    logits = torch.full((1, 6), float("nan"), device=DEVICE)
+    weights, ids = token.choose(logits, 3, True, torch.float32)
+    assert weights.isnan().all() and (0 <= ids).all() and (ids < 6).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("positions", [1, 63, 300, 1100])
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation.utils import GenerationMode
 
 import coterie
+from coterie.errors import ArgumentError
 from coterie.hf import cache as caches
 from coterie.hf import graphs
 from coterie.hf.graphs import GraphedForward
@@ -28,7 +29,7 @@ def capture(monkeypatch):
     """How often something was captured, how often replayed."""
     counts = {"captured": 0, "replayed": 0}
 
-    def captured(call):
+    def captured(device, call):
         """As a GPU has it: what is captured is not computed, and a replay computes on what lies in the same tensors."""
         held = call.__closure__
         cache = next(c.cell_contents for c in held if isinstance(c.cell_contents, StaticCache))
@@ -91,12 +92,14 @@ def test_a_cache_that_is_passed_on(on_gpu, capture):
 
 
 def test_what_cannot_be_captured_is_computed(on_gpu, capture, monkeypatch):
-    def refuse(call):
+    def refuse(device, call):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "captured", refuse)
     expected = written(on_gpu, cache_implementation="dynamic")
     assert torch.equal(written(on_gpu).sequences, expected.sequences)
+    assert isinstance(written(on_gpu)[caches.NAME], DynamicCache)  # it is not tried again
+    delattr(on_gpu, graphs.REFUSED)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +110,49 @@ def test_what_cannot_be_captured_is_computed(on_gpu, capture, monkeypatch):
 def test_what_is_asked_for_is_done(options, on_gpu, capture):
     assert isinstance(written(on_gpu, **options)[caches.NAME], DynamicCache)
     assert not capture["captured"]
+
+
+def test_hidden_states_of_each_token(on_gpu, capture):
+    """Of a cache of fixed size that is asked for: they are kept, and must not be written over."""
+    options = {"output_hidden_states": True, "cache_implementation": "static"}
+    found, expected = written(on_gpu, **options), written(on_gpu, output_hidden_states=True)
+    for states, true in zip(found.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(states[-1], true[-1])
+    assert not capture["captured"]
+
+
+def test_whoever_listens_hears_every_token(on_gpu, capture):
+    heard = []
+    hook = on_gpu.model.layers[0].register_forward_hook(lambda *_: heard.append(1))
+    written(on_gpu)
+    hook.remove()
+    assert len(heard) == TOKENS and not capture["captured"]
+
+
+def test_a_cache_that_an_answer_does_not_go_into(on_gpu, capture):
+    first = written(on_gpu)
+    with pytest.raises(ArgumentError, match="fewer than 2000 tokens: generate without it"):
+        on_gpu.generate(first.sequences, max_length=2001, **{caches.NAME: first[caches.NAME]})
+
+
+@pytest.mark.parametrize("change", ["attention", "no such model", "several answers", "refused before"])
+def test_a_cache_that_grows(change, model, monkeypatch):
+    settings = GenerationConfig(num_return_sequences=4, do_sample=True)
+    monkeypatch.setattr(graphs, "usable", lambda model: True)
+    monkeypatch.setattr(graphs, "free_nbytes", lambda device: 2 * 4 * 100 * graphs._token_nbytes(model))
+    graphs.fix_cache(model, settings, GenerationMode.SAMPLE, 1, 100)
+    assert settings.cache_implementation == "static"
+    settings, tokens = GenerationConfig(num_return_sequences=4, do_sample=True), 100
+    if change == "attention":
+        monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
+    elif change == "no such model":
+        monkeypatch.setattr(graphs, "_token_nbytes", lambda model: 1 / 0)
+    elif change == "several answers":
+        tokens = 101
+    else:
+        monkeypatch.setattr(model, graphs.REFUSED, True, raising=False)
+    graphs.fix_cache(model, settings, GenerationMode.SAMPLE, 1, tokens)
+    assert settings.cache_implementation is None
 
 
 def test_a_cache_that_has_no_room_grows(model, monkeypatch):

@@ -17,20 +17,21 @@ from coterie.errors import DeviceError
 RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 NO_WAITING = 1  # CU_USER_OBJECT_NO_DESTRUCTOR_SYNC
 MOVED = 1  # CU_GRAPH_USER_OBJECT_MOVE
+_used: set[torch.device] = set()
 
 
 def launch(call: _native.StreamCall, device: torch.device) -> None:
     """Queues a call behind what is on a device's current stream, or puts it into the graph that this captures.
 
     Raises DeviceError where the driver refuses."""
-    stream = torch.cuda.current_stream(device).cuda_stream
     with torch.cuda.device(device):
-        captured = torch.cuda.is_current_stream_capturing()
-    call.launch()
-    if captured:
-        _retain(call, stream)
-    function = _native.StreamCall.replayed if captured else _native.StreamCall.once
-    _run("cuLaunchHostFunc", *map(ctypes.c_void_p, (stream, function, call.argument)))
+        stream, captured = torch.cuda.current_stream().cuda_stream, torch.cuda.is_current_stream_capturing()
+        call.launch()
+        if captured:
+            _retain(call, stream)
+        function = _native.StreamCall.replayed if captured else _native.StreamCall.once
+        _run("cuLaunchHostFunc", *map(ctypes.c_void_p, (stream, function, call.argument)))
+    _used.add(device)
 
 
 def _retain(call: _native.StreamCall, stream: int) -> None:
@@ -67,5 +68,6 @@ def _library() -> Any:
 
 def _finish() -> None:
     """What streams have yet to call, they call before the process ends."""
-    with contextlib.suppress(RuntimeError):  # of a GPU that has failed
-        torch.cuda.synchronize()
+    for device in _used:
+        with contextlib.suppress(RuntimeError):  # of a GPU that has failed
+            torch.cuda.synchronize(device)

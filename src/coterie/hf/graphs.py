@@ -7,25 +7,33 @@ something else is asked for, such a cache is taken on a GPU wherever there is ro
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import Cache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.generation.utils import GenerationMode
 from transformers.utils import logging
 
+from coterie.errors import ArgumentError
 from coterie.gpu import ordered
 from coterie.gpu.device import free_nbytes
-from coterie.hf import cache, skeleton
+from coterie.hf import attention, cache, skeleton
 from coterie.hf.empty import empty_model
+from coterie.hf.growing import make_growing
+from coterie.hf.step import is_heard
 
 LEAST = 1024  # tokens that a cache holds
 SHARE = 0.5  # of the free memory that such a cache may take
+OUTPUTS = ("output_attentions", "output_hidden_states")
+MASKED = (attention.SDPA, attention.EAGER, attention.NAME, attention.NAME_EAGER)  # which leave out what a mask hides
+REFUSED, TOKEN_NBYTES = "_coterie_not_captured", "_coterie_token_nbytes"  # of a model
 logger = logging.get_logger(__name__)
 
 
@@ -45,26 +53,52 @@ def fix_cache(
     """Asks for a cache of fixed size in `settings`, of one call of `generate`, where nothing else is asked for, and it
     is one that decodes as a graph and has room."""
     others = ("cache_implementation", "compile_config", "disable_compile", "is_assistant", "prefill_chunk_size")
-    others += ("output_attentions", "output_hidden_states")
+    others += OUTPUTS
     plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and settings.use_cache is not False
-    if not usable(model) or not plain or any(getattr(settings, name, None) for name in others):
+    if not usable(model) or not plain or any(getattr(settings, name, None) for name in others) or not _is_silent(model):
         return
-    if not is_fixed(StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1)):
+    if model.config._attn_implementation not in MASKED or getattr(model, REFUSED, False):
         return
-    most = SHARE * (free_nbytes(model.device) or 0) / (sequences * _token_nbytes(model))
+    try:
+        nbytes = _token_nbytes(model) * sequences * (settings.num_return_sequences or 1)
+    except Exception:  # of a model that cannot be made without weights, or has a cache of its own
+        return
+    most = SHARE * (free_nbytes(model.device) or 0) / nbytes if nbytes else 0
     twice = max(LEAST, 1 << (tokens - 1).bit_length())  # a conversation then outgrows it a few times only
     length = twice if twice <= most else tokens
     if length <= most:
         settings.cache_implementation, settings.max_cache_len = "static", length
+        model._previous_max_cache_length = -1  # Transformers would take the longest that there was
+
+
+def check_cache(found: Any, tokens: int) -> None:
+    """Raises ArgumentError for a cache of fixed size that an answer does not go into."""
+    if isinstance(found, StaticCache) and not cache.has_room(found, tokens):
+        raise ArgumentError(
+            f"the cache that was given holds fewer than {tokens} tokens: generate without it, or have it grow from the "
+            'first answer on: cache_implementation="dynamic"'
+        )
 
 
 def _token_nbytes(model: PreTrainedModel) -> float:
-    """Of the cache of one sequence."""
-    if not hasattr(model, "_coterie_token_nbytes"):
+    """Of the cache of one sequence, for each token; 0 for one that is not of fixed size."""
+    if not hasattr(model, TOKEN_NBYTES):
         config = copy.deepcopy(model.config)  # which a trace gives experts of its own
-        nbytes, _ = skeleton.trace(empty_model(config, dtype=model.dtype).eval(), LEAST)
-        model._coterie_token_nbytes = nbytes / LEAST
-    return model._coterie_token_nbytes
+        nbytes = 0
+        if is_fixed(StaticCache(config=config.get_text_config(decoder=True), max_cache_len=1)):
+            nbytes, _ = skeleton.trace(empty_model(config, dtype=model.dtype).eval(), LEAST)
+        setattr(model, TOKEN_NBYTES, nbytes / LEAST)
+    return getattr(model, TOKEN_NBYTES)
+
+
+def _is_silent(model: PreTrainedModel) -> bool:
+    """Whether nobody listens to its modules, who would hear nothing of a replay."""
+    hooks = [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+    return not has_global_hooks() and not any(
+        (module._forward_hooks and is_heard(module._forward_hooks))
+        or any(hook is not make_growing for hook in module._forward_pre_hooks.values())
+        for module in hooks
+    )
 
 
 class GraphedForward:
@@ -74,7 +108,7 @@ class GraphedForward:
         self.model = model
         self._key: Any = None
         self._replay: Callable[[list[Tensor]], Any] | None = None
-        self._refused = False
+        self._takes = _is_silent(model) and not getattr(model, REFUSED, False)
 
     def __call__(self, **inputs: Any) -> Any:
         """The model's output for these inputs. Its tensors are written anew by the next call."""
@@ -82,7 +116,8 @@ class GraphedForward:
         leaves, spec = tree_flatten(inputs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         kinds = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves]
-        if self._refused or not is_fixed(found) or torch.is_grad_enabled():
+        asked = any(inputs.get(name) for name in OUTPUTS)  # which Transformers keeps of each token
+        if not self._takes or asked or not is_fixed(found) or torch.is_grad_enabled():
             return self.model(**inputs, **{cache.NAME: found})
         key = (id(found), spec, kinds)
         if key != self._key:  # the first time kernels are compiled, and libraries take their memory
@@ -92,7 +127,8 @@ class GraphedForward:
             try:
                 self._replay = self._captured(found, leaves, spec)
             except Exception as error:  # whatever the model's own code does that a graph cannot hold
-                self._refused = True
+                self._takes = False
+                setattr(self.model, REFUSED, True)
                 logger.warning_once(
                     f"{type(self.model).__name__} decodes without a CUDA graph, which is slower: {str(error)[:300]}"
                 )
@@ -103,7 +139,7 @@ class GraphedForward:
         """Copies tensors in, replays, and gives the output."""
         own = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         inputs = tree_unflatten(own, spec)
-        replay, out = captured(lambda: self.model(**inputs, **{cache.NAME: found}))
+        replay, out = captured(self.model.device, lambda: self.model(**inputs, **{cache.NAME: found}))
         places = [leaf for leaf in own if isinstance(leaf, Tensor)]
 
         def run(tensors: list[Tensor]) -> Any:
@@ -116,16 +152,27 @@ class GraphedForward:
         return run
 
 
-def captured(call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """(what replays a call on the current device, the call's result, which each replay writes)."""
-    torch.cuda.synchronize()
-    ordered.check()
-    graph, random = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
-    before = random.clone_state()
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            out = call()
-    except Exception:
-        random.graphsafe_set_state(before)  # the one it had believes that it is still captured
-        raise
-    return graph.replay, out
+def captured(device: torch.device, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """(what replays a call on a CUDA device, the call's result, which each replay writes)."""
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        ordered.check()
+        graph, pool, before = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
+        random = torch.cuda.default_generators[torch.cuda.current_device()]
+        state = random.clone_state()
+        try:
+            with torch.cuda.graph(graph, pool, torch.cuda.Stream(), capture_error_mode="thread_local"):
+                out = call()
+        except Exception:
+            # torch leaves all that as it was while capturing.
+            torch.cuda.set_stream(before)
+            random.graphsafe_set_state(state)
+            with contextlib.suppress(Exception):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            raise
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay, out

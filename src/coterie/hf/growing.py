@@ -91,10 +91,10 @@ def _moved(before: Tensor, new: Tensor) -> Room:
 
 def grow_in_place(model: nn.Module) -> None:
     """Has the dynamic caches that a model is given become such."""
-    model.register_forward_pre_hook(_make_growing, with_kwargs=True)
+    model.register_forward_pre_hook(make_growing, with_kwargs=True)
 
 
-def _make_growing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def make_growing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         return
     for name in ARGUMENTS:

@@ -72,8 +72,11 @@ class PackedModel:
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, length: int
     ) -> Any:
         """As Transformers has it, of fixed size where that decodes as a CUDA graph."""
-        if model_kwargs.get(cache.NAME) is None:
+        given = model_kwargs.get(cache.NAME)
+        if given is None:
             graphs.fix_cache(self, generation_config, mode, batch_size, length)
+        else:
+            graphs.check_cache(given, length)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, length)
 
     def get_compiled_call(self, compile_config: Any) -> Any:

@@ -74,6 +74,8 @@ def _routed(
     if x.is_cpu:
         found = _native.route(x, weight, bias, top_k, normalised)
         return None if found is None else (found[0], found[1].to(dtype), found[2])
+    if x.dtype != weight.dtype or x.dtype not in TOLERANCE:
+        return None
     from coterie.gpu.kernels import token
 
     logits = functional.linear(x, weight, bias)

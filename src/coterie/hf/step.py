@@ -148,12 +148,12 @@ class LayerParts:
             own = part.__dict__
             if modules[name] is not part or own["_forward_pre_hooks"] or "forward" in own:
                 return False
-            if own["_forward_hooks"] and _is_heard(own["_forward_hooks"]):
+            if own["_forward_hooks"] and is_heard(own["_forward_hooks"]):
                 return False
         return all(p.__dict__.get("packed") is q for p, q in zip(self.projections, self.packed, strict=True))
 
 
-def _is_heard(hooks: dict[int, Any]) -> bool:
+def is_heard(hooks: dict[int, Any]) -> bool:
     """Whether hooks are other than those that Transformers leaves where outputs were asked for once."""
     collector = getattr(output_capturing, COLLECTOR, None)
     idle = collector is not None and not collector.get()  # of what is asked for now

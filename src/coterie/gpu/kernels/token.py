@@ -12,6 +12,7 @@ from torch import Tensor
 
 from coterie.gpu.kernels.decode import INTERPRETED, as_output, rounded
 
+FLOATS = torch.bfloat16, torch.float32
 KEYS = 64  # positions of a step of attention
 PART = 256  # positions of a program of attention, where there are not more than
 MOST_PARTS = 64  # parts of a sequence
@@ -48,12 +49,12 @@ def _choose(
     chosen = tl.zeros([K], tl.int32)
     for k in tl.static_range(TOP_K):
         best = tl.max(score, 0)
-        which = tl.min(tl.where(score == best, expert, E), 0)
+        which = tl.minimum(tl.min(tl.where(score == best, expert, E), 0), experts - 1)  # none equals a NaN
         found = tl.where(place == k, best, found)
         chosen = tl.where(place == k, which, chosen)
         score = tl.where(expert == which, -1.0, score)
     if NORMALISED:
-        total = tl.sum(found, 0)
+        total = tl.sum(found, 0) + 0.0 * total  # which is NaN where a score is
     there = place < TOP_K
     tl.store(weights + row * TOP_K + place, as_output(found / total, weights), mask=there)
     tl.store(ids + row * TOP_K + place, chosen.to(tl.int64), mask=there)
@@ -140,12 +141,13 @@ def _join(out, sums, largest, total, parts, value_width, GROUP: tl.constexpr, P:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, rounded: bool, from_one: bool) -> Tensor | None:
     """See `_native.rms_norm`: x [..., cols], weight [cols]; None for what is not taken."""
     cols = x.shape[-1]
-    if x.dtype not in (torch.bfloat16, torch.float32) or not x.is_contiguous() or not weight.is_contiguous():
+    if x.dtype not in FLOATS or weight.dtype != x.dtype or not x.is_contiguous() or not weight.is_contiguous():
         return None
     out = torch.empty_like(x)
-    _rms_norm[(x.numel() // cols,)](
-        out, x, weight, cols, epsilon, ROUNDED=rounded, FROM_ONE=from_one, C=triton.next_power_of_2(cols),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _rms_norm[(x.numel() // cols,)](
+            out, x, weight, cols, epsilon, ROUNDED=rounded, FROM_ONE=from_one, C=triton.next_power_of_2(cols),
+        )  # fmt: skip
     return out
 
 
@@ -157,10 +159,11 @@ def choose(logits: Tensor, top_k: int, normalised: bool, dtype: torch.dtype) -> 
     tokens, experts = logits.shape
     weights = logits.new_empty(tokens, top_k, dtype=dtype)
     ids = logits.new_empty(tokens, top_k, dtype=torch.int64)
-    _choose[(tokens,)](
-        weights, ids, logits.contiguous(), experts, TOP_K=top_k, NORMALISED=normalised,
-        E=triton.next_power_of_2(experts), K=triton.next_power_of_2(top_k), num_warps=1 if experts <= 128 else 4,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        _choose[(tokens,)](
+            weights, ids, logits.contiguous(), experts, TOP_K=top_k, NORMALISED=normalised,
+            E=triton.next_power_of_2(experts), K=triton.next_power_of_2(top_k), num_warps=1 if experts <= 128 else 4,
+        )  # fmt: skip
     return weights, ids
 
 
@@ -169,7 +172,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     -> [B, 1, heads, V]; None for others. A query that sees nothing is zero."""
     (batch, heads, tokens, width), shared, positions = query.shape, key.shape[1], key.shape[2]
     adjacent = all(tensor.stride(-1) == 1 for tensor in (query, key, value))
-    same = query.dtype == key.dtype == value.dtype and query.dtype in (torch.bfloat16, torch.float32)
+    same = query.dtype == key.dtype == value.dtype and query.dtype in FLOATS
     if tokens != 1 or heads % shared or not adjacent or not same or not positions or batch > 1 << 12:
         return None
     if mask is not None:
@@ -183,13 +186,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     largest, total = query.new_empty(2, batch * heads * parts, dtype=torch.float32)
     out = query.new_empty(batch, 1, heads, value_width)
     rows, columns = max(LEAST_ROWS, triton.next_power_of_2(group)), triton.next_power_of_2(value_width)
-    _attend[(batch * shared, parts)](
-        sums, largest, total, query, key, value, None if mask is None else mask.view(torch.uint8), scale, positions,
-        part, shared, width, value_width, query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3],
-        0 if mask is None else mask.stride(0), GROUP=group, R=rows, D=max(16, triton.next_power_of_2(width)),
-        V=max(16, columns), N=KEYS, HAS_MASK=mask is not None,
-    )  # fmt: skip
-    _join[(batch * shared, group)](
-        out, sums, largest, total, parts, value_width, GROUP=group, P=triton.next_power_of_2(parts), V=columns,
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        _attend[(batch * shared, parts)](
+            sums, largest, total, query, key, value, None if mask is None else mask.view(torch.uint8), scale, positions,
+            part, shared, width, value_width, query.stride(0), query.stride(1), *key.stride()[:3], *value.stride()[:3],
+            0 if mask is None else mask.stride(0), GROUP=group, R=rows, D=max(16, triton.next_power_of_2(width)),
+            V=max(16, columns), N=KEYS, HAS_MASK=mask is not None,
+        )  # fmt: skip
+        _join[(batch * shared, group)](
+            out, sums, largest, total, parts, value_width, GROUP=group, P=triton.next_power_of_2(parts), V=columns,
+        )  # fmt: skip
     return out
