@@ -136,7 +136,7 @@ def test_a_cache_that_an_answer_does_not_go_into(on_gpu, capture):
         on_gpu.generate(first.sequences, max_length=2001, **{caches.NAME: first[caches.NAME]})
 
 
-@pytest.mark.parametrize("change", ["attention", "no such model", "several answers", "refused before"])
+@pytest.mark.parametrize("change", ["attention", "no such model", "several answers", "training", "refused before"])
 def test_a_cache_that_grows(change, model, monkeypatch):
     settings = GenerationConfig(num_return_sequences=4, do_sample=True)
     monkeypatch.setattr(graphs, "usable", lambda model: True)
@@ -150,6 +150,8 @@ def test_a_cache_that_grows(change, model, monkeypatch):
         monkeypatch.setattr(graphs, "_token_nbytes", lambda model: 1 / 0)
     elif change == "several answers":
         tokens = 101
+    elif change == "training":
+        monkeypatch.setattr(model, "training", True)
     else:
         monkeypatch.setattr(model, graphs.REFUSED, True, raising=False)
     graphs.fix_cache(model, settings, GenerationMode.SAMPLE, 1, tokens)

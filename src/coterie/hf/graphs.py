@@ -57,7 +57,7 @@ def fix_cache(
     plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and settings.use_cache is not False
     if not usable(model) or not plain or any(getattr(settings, name, None) for name in others) or not _is_silent(model):
         return
-    if model.config._attn_implementation not in MASKED or getattr(model, REFUSED, False):
+    if model.training or model.config._attn_implementation not in MASKED or getattr(model, REFUSED, False):
         return
     try:
         nbytes = _token_nbytes(model) * sequences * (settings.num_return_sequences or 1)
