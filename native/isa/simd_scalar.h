@@ -145,10 +145,12 @@ struct Scalar {
     int ratio[kLanes], start[kLanes];
     Rescale(const F& ratios, const F& starts) {
       for (int i = 0; i < kLanes; i++) {
-        ratio[i] = static_cast<int>(ratios.v[i]);
-        start[i] = static_cast<int>(starts.v[i]);
+        ratio[i] = whole(ratios.v[i]);
+        start[i] = whole(starts.v[i]);
       }
     }
+    // 0 for what 16 bits do not hold, as vectors have it.
+    static int whole(float v) { return v > -32768.0f && v < 32768.0f ? static_cast<int>(v) : 0; }
     void operator()(const I& bytes, uint8_t* to) const {
       uint8_t from[kLine];
       memcpy(from, bytes.v, sizeof from);
