@@ -64,7 +64,7 @@ def _calls_per_second(call: Callable[[], object], seconds: float) -> float:
     return calls / (time.perf_counter() - start)
 
 
-def packing_rate(format: str, seconds: float = 0.2) -> float:
+def packing_rate(format: str, seconds: float = 0.05) -> float:
     """Bytes of bf16 weights per second that are packed as `format`, scales searched, all threads."""
     experts = Experts.empty(1, PACKING_COLUMNS, PACKING_ROWS, format=format)
     seed = torch.Generator("cpu").manual_seed(0)

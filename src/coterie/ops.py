@@ -21,18 +21,22 @@ NO_LORA: tuple[Factors, list[float], bool] = ((None,) * 6, [1.0] * 3, False)
 
 def forward(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None = None) -> Tensor:
     """See Experts.__call__. What needs no gradients keeps nothing, and is computed at once where nothing looks on."""
-    if lora is None and not (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)) and runs_now():
+    if lora is None and not needs_gradients(x, weights) and runs_now():
         out = _as_they_are(experts._layer, x, ids, weights)
         if out is not None:
             return out
     given = checked(experts, x, ids, weights, lora)
-    lora = lora or ExpertLora()
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *given)):
+    if needs_gradients(x, weights, *given):
         return _train(experts, x, ids, weights, lora)
-    factors, scalings, shared = _prepared(lora) if given else NO_LORA
+    factors, scalings, shared = prepared(lora)
     if runs_now() and all(is_plain(t) for t in (x, ids, weights, *given)):
         return _compute(experts._layer, x, ids, weights, factors, scalings, shared)
     return experts_forward(x, ids, weights, experts._handle, *factors, scalings, shared)
+
+
+def needs_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _as_they_are(layer: Layer, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor | None:
@@ -45,23 +49,27 @@ def _as_they_are(layer: Layer, x: Tensor, ids: Tensor, weights: Tensor) -> Tenso
         raise ArgumentError(str(error)) from None
 
 
-def _train(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora) -> Tensor:
+def _train(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None) -> Tensor:
     out, _, _ = experts_train(*train_inputs(experts, x, ids, weights, lora))
     return out.to(x.dtype)
 
 
-def train_inputs(experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora) -> tuple[Any, ...]:
+def train_inputs(
+    experts: 'Experts', x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None
+) -> tuple[Any, ...]:
     """What `experts_train` takes, in the engine's dtypes and strides."""
     given = x.float() if x.dtype == torch.float16 else x
-    factors, scalings, shared = _prepared(lora)
+    factors, scalings, shared = prepared(lora)
     return (
         given.contiguous(), ids.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous(), experts._handle,
         *factors, scalings, shared, experts.intermediate_size, experts.has_gate,
     )  # fmt: skip
 
 
-def _prepared(lora: ExpertLora) -> tuple[Factors, list[float], bool]:
+def prepared(lora: ExpertLora | None) -> tuple[Factors, list[float], bool]:
     """Factors and scalings as the engine takes them, and whether gate and up share one A, which is then the gate's."""
+    if lora is None or all(factor is None for factor in lora.factors()):
+        return NO_LORA
     shared = lora.gate_a is not None and lora.gate_a is lora.up_a
     factors = [engine_factor(factor) for factor in lora.factors()]
     if shared:
@@ -327,17 +335,24 @@ def _inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, tuple[Any, ...] | None]:
     """What `_run` takes where nothing is kept: x, ids and weights as they are or as the engine takes them, out, whether
     to compute with int8, and LoRA."""
-    factors = None
-    if any(p is not None for p in parameters):
-        layer.adapt()
-        factors = _factors(layer, parameters, scalings, shared_a)
+    integer, factors = adaptation(layer, parameters, scalings, shared_a)
     if x.stride(1) != 1:
         x = x.contiguous()
     ids = ids.to(torch.int64).contiguous()
     weights = weights.to(torch.float32).contiguous()
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     out = torch.empty(x.shape, dtype=dtype, device="cpu")
-    return x, ids, weights, out, factors is None and layer.uses_int8(), factors
+    return x, ids, weights, out, integer, factors
+
+
+def adaptation(
+    layer: Layer, parameters: Factors, scalings: Sequence[float], shared_a: bool
+) -> tuple[bool, tuple[Any, ...] | None]:
+    """Whether a layer computes with int8, which one that has had LoRA does not, and LoRA as the engine takes it."""
+    if all(p is None for p in parameters):
+        return layer.uses_int8(), None
+    layer.adapt()
+    return False, _factors(layer, parameters, scalings, shared_a)
 
 
 def _run(

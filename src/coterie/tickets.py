@@ -56,7 +56,7 @@ class Ticket:
 def submit(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora | None = None) -> Ticket:
     """See Experts.submit."""
     given = ops.checked(experts, x, ids, weights, lora)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, *given)):
+    if ops.needs_gradients(x, weights, *given):
         raise ArgumentError(
             "submit: computes without gradients, but x, weights or lora requires grad; use torch.no_grad(), or call "
             "the experts"
@@ -66,7 +66,7 @@ def submit(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, lora: Expe
             "submit: expected plain CPU tensors and nothing that traces, transforms or intercepts the call; call the "
             "experts instead"
         )
-    factors, scalings, shared = ops._prepared(lora or ExpertLora()) if given else ops.NO_LORA
+    factors, scalings, shared = ops.prepared(lora)
     factors = [factor if factor is None else factor.detach() for factor in factors]
     copies = ids.to(torch.int64, copy=True), weights.to(torch.float32, copy=True)  # ids stay those that were checked
     inputs = ops._inputs(experts._layer, x.detach(), *copies, factors, scalings, shared)

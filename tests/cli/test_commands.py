@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from coterie import cpu, machine, memory, tiny
+from coterie import cpu, machine, memory, plan, tiny
 from coterie.cli.console import count, significant, size
 from coterie.cli.convert_cpu import parse_layers
 from coterie.cli.doctor import advise
@@ -115,6 +115,17 @@ def test_serve_does_not_batch_adapters(coterie, monkeypatch):
     assert ran.code == 2 and "leave out --batch-tokens" in ran.err
 
 
+@pytest.fixture
+def known_rates(monkeypatch):
+    """Those of a machine, without measuring them: a second for each plan."""
+    monkeypatch.setattr(machine, "read_bandwidth", lambda: 40e9)
+    monkeypatch.setattr(machine, "dot_rate", lambda format: {"bf16": 1e12, "int8": 2e12}[format])
+    monkeypatch.setattr(machine, "row_rate", lambda: 20e9)
+    monkeypatch.setattr(machine, "attention_rate", lambda: 3e11)
+    monkeypatch.setattr(machine, "packing_rate", lambda format: 1e9)
+    monkeypatch.setattr(plan, "overhead", lambda: (1e-4, 1e-3))
+
+
 def test_plan_prints_a_row_for_each_format(coterie):
     ran = coterie("plan", tiny.PATH, "--bandwidth", "50GB")
     assert ran.code == 0
@@ -124,16 +135,16 @@ def test_plan_prints_a_row_for_each_format(coterie):
     assert "fits" in ran.out
 
 
-def test_plan_says_what_is_missing(coterie):
+def test_plan_says_what_is_missing(coterie, known_rates):
     ran = coterie("plan", tiny.PATH, "--bandwidth", "50GB", "--ram", "500MB", "--experts", "int4")
     assert "532 MB short" in ran.out
 
 
-def test_plan_reads_a_number_as_gigabytes_and_keeps_a_margin(coterie):
+def test_plan_reads_a_number_as_gigabytes_and_keeps_a_margin(coterie, known_rates):
     assert "RAM: 64 GB planned for, as given; 60.8 GB after" in coterie("plan", tiny.PATH, "--ram", "64").out
 
 
-def test_plan_says_first_whether_the_model_opens(coterie, tmp_path):
+def test_plan_says_first_whether_the_model_opens(coterie, known_rates, tmp_path):
     assert coterie("plan", tiny.PATH).out.startswith("Opened by this version")
     config = json.loads((tiny.PATH / "config.json").read_text())
     for quantization, said in (
@@ -149,7 +160,7 @@ def test_plan_says_first_whether_the_model_opens(coterie, tmp_path):
 
 
 @pytest.fixture
-def one_gpu(monkeypatch):
+def one_gpu(monkeypatch, known_rates):
     """One that is the CPU, of 24 GB, with rates that are given."""
     gpu = machine.Gpu(torch.device("cpu"), "A [new] card", "8.9", 24 * 10**9, 20 * 10**9)
     monkeypatch.setattr(machine, "gpus", lambda: [gpu])
@@ -157,11 +168,9 @@ def one_gpu(monkeypatch):
     monkeypatch.setattr(machine, "gpu_bandwidth", lambda device: 1e12)
     monkeypatch.setattr(rates, "delivered", lambda device: 12e9)
     monkeypatch.setattr(rates, "products", lambda device: 100e12)
-    monkeypatch.setattr(machine, "read_bandwidth", lambda: 40e9)
-    monkeypatch.setattr(machine, "dot_rate", lambda format: {"bf16": 1e12, "int8": 2e12}[format])
 
 
-def test_plan_places_experts_on_a_gpu_that_is_named(coterie, monkeypatch):
+def test_plan_places_experts_on_a_gpu_that_is_named(coterie, known_rates, monkeypatch):
     monkeypatch.setattr(machine, "gpus", list)
     assert "VRAM" not in coterie("plan", tiny.PATH, "--experts", "int4").out
     said = " ".join(coterie("plan", tiny.PATH, "--experts", "int4", "--vram", "24GB").out.split())
@@ -177,7 +186,7 @@ def test_plan_places_experts_on_the_gpu_that_is_here(coterie, one_gpu):
     assert "The GPU, measured here: reads 1 TB/s, gets 12 GB/s of packed experts, 100 TFLOP/s in bf16." in said
 
 
-def test_plan_train_adds_what_fine_tuning_takes(coterie):
+def test_plan_train_adds_what_fine_tuning_takes(coterie, known_rates):
     ran = coterie("plan", tiny.PATH, "--train", "--lora-r", "4", "--sequence-len", "64", "--experts", "int4")
     assert "LoRA of rank 4 on attention and experts, 1 x 64 tokens" in ran.out and "AdamW" in ran.out
 

@@ -44,7 +44,7 @@ def forward(
             raise ArgumentError(f"{name}: expected a tensor on {device}, as x is, found {tensor.device}")
     lora = lora or ExpertLora()
     factors = list(lora.factors())
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *factors))
+    learns = ops.needs_gradients(x, weights, *factors)
     in_order = ordered.possible(device, len(x)) and all(factor is None or factor.is_cpu for factor in factors)
     if in_order and not learns and not is_traced():
         ops.check_batch(experts, x, ids, weights, device)
@@ -68,22 +68,17 @@ def forward(
     if is_traced():  # torch traces copies of its own, not a wait for a stream
         copied = in_ram([tensor.to("cpu") for tensor in inputs])
         meanwhile()
-        return _forward(experts, *copied).to(device)
+        return ops.forward(experts, *copied).to(device)
     copies = transfer(device)
     copied = in_ram(copies.to_host([tensor.detach() for tensor in inputs]))
     if learns:
         return _Compute.apply(x, ids, weights, _Call(experts, copies, copied, meanwhile), *factors)
     meanwhile()
-    return copies.to_device([_forward(experts, *copied)])[0]
+    return copies.to_device([ops.forward(experts, *copied)])[0]
 
 
 def _nothing() -> None:
     pass
-
-
-def _forward(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor, lora: ExpertLora) -> Tensor:
-    given = any(factor is not None for factor in lora.factors())
-    return ops.forward(experts, x, ids, weights, lora if given else None)
 
 
 @dataclass(frozen=True, slots=True)

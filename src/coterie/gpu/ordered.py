@@ -74,10 +74,8 @@ def _queue(
 ) -> None:
     """Has the current stream compute `out`."""
     layer, (batch, top_k) = experts._layer, ids.shape
-    given = lora is not None and any(factor is not None for factor in lora.factors())
-    factors, scalings, shared = ops._prepared(lora) if given else ops.NO_LORA
-    if given:
-        layer.adapt()
+    factors, scalings, shared = ops.prepared(lora)
+    integer, addresses = ops.adaptation(layer, factors, scalings, shared)
     parts = [part.contiguous().view(torch.uint8).flatten() for part in (ids.long(), weights.float(), x)]
     starts = [0, parts[0].nbytes, parts[0].nbytes + parts[1].nbytes]
     inputs = torch.cat(parts)
@@ -87,8 +85,8 @@ def _queue(
     id_at, weight_at, x_at = (host.data_ptr() + start for start in starts)
     call = layer.on_stream(
         (batch, top_k, x_at, DTYPES[x.dtype], x.shape[1], id_at, weight_at, host.data_ptr() + place,
-         DTYPES[out.dtype], not given and layer.uses_int8()),
-        ops._factors(layer, factors, scalings, shared) if given else None, (host, factors),
+         DTYPES[out.dtype], integer),
+        addresses, (host, factors),
     )  # fmt: skip
     driver.launch(call, x.device)
     out.copy_(host[place:].view(out.dtype).view(out.shape), non_blocking=True)

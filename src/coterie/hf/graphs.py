@@ -108,7 +108,7 @@ class GraphedForward:
         self.model = model
         self._key: Any = None
         self._replay: Callable[[list[Tensor]], Any] | None = None
-        self._takes = _is_silent(model) and not getattr(model, REFUSED, False)
+        self._silent = _is_silent(model)
 
     def __call__(self, **inputs: Any) -> Any:
         """The model's output for these inputs. Its tensors are written anew by the next call."""
@@ -117,7 +117,8 @@ class GraphedForward:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         kinds = [(t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in leaves]
         asked = any(inputs.get(name) for name in OUTPUTS)  # which Transformers keeps of each token
-        if not self._takes or asked or not is_fixed(found) or torch.is_grad_enabled():
+        takes = self._silent and not asked and not getattr(self.model, REFUSED, False)
+        if not takes or not is_fixed(found) or torch.is_grad_enabled():
             return self.model(**inputs, **{cache.NAME: found})
         key = (id(found), spec, kinds)
         if key != self._key:  # the first time kernels are compiled, and libraries take their memory
@@ -127,7 +128,6 @@ class GraphedForward:
             try:
                 self._replay = self._captured(found, leaves, spec)
             except Exception as error:  # whatever the model's own code does that a graph cannot hold
-                self._takes = False
                 setattr(self.model, REFUSED, True)
                 logger.warning_once(
                     f"{type(self.model).__name__} decodes without a CUDA graph, which is slower: {str(error)[:300]}"
