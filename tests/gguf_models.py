@@ -52,6 +52,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, arch)
     for key, value in (metadata or {}).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        add[bool] = writer.add_bool
         add[type(value)](key if "." in key and key.split(".")[0] in ("tokenizer", "split") else f"{arch}.{key}", value)
     for name, (made, kind) in tensors.items():
         writer.add_tensor(name, made, raw_dtype=None if kind in ("F32", "F16") else Type[kind])

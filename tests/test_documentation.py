@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import gguf_families
+import gguf_models
 import pytest
 from convert.test_convert_mixed import KEPT, MIXES
-from gguf_models import ARCHITECTURES
 from hf.tiny_models import FAMILIES, QUANTISED
 from quantised_checkpoints import FINER, METHODS
 
 from coterie.checkpoints.gguf_types import TYPES
 from coterie.formats import FORMATS, resolve
-from coterie.hf.gguf_config import OWN
+from coterie.hf import gguf_families as gguf_read_here
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md")]
@@ -69,16 +70,16 @@ def test_types_of_gguf():
 
 
 def test_architectures_of_gguf_and_families():
-    opens = {name: code(as_)[0] for name, (as_, _) in named(rows(CHECKPOINTS, "architecture")).items()}
-    ours = {name: family for name, (family, _) in OWN.items()}
-    assert opens.items() >= (ours | {name: family for family, name in ARCHITECTURES.items()}).items()
+    tried = {"minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss", "qwen3_5_moe_text": "qwen35moe"}
+    tried |= gguf_models.ARCHITECTURES | gguf_families.ARCHITECTURES
+    assert gguf_read_here.FAMILIES.keys() <= set(tried.values())
+    opens = named(rows(CHECKPOINTS, "architecture")).items()
+    assert {(family, name) for name, (as_, _) in opens for family in code(as_)} == set(tried.items())
     families = named(rows(CHECKPOINTS, "`model_type`"))
     assert families.keys() == FAMILIES.keys()
-    assert {family: code(gguf)[0] for family, (_, gguf) in families.items() if code(gguf)} == {
-        family: name for name, family in opens.items()
-    }
-    tried = {family: methods for family, (methods, _) in families.items() if methods}
-    assert tried == QUANTISED | {"qwen3_moe": "every row above", "gpt_oss": "gpt-oss"}
+    assert {family: code(gguf)[0] for family, (_, gguf) in families.items() if code(gguf)} == tried
+    quantised = {family: methods for family, (methods, _) in families.items() if methods}
+    assert quantised == QUANTISED | {"qwen3_moe": "every row above", "gpt_oss": "gpt-oss"}
 
 
 def test_what_the_readme_names():

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+from gguf_families import write_family
 from gguf_models import write_qwen
 from gpt_oss_checkpoints import write_as_gguf, write_mxfp4
 from tiny_models import make
@@ -28,6 +29,10 @@ def qwen3(folder):
 
 def gpt_oss(folder):
     return write_as_gguf(folder / "model.gguf", write_mxfp4(folder / "in"))
+
+
+def deepseek(folder):
+    return write_family(folder / "model.gguf", make("deepseek_v3", torch.float32))
 
 
 def outcome(file, data):
@@ -95,7 +100,7 @@ def test_more_layers_than_tensors(tmp_path):
             read(GgufFile(file))
 
 
-@pytest.mark.parametrize("write", [qwen3, gpt_oss])
+@pytest.mark.parametrize("write", [qwen3, gpt_oss, deepseek])
 def test_changed_bytes(tmp_path, write):
     file, draw, seen = write(tmp_path), random.Random(0), Counter()
     data = file.read_bytes()

@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 from coterie.checkpoints.gguf_file import GgufFile, file_names
 from coterie.checkpoints.tensorfile import shown
 from coterie.errors import CheckpointError
+from coterie.hf.gguf_families import family_of, parameters
 from coterie.hf.modules import read_layouts
 from coterie.hf.names import parameters_in
 
@@ -81,6 +82,11 @@ def _converted(file: GgufFile, model: PreTrainedModel) -> Iterator[tuple[str, st
             raise CheckpointError(
                 f"{file.path}, tensor {shown(name)}: Transformers does not multiply by it; use the original checkpoint"
             )
+    family = family_of(file)
+    if family is not None:
+        for name, parameter, dense in parameters(file, family, names):
+            yield name, parameter, _cast(file, name, dense, model.dtype)
+        return
     by_rules = _rules()
     if by_rules is not None and file.architecture in by_rules.GGUF_ARCHS:
         yield from _by_rules(file, model, by_rules.GGUF_ARCHS[file.architecture](model.config), names)

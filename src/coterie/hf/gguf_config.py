@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from coterie.checkpoints.gguf_file import GgufFile
 from coterie.checkpoints.tensorfile import shown
-from coterie.errors import CheckpointError, UnsupportedModelError
+from coterie.errors import CheckpointError, CoterieError, UnsupportedModelError
+from coterie.hf.gguf_families import family_of, settings_of
 
 # Metadata that Transformers does not read of every architecture -> what its configs call it.
 FIELDS = {
@@ -25,14 +24,6 @@ FIELDS = {
     "expert_weights_norm": "norm_topk_prob",
     "expert_weights_scale": "routed_scaling_factor",
 }
-# What is at "rope.scaling." of an architecture that is read here -> what Transformers calls it.
-SCALING = {
-    "factor": "factor",
-    "original_context_length": "original_max_position_embeddings",
-    "yarn_beta_fast": "beta_fast",
-    "yarn_beta_slow": "beta_slow",
-}
-IGNORED_SCALING = ("type", "finetuned")
 
 
 def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict[str, Any]]:
@@ -41,13 +32,17 @@ def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict
     Raises UnsupportedModelError, naming the architecture, where neither Transformers nor this version makes one.
     """
     _check_blocks(file)
-    if file.architecture in OWN:
-        model_type, made = OWN[file.architecture]
-        values = made(file)
+    family = family_of(file)
+    if family is not None:
         try:
-            config, unused = CONFIG_MAPPING[model_type].from_dict(values, return_unused_kwargs=True, **settings)
-        except Exception as error:  # Transformers' own checks of the values, which have no common type
-            raise CheckpointError(f"{file.path}: the metadata is no valid {model_type} config: {error}") from error
+            made, values = CONFIG_MAPPING[family.model_type], settings_of(file, family)
+            config, unused = made.from_dict(values, return_unused_kwargs=True, **settings)
+        except CoterieError:
+            raise
+        except Exception as error:  # of values that are no numbers, and Transformers' own checks: of no common type
+            raise CheckpointError(
+                f"{file.path}: the metadata is no valid {family.model_type} config: {error}"
+            ) from error
     else:
         config, unused = _by_transformers(file, settings)
     config.tie_word_embeddings = "output.weight" not in file.names  # which may be in another file than the metadata
@@ -56,11 +51,6 @@ def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict
 
 
 def _by_transformers(file: GgufFile, settings: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
-    if file.architecture == "llama" and file.own_value("expert_count"):
-        raise UnsupportedModelError(
-            f"{file.path}: GGUF architecture 'llama' with experts, a Mixtral, which Transformers takes for a Llama "
-            "without them: use the original checkpoint, or Experts.open for a layer"
-        )
     first, scaling = file.first, file.own_value("rope.scaling.type", "none")
     if scaling != "none" and "rope_parameters" not in settings:
         raise UnsupportedModelError(
@@ -92,7 +82,7 @@ def open_tokenizer(file: GgufFile) -> Any:
     if file.value("tokenizer.ggml.model") is None:
         raise CheckpointError(f"{first} has no tokenizer: expected tokenizer.ggml.model and what goes with it")
     _check_blocks(file)
-    maker = PreTrainedTokenizerFast if file.architecture in OWN else AutoTokenizer  # which reads the config first
+    maker = AutoTokenizer if family_of(file) is None else PreTrainedTokenizerFast  # the other reads the config first
     try:
         return maker.from_pretrained(first.parent, gguf_file=first.name)
     except Exception as error:  # tokenizers fail in as many ways as there are kinds
@@ -105,56 +95,8 @@ def save_tokenizer(file: GgufFile, folder: str | os.PathLike) -> None:
         open_tokenizer(file).save_pretrained(folder)
 
 
-def _gpt_oss(file: GgufFile) -> dict[str, Any]:
-    """What config.json says of such a model. The clamp and the slope of its experts are constants of the architecture,
-    and so is that every other layer, beginning with the first, attends to a window."""
-    scaling = file.own_value("rope.scaling.type", "none")
-    rope = {"rope_type": "default" if scaling == "none" else scaling, "rope_theta": _stated(file, "rope.freq_base")}
-    if scaling == "yarn":
-        # Files do not say that the ends of the ramp are no whole numbers, as those of the published models are not.
-        rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
-    keys = [key.removeprefix("rope.scaling.") for key in file.own_keys("rope.scaling.")]
-    if scaling not in ("none", "yarn") or (unknown := [key for key in keys if key not in (*SCALING, *IGNORED_SCALING)]):
-        what = f"rope.scaling.{unknown[0]}" if scaling in ("none", "yarn") else f"positions that are scaled ({scaling})"
-        raise UnsupportedModelError(
-            f"{file.path}: this version does not read {shown(what)} of {file.architecture}: use the original checkpoint"
-        )
-    rope |= {SCALING[key]: _stated(file, f"rope.scaling.{key}") for key in keys if key in SCALING}
-    return {
-        "num_hidden_layers": _stated(file, "block_count"),
-        "hidden_size": _stated(file, "embedding_length"),
-        "intermediate_size": _stated(file, "expert_feed_forward_length"),
-        "num_attention_heads": _stated(file, "attention.head_count"),
-        "num_key_value_heads": _stated(file, "attention.head_count_kv"),
-        "head_dim": _stated(file, "attention.key_length"),
-        "sliding_window": _stated(file, "attention.sliding_window"),
-        "rms_norm_eps": _stated(file, "attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": _stated(file, "context_length"),
-        "num_local_experts": _stated(file, "expert_count"),
-        "num_experts_per_tok": _stated(file, "expert_used_count"),
-        "vocab_size": file.shape("token_embd.weight")[0],
-        "rope_parameters": rope,
-        "bos_token_id": file.value("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.value("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": file.value("tokenizer.ggml.padding_token_id"),
-    }
-
-
 def _check_blocks(file: GgufFile) -> None:
     """Raises CheckpointError for more layers than a file can hold: configs have lists of as many."""
     blocks = file.own_value("block_count", 0)
     if not isinstance(blocks, int) or blocks > len(file.names):
         raise CheckpointError(f"{file.path}: {shown(blocks)} layers (block_count), and {len(file.names)} tensors")
-
-
-def _stated(file: GgufFile, key: str) -> Any:
-    """A value of the architecture's own; of a float32 the shortest decimal that it is nearest to, as config.json had
-    it. Raises CheckpointError where there is none."""
-    value = file.own_value(key)
-    if value is None:
-        raise CheckpointError(f"{file.path}: the metadata has no {file.architecture}.{key}")
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-# Architectures whose metadata Transformers misreads: model_type, and what config.json would say.
-OWN: dict[str, tuple[str, Callable[[GgufFile], dict[str, Any]]]] = {"gpt-oss": ("gpt_oss", _gpt_oss)}

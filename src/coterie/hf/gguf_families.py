@@ -1,0 +1,382 @@
+"""Architectures of GGUF files that Transformers does not read: what config.json says of such a model, and which tensors
+are which parameters. What llama.cpp's converter did to a tensor is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coterie.checkpoints.gguf_file import GgufFile
+from coterie.checkpoints.tensorfile import shown
+from coterie.errors import CheckpointError, UnsupportedModelError
+
+Settings = dict[str, Any]
+SIGMOID = 2  # of expert_gating_func
+NEEDED = object()
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one `model_type`.
+
+    settings: what config.json says beside what all say. names: tensors, without "blk.{L}.", and the parameters of a
+    layer, or of the model, that they are, beside NAMES. undone: what takes back what the converter did to a tensor.
+    joined: tensors that are one parameter with another one, and what joins them.
+    """
+
+    model_type: str
+    settings: Callable[[GgufFile], Settings]
+    names: dict[str, str] = field(default_factory=dict)
+    undone: dict[str, Callable[[GgufFile, Tensor], Tensor]] = field(default_factory=dict)
+    joined: dict[str, tuple[str, Callable[[GgufFile, Tensor, Tensor], Tensor]]] = field(default_factory=dict)
+
+
+def family_of(file: GgufFile) -> Family | None:
+    """That of a file; None where Transformers reads it."""
+    found = FAMILIES.get(file.architecture)
+    return found(file) if callable(found) else found
+
+
+def settings_of(file: GgufFile, family: Family) -> Settings:
+    """What config.json would say. Raises CheckpointError for metadata without what there must be."""
+    heads, own = stated(file, "attention.head_count"), family.settings(file)
+    return {
+        "num_hidden_layers": blocks(file),
+        "hidden_size": stated(file, "embedding_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": stated(file, "attention.head_count_kv", heads),
+        "rms_norm_eps": stated(file, "attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": stated(file, "context_length"),
+        "num_experts_per_tok": stated(file, "expert_used_count"),
+        "vocab_size": file.shape("token_embd.weight")[0],
+        "rope_parameters": own.pop("rope_parameters", None) or rope(file),
+        "bos_token_id": file.value("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.value("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": file.value("tokenizer.ggml.padding_token_id"),
+        **own,
+    }
+
+
+def parameters(file: GgufFile, family: Family, tensors: list[str]) -> Iterator[tuple[str, str, Tensor]]:
+    """(tensor, parameter, its value in float32) of each of `tensors`; the parameter is "" where it is none.
+
+    Raises CheckpointError for shapes that do not go with the metadata or each other.
+    """
+    names, read_with_another = NAMES | family.names, {second for second, _ in family.joined.values()}
+    for name in tensors:
+        stem, leaf, layer = "", name, ""
+        if name.startswith("blk."):
+            _, block, leaf = name.split(".", 2)
+            stem, layer = f"blk.{block}.", f"model.layers.{block}."
+        if leaf in read_with_another:
+            continue
+        base, _, suffix = leaf.rpartition(".")
+        found = names.get(leaf) or (f"{names[base]}.{suffix}" if base in names else "")
+        value, undo, (second, join) = _value(file, name), family.undone.get(leaf), family.joined.get(leaf, ("", None))
+        try:
+            value = undo(file, value) if undo else value
+            value = join(file, value, _value(file, stem + second)) if join else value
+        except (RuntimeError, IndexError, TypeError) as error:
+            raise CheckpointError(
+                f"{file.path}, tensor {shown(name)}: its shape, {list(file.shape(name))}, does not go with the "
+                f"metadata{f' or with {stem}{second}' if join else ''}: {error}"
+            ) from error
+        yield name, found and layer + found, value
+
+
+def _value(file: GgufFile, name: str) -> Tensor:
+    return torch.from_numpy(file.dequantize(name).copy())
+
+
+def stated(file: GgufFile, key: str, default: Any = NEEDED) -> Any:
+    """A value of the architecture's own; of a float32 the shortest decimal that it is nearest to, as config.json had
+    it. Raises CheckpointError where there is none, and no default."""
+    value = file.own_value(key)
+    if value is None and default is NEEDED:
+        raise CheckpointError(f"{file.path}: the metadata has no {file.architecture}.{key}")
+    if value is None:
+        return default
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def blocks(file: GgufFile) -> int:
+    """Layers of the model, without those that draft tokens."""
+    return stated(file, "block_count") - stated(file, "nextn_predict_layers", 0)
+
+
+def rope(file: GgufFile, own: dict[str, str] | None = None, **more: Any) -> Settings:
+    """The embeddings of positions. own: what is at "rope.scaling." beside YARN, and what Transformers calls it. more:
+    what is said of those that are scaled.
+
+    Raises UnsupportedModelError for what this version does not read.
+    """
+    known = YARN | (own or {})
+    scaling = file.own_value("rope.scaling.type", "none")
+    keys = [key.removeprefix("rope.scaling.") for key in file.own_keys("rope.scaling.")]
+    unknown = [key for key in keys if key not in known and key not in IGNORED]
+    if scaling not in ("none", "yarn") or unknown:
+        what = f"rope.scaling.{unknown[0]}" if scaling in ("none", "yarn") else f"positions that are scaled ({scaling})"
+        raise UnsupportedModelError(
+            f"{file.path}: this version does not read {shown(what)} of {file.architecture}: use the original checkpoint"
+        )
+    found = {"rope_type": "default", "rope_theta": stated(file, "rope.freq_base", 10000.0)}
+    if scaling == "yarn":
+        found |= {"rope_type": scaling, "beta_fast": 32.0, "beta_slow": 1.0, **more}
+    return found | {known[key]: stated(file, f"rope.scaling.{key}") for key in keys if key in known}
+
+
+# What is at "rope.scaling." -> what Transformers calls it.
+YARN = {
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
+IGNORED = ("type", "finetuned")
+
+
+def _gpt_oss(file: GgufFile) -> Settings:
+    """The clamp and the slope of its experts are constants of the architecture, and so is that every other layer,
+    beginning with the first, attends to a window."""
+    return {
+        "intermediate_size": stated(file, "expert_feed_forward_length"),
+        "head_dim": stated(file, "attention.key_length"),
+        "sliding_window": stated(file, "attention.sliding_window"),
+        "num_local_experts": stated(file, "expert_count"),
+        # Files do not say that the ends of the ramp are no whole numbers, as those of the published models are not.
+        "rope_parameters": rope(file, truncate=False),
+    }
+
+
+def _mixtral(file: GgufFile) -> Settings:
+    return {
+        "num_local_experts": stated(file, "expert_count"),
+        "intermediate_size": stated(file, "expert_feed_forward_length", stated(file, "feed_forward_length")),
+        "head_dim": stated(file, "attention.key_length", None),
+        "sliding_window": None,
+    }
+
+
+def _olmoe(file: GgufFile) -> Settings:
+    return {
+        "num_experts": stated(file, "expert_count"),
+        "intermediate_size": stated(file, "expert_feed_forward_length", stated(file, "feed_forward_length")),
+        "norm_topk_prob": stated(file, "expert_weights_norm", False),
+        "clip_qkv": stated(file, "attention.clamp_kqv", None),
+    }
+
+
+def _granite(file: GgufFile) -> Settings:
+    head = stated(file, "embedding_length") // stated(file, "attention.head_count")
+    return {
+        "num_local_experts": stated(file, "expert_count"),
+        "intermediate_size": stated(file, "expert_feed_forward_length", stated(file, "feed_forward_length")),
+        "attention_multiplier": stated(file, "attention.scale", head**-0.5),
+        "embedding_multiplier": stated(file, "embedding_scale", 1.0),
+        "residual_multiplier": stated(file, "residual_scale", 1.0),
+        "logits_scaling": stated(file, "logit_scale", 1.0),
+    }
+
+
+def _routed(file: GgufFile) -> Settings:
+    """What models with shared experts beside those that are chosen, and dense layers before, say of them."""
+    return {
+        "intermediate_size": stated(file, "feed_forward_length"),
+        "moe_intermediate_size": stated(file, "expert_feed_forward_length"),
+        "n_routed_experts": stated(file, "expert_count"),
+        "n_shared_experts": stated(file, "expert_shared_count"),
+        "first_k_dense_replace": stated(file, "leading_dense_block_count", 0),
+        "routed_scaling_factor": stated(file, "expert_weights_scale", 1.0),
+        "norm_topk_prob": stated(file, "expert_weights_norm", False),
+        "n_group": stated(file, "expert_group_count", 1),
+        "topk_group": stated(file, "expert_group_used_count", 1),
+    }
+
+
+def _glm4(file: GgufFile) -> Settings:
+    head = stated(file, "attention.key_length")
+    return _routed(file) | {
+        "head_dim": head,
+        "attention_bias": "blk.0.attn_q.bias" in file.names,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in file.names,
+        "rope_parameters": rope(file) | {"partial_rotary_factor": stated(file, "rope.dimension_count", head) / head},
+    }
+
+
+def _deepseek(file: GgufFile) -> Settings:
+    turned, latent = stated(file, "rope.dimension_count"), stated(file, "attention.kv_lora_rank")
+    key = stated(file, "attention.key_length_mla", stated(file, "attention.key_length"))
+    own = {"yarn_log_multiplier": "mscale_all_dim"}
+    positions = rope(file, own)
+    if "mscale_all_dim" in positions:  # a tenth of it is stored; the published models have the same of either kind
+        positions["mscale_all_dim"] = positions["mscale"] = round(10 * positions["mscale_all_dim"], 6)
+    return _routed(file) | {
+        "num_key_value_heads": stated(file, "attention.head_count"),
+        "q_lora_rank": stated(file, "attention.q_lora_rank", None),
+        "kv_lora_rank": latent,
+        "qk_rope_head_dim": turned,
+        "qk_nope_head_dim": key - turned,
+        "v_head_dim": stated(file, "attention.value_length_mla", stated(file, "attention.value_length")),
+        "rope_parameters": positions,
+    }
+
+
+def _deepseek_v2(file: GgufFile) -> Settings:
+    grouped = stated(file, "expert_group_count", 1) > 1
+    return _deepseek(file) | {"topk_method": "group_limited_greedy" if grouped else "greedy"}
+
+
+def _ernie(file: GgufFile) -> Settings:
+    width = stated(file, "expert_feed_forward_length")
+    return {
+        "intermediate_size": stated(file, "feed_forward_length"),
+        "moe_intermediate_size": width,
+        "moe_num_experts": stated(file, "expert_count"),
+        "moe_k": stated(file, "expert_used_count"),
+        "moe_num_shared_experts": stated(file, "expert_shared_feed_forward_length", 0) // width,
+        "moe_layer_start_index": stated(file, "leading_dense_block_count", 0),
+        "moe_layer_interval": stated(file, "interleave_moe_layer_step", 1),
+        "head_dim": stated(file, "attention.key_length", None),
+    }
+
+
+def _hunyuan(file: GgufFile) -> Settings:
+    return {
+        "intermediate_size": stated(file, "expert_feed_forward_length", stated(file, "feed_forward_length")),
+        "num_experts": stated(file, "expert_count"),
+        "moe_topk": stated(file, "expert_used_count"),
+        "head_dim": stated(file, "attention.key_length"),
+    }
+
+
+def _qwen3_next(file: GgufFile) -> Settings:
+    head, values = stated(file, "attention.key_length"), stated(file, "ssm.time_step_rank")
+    interval, count = stated(file, "full_attention_interval", 4), blocks(file)
+    return {
+        "head_dim": head,
+        "num_experts": stated(file, "expert_count"),
+        "moe_intermediate_size": stated(file, "expert_feed_forward_length"),
+        "shared_expert_intermediate_size": stated(file, "expert_shared_feed_forward_length"),
+        "norm_topk_prob": stated(file, "expert_weights_norm", True),
+        "linear_conv_kernel_dim": stated(file, "ssm.conv_kernel"),
+        "linear_key_head_dim": stated(file, "ssm.state_size"),
+        "linear_num_key_heads": stated(file, "ssm.group_count"),
+        "linear_num_value_heads": values,
+        "linear_value_head_dim": stated(file, "ssm.inner_size") // values,
+        "layer_types": ["linear_attention" if (n + 1) % interval else "full_attention" for n in range(count)],
+        "rope_parameters": rope(file) | {"partial_rotary_factor": stated(file, "rope.dimension_count", head) / head},
+    }
+
+
+def _halves(heads: str) -> Callable[[GgufFile, Tensor], Tensor]:
+    """Rows of a head that turn together are stored beside each other, as the first Llama had them."""
+
+    def undo(file: GgufFile, value: Tensor) -> Tensor:
+        return value.unflatten(0, (stated(file, heads), -1, 2)).transpose(1, 2).flatten(0, 2)
+
+    return undo
+
+
+def _keys_and_values(file: GgufFile, keys: Tensor, values: Tensor) -> Tensor:
+    """The matrix that makes keys and values of what is cached of a token, a head after the other; that of keys is
+    stored transposed."""
+    return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
+
+
+def _gates_by_head(file: GgufFile, qkv: Tensor, gate: Tensor) -> Tensor:
+    """Queries, keys, values and gates of one key head after the other; they are stored kind by kind."""
+    heads, width = stated(file, "ssm.group_count"), stated(file, "ssm.inner_size")
+    keys = heads * stated(file, "ssm.state_size")
+    kinds = *qkv.split([keys, keys, width]), gate
+    return torch.cat([kind.unflatten(0, (heads, -1)) for kind in kinds], dim=1).flatten(0, 1)
+
+
+def _less_one(file: GgufFile, value: Tensor) -> Tensor:
+    return value - 1
+
+
+# Tensors -> parameters.
+NAMES = {
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate_inp": "mlp.gate",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj", "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj", "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    "exp_probs_b": "mlp.gate.e_score_correction_bias",
+}  # fmt: skip
+LATENT = {
+    "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm", "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa", "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj", "attn_k_b": "self_attn.kv_b_proj",
+}  # fmt: skip
+JOINED_LATENT = {"attn_k_b.weight": ("attn_v_b.weight", _keys_and_values)}
+PAIRS = {"attn_q.weight": _halves("attention.head_count"), "attn_k.weight": _halves("attention.head_count_kv")}
+HUNYUAN = {
+    "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm", "ffn_gate_inp": "mlp.gate.wg",
+    "ffn_gate_shexp": "mlp.shared_mlp.gate_proj", "ffn_up_shexp": "mlp.shared_mlp.up_proj",
+    "ffn_down_shexp": "mlp.shared_mlp.down_proj",
+}  # fmt: skip
+
+GPT_OSS = {
+    "post_attention_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.router",
+    "attn_sinks.weight": "self_attn.sinks",
+}  # fmt: skip
+QWEN3_NEXT = {
+    "post_attention_norm": "post_attention_layernorm", "attn_qkv": "linear_attn.in_proj_qkvz",
+    "ssm_in": "linear_attn.in_proj_qkvz", "ssm_ba": "linear_attn.in_proj_ba", "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_norm": "linear_attn.norm", "ssm_out": "linear_attn.out_proj", "ssm_a": "linear_attn.A_log",
+    "ssm_dt.bias": "linear_attn.dt_bias", "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj", "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}  # fmt: skip
+UNDONE_QWEN3_NEXT = {
+    "ssm_a": lambda file, value: (-value).log(), "ssm_conv1d.weight": lambda file, value: value[:, None],
+    "ffn_gate_inp_shexp.weight": lambda file, value: value.reshape(1, -1),
+    "output_norm.weight": _less_one, "attn_norm.weight": _less_one, "post_attention_norm.weight": _less_one,
+    "attn_q_norm.weight": _less_one, "attn_k_norm.weight": _less_one,
+}  # fmt: skip
+MIXTRAL = Family("mixtral", _mixtral, undone=PAIRS)
+DEEPSEEK_V2, DEEPSEEK_V3 = (
+    Family(kind, settings, LATENT, joined=JOINED_LATENT)
+    for kind, settings in (("deepseek_v2", _deepseek_v2), ("deepseek_v3", _deepseek))
+)
+
+
+def _llama_with_experts(file: GgufFile) -> Family | None:
+    return MIXTRAL if file.own_value("expert_count") else None
+
+
+def _either_deepseek(file: GgufFile) -> Family:
+    return DEEPSEEK_V3 if file.own_value("expert_gating_func", 1) == SIGMOID else DEEPSEEK_V2
+
+
+# By the architecture's name: a family, or what tells which one a file has.
+FAMILIES: dict[str, Family | Callable[[GgufFile], Family | None]] = {
+    "gpt-oss": Family("gpt_oss", _gpt_oss, GPT_OSS),
+    "llama": _llama_with_experts,
+    "olmoe": Family("olmoe", _olmoe),
+    "granitemoe": Family("granitemoe", _granite, {"ffn_gate_inp": "block_sparse_moe.router"}, PAIRS),
+    "glm4moe": Family("glm4_moe", _glm4, {"post_attention_norm": "post_attention_layernorm"}),
+    "deepseek2": _either_deepseek,
+    "ernie4_5-moe": Family(
+        "ernie4_5_moe",
+        _ernie,
+        {"exp_probs_b.bias": "mlp.gate.moe_statics.e_score_correction_bias"},
+        {"exp_probs_b.bias": lambda file, value: value[None]},
+    ),
+    "qwen3next": Family(
+        "qwen3_next",
+        _qwen3_next,
+        QWEN3_NEXT,
+        UNDONE_QWEN3_NEXT,
+        {"attn_qkv.weight": ("attn_gate.weight", _gates_by_head)},
+    ),
+    "hunyuan-moe": Family("hunyuan_v1_moe", _hunyuan, HUNYUAN),
+}

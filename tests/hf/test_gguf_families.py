@@ -1,0 +1,141 @@
+"""Architectures of GGUF that are read here, not by Transformers: the model that a file was written from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gguf_families import ARCHITECTURES, write_family
+from tiny_models import ROPE, make, prompt
+
+import coterie
+from coterie import plan
+from coterie.checkpoints.gguf_file import GgufFile
+from coterie.errors import CheckpointError, UnsupportedModelError
+from coterie.hf.converting import convert
+from coterie.hf.gguf_config import open_tokenizer, read_config
+
+LENGTH = 40
+YARN = ROPE | {
+    "rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 16,
+    "mscale": 0.707, "mscale_all_dim": 0.707,
+}  # fmt: skip
+IN_FILE = {
+    "rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 16,
+    "rope.scaling.yarn_log_multiplier": 0.0707,
+}  # fmt: skip
+# What the tiny models have not: a family, and what else it may have.
+VARIANTS = {
+    "shares of a sum": ("olmoe", {"norm_topk_prob": True}, {"expert_weights_norm": True}),
+    "multipliers": (
+        "granitemoe",
+        {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 3.0},
+        {},
+    ),
+    "norms and biases of q and k": (
+        "glm4_moe",
+        {
+            "use_qk_norm": True, "attention_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+            "rope_parameters": ROPE | {"partial_rotary_factor": 0.5},
+        },
+        {},
+    ),
+    "groups of experts": ("deepseek_v3", {"n_group": 4, "topk_group": 2, "norm_topk_prob": True}, {}),
+    "groups by their largest": (
+        "deepseek_v2", {"n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}, {},
+    ),
+    "q in one piece": ("deepseek_v2", {"q_lora_rank": None}, {}),
+    "scaled positions": ("deepseek_v3", {"rope_parameters": YARN}, IN_FILE),
+    "scaled positions, V2": ("deepseek_v2", {"rope_parameters": YARN}, IN_FILE),
+    "all of a head turned": ("qwen3_next", {"rope_parameters": ROPE | {"partial_rotary_factor": 1.0}}, {}),
+}  # fmt: skip
+
+
+def made(family, **changes):
+    model = make(family, torch.float32, **changes)
+    for name, value in model.state_dict().items():
+        if "correction_bias" in name:
+            value.copy_(torch.linspace(-0.5, 0.5, value.numel()).view_as(value))
+    return model
+
+
+def assert_same(file, stock):
+    model = coterie.from_pretrained(file, dtype=torch.float32, experts="bf16")
+    assert isinstance(model, type(stock))
+    ids = prompt(1, LENGTH)
+    with torch.no_grad():
+        found, expected = model(ids).logits, stock(ids).logits
+    assert (found - expected).norm() < 4e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_logits(family, tmp_path, float32_products):
+    stock = made(family)
+    assert_same(write_family(tmp_path / "model.gguf", stock), stock)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant, tmp_path, float32_products):
+    family, changes, metadata = VARIANTS[variant]
+    stock = made(family, **changes)
+    assert_same(write_family(tmp_path / "model.gguf", stock, more=metadata), stock)
+
+
+def test_keys_and_values_in_one_matrix(tmp_path, float32_products):
+    """As files were written before they were taken apart, with other lengths of heads."""
+    stock = made("deepseek_v3")
+    before = {"attention.key_length": 24, "attention.value_length": 16, "attention.head_count_kv": 4}
+    before |= {"attention.key_length_mla": None, "attention.value_length_mla": None}
+    assert_same(write_family(tmp_path / "model.gguf", stock, split_latent=False, more=before), stock)
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_converted_planned_and_read(family, tmp_path):
+    stock = make(family)
+    file = write_family(tmp_path / "model.gguf", stock)
+    model = coterie.from_pretrained(file, experts="int8")
+    assert plan.open_source(str(file)).problem is None
+    assert model.generate(prompt(1, 4), max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (1, 7)
+    convert(file, tmp_path / "converted", quant_method="int8")
+    again = coterie.from_pretrained(tmp_path / "converted")
+    with torch.no_grad():
+        assert torch.equal(again(prompt()).logits, model(prompt()).logits)
+    assert open_tokenizer(GgufFile(file)).convert_tokens_to_ids("ab") == stock.config.vocab_size - 1
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "error", "message"),
+    [
+        (
+            "deepseek_v3",
+            {"attention.kv_lora_rank": None},
+            CheckpointError,
+            r"has no deepseek2\.attention\.kv_lora_rank",
+        ),
+        ("deepseek_v3", {"attention.kv_lora_rank": "many"}, CheckpointError, "no valid deepseek_v3 config"),
+        (
+            "mixtral",
+            {"rope.scaling.type": "longrope"},
+            UnsupportedModelError,
+            r"positions that are scaled \(longrope\)",
+        ),
+        (
+            "glm4_moe",
+            {"rope.scaling.type": "yarn", "rope.scaling.odd": 1},
+            UnsupportedModelError,
+            r"rope\.scaling\.odd",
+        ),
+    ],
+)
+def test_metadata_that_is_missing_or_not_read(family, more, error, message, tmp_path):
+    file = write_family(tmp_path / "model.gguf", make(family), more=more)
+    with pytest.raises(error, match=message):
+        read_config(GgufFile(file))
+
+
+@pytest.mark.parametrize(
+    ("family", "more"), [("qwen3_next", {"ssm.group_count": 3}), ("mixtral", {"attention.head_count": 3})]
+)
+def test_shapes_that_do_not_go_with_the_metadata(family, more, tmp_path):
+    file = write_family(tmp_path / "model.gguf", make(family), more=more)
+    with pytest.raises(CheckpointError, match=r"does not go with the metadata|no valid|, expected "):
+        coterie.from_pretrained(file)
