@@ -38,7 +38,7 @@ class Scheme:
     spec: the format that holds its codes; None for plain numbers.
     codes: [rows, cols]; `blocks`: [rows, groups, ...]. transposed: all parts are stored with their dimensions swapped.
     signed: codes are numbers around 0, less than as `Codes` has them by what stands for 0 there.
-    order: where in an element each number stands that follows the other, if not in their order.
+    halves: of eight numbers of 4 bits the first, third, ... are in the lower half of an element, the others in the upper.
     scale: of groups, as in `Codes`. row_scale: [rows, 1], [rows], or one number for the matrix, which the weights are
     divided by where `divides` says so.
     zero: zero points of groups, or of rows, packed as codes are; `zero_less` is what they were stored less than.
@@ -52,7 +52,7 @@ class Scheme:
     blocks: bool = False
     transposed: bool = False
     signed: bool = False
-    order: tuple[int, ...] = ()
+    halves: bool = False
     scale: Part | None = None
     row_scale: Part | None = None
     divides: bool = False
@@ -217,11 +217,10 @@ class Scheme:
             if part is self.zero and self.zero_less:
                 ones = sum(self.zero_less << self.spec.encoding.bits * n for n in range(part.in_element))
                 stored = stored + ones  # of the element, as they were subtracted: a carry undoes a borrow
-            stored = stored.movedim(part.along, -1).contiguous().view(torch.uint8)
+            stored = stored.movedim(part.along, -1).contiguous()
+            stored = (_in_order(stored) if self.halves else stored).view(torch.uint8)
             if self.spec.encoding.bits == 4:
                 stored = spread(stored.unsqueeze(1).numpy(), 2 * stored.shape[-1], Field(0, 4, 1))
-            if self.order:
-                stored = stored.unflatten(-1, (-1, len(self.order)))[..., list(self.order)].flatten(-2)
             stored = stored.movedim(-1, part.along)
         return self._across(stored).contiguous()
 
@@ -245,6 +244,16 @@ class Scheme:
                 f"{cols // size - 1}"
             )
         return columns
+
+
+def _in_order(elements: Tensor) -> Tensor:
+    """Elements whose numbers are in halves, with the numbers in their order."""
+
+    def apart(half: Tensor) -> Tensor:
+        half = (half | half << 8) & 0x00FF00FF
+        return (half | half << 4) & 0x0F0F0F0F
+
+    return apart(elements & 0xFFFF) | apart(elements >> 16 & 0xFFFF) << 4
 
 
 def _check_finite(folder: Folder, name: str, scale: Tensor) -> None:
