@@ -7,11 +7,13 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import coterie
 from coterie import tiny
-from coterie.hf.growing import GrowingLayer
+from coterie.hf.growing import GrowingLayer, GrowingSlidingLayer
+
+WINDOW = 6
 
 
 def states(positions: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,6 +80,57 @@ def test_what_changes_a_cache(change):
         each.update(*states(1))
     check(layer, expected)
     assert torch.equal(kept, before)  # an older view is not written over
+
+
+def both_sliding() -> tuple[GrowingSlidingLayer, DynamicSlidingWindowLayer]:
+    return GrowingSlidingLayer(WINDOW), DynamicSlidingWindowLayer(WINDOW)
+
+
+def check_sliding(layer: GrowingSlidingLayer, expected: DynamicSlidingWindowLayer, positions: int) -> None:
+    found, wanted = (each.update(*states(positions)) for each in (layer, expected))
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    check(layer, expected)
+    assert layer.get_mask_sizes(1) == expected.get_mask_sizes(1)
+
+
+@pytest.mark.parametrize("prompt", [1, 3, WINDOW - 1, WINDOW, 50])
+def test_a_window(prompt):
+    layer, expected = both_sliding()
+    check_sliding(layer, expected, prompt)
+    places = set()
+    for _ in range(150):
+        check_sliding(layer, expected, 1)
+        places.add(layer.rooms[0].memory.data_ptr())
+    assert len(places) < 5
+    check_sliding(layer, expected, 4)
+    check_sliding(layer, expected, 1)
+
+
+@pytest.mark.parametrize("kind", [copy.copy, copy.deepcopy])
+def test_copies_of_a_window_go_their_own_ways(kind):
+    layer, expected = both_sliding()
+    check_sliding(layer, expected, 10)
+    other, wanted = kind(layer), copy.deepcopy(expected)
+    for _ in range(3):
+        check_sliding(layer, expected, 1)
+    for _ in range(2):
+        check_sliding(other, wanted, 1)
+    check_sliding(layer, expected, 1)
+
+
+@pytest.mark.skipif(not hasattr(DynamicSlidingWindowLayer, "activate_past_recording"), reason="Transformers is older")
+def test_a_window_that_tokens_are_taken_back_from():
+    layer, expected = both_sliding()
+    check_sliding(layer, expected, 4)
+    for each in (layer, expected):
+        each.activate_past_recording()
+    check_sliding(layer, expected, 1)
+    assert not layer.has_room()
+    check_sliding(layer, expected, 5)
+    for each in (layer, expected):
+        each.crop(-2)
+    check(layer, expected)
+    check_sliding(layer, expected, 1)
 
 
 def test_gradients_flow():

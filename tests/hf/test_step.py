@@ -25,7 +25,7 @@ FAMILIES = {
     "mixtral": [EXPERTS, EXPERTS],
     "olmoe": [EXPERTS, EXPERTS],
     "glm4_moe": [BLOCK, BLOCK, BLOCK],
-    "gpt_oss": [None, EXPERTS],  # its first layer slides
+    "gpt_oss": [EXPERTS, EXPERTS],
     "minimax_m2": [BLOCK, BLOCK],
     "ernie4_5_moe": [None, None, None],  # turns neighbours
     "hunyuan_v1_moe": [None, None],  # norms behind the rotary embedding

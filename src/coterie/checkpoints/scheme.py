@@ -38,7 +38,7 @@ class Scheme:
     spec: the format that holds its codes; None for plain numbers.
     codes: [rows, cols]; `blocks`: [rows, groups, ...]. transposed: all parts are stored with their dimensions swapped.
     signed: codes are numbers around 0, less than as `Codes` has them by what stands for 0 there.
-    halves: of eight numbers of 4 bits the first, third, ... are in the lower half of an element, the others in the upper.
+    halves: of eight numbers of 4 bits the 1st, 3rd, ... are in the lower half of an element, the others in the upper.
     scale: of groups, as in `Codes`. row_scale: [rows, 1], [rows], or one number for the matrix, which the weights are
     divided by where `divides` says so.
     zero: zero points of groups, or of rows, packed as codes are; `zero_less` is what they were stored less than.

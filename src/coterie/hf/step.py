@@ -19,7 +19,7 @@ from coterie import _native
 from coterie.border import runs_now
 from coterie.hf.attention import NAME, NAME_EAGER
 from coterie.hf.dense import PackedLinear
-from coterie.hf.growing import ARGUMENTS, GrowingLayer
+from coterie.hf.growing import ARGUMENTS, Growing
 from coterie.hf.mixed import mixed
 from coterie.hf.modules import packed_module
 from coterie.hf.quick import FEW, QuickNorm, QuickRouter
@@ -83,18 +83,18 @@ def _step(layer: QuickLayer, x: Any, kwargs: dict[str, Any]) -> Tensor | None:
     if step is None or not step.stands():
         return None
     keys, values = cached.rooms
-    found = step.attend(x, angles, keys.memory, values.memory, keys.used, kwargs.get(MASK))
+    found = step.attend(x, angles, keys.from_start(), values.from_start(), keys.used - keys.start, kwargs.get(MASK))
     if found is None:
         return None
     cached.grown()
     return step.finish(found)
 
 
-def cache_layer(cache: Any, layer: nn.Module) -> GrowingLayer | None:
+def cache_layer(cache: Any, layer: nn.Module) -> Growing | None:
     """A layer's part of a cache, if it is one that has room."""
     layers, index = getattr(cache, "layers", ()), layer._modules["self_attn"].layer_idx  # type: ignore[union-attr]
     found = layers[index] if index < len(layers) else None
-    return found if type(found) is GrowingLayer and found.has_room() else None
+    return found if isinstance(found, Growing) and found.has_room() else None
 
 
 def _attends_by_engine(attention: Any) -> bool:
@@ -256,7 +256,7 @@ class AttentionStep:
         return self._engine(x, norm, *head_norms, *angles, keys, values, cached, mask, sinks, q, o)
 
 
-def _proved(layer: QuickLayer, x: Tensor, kwargs: dict[str, Any], cached: GrowingLayer) -> LayerStep | None:
+def _proved(layer: QuickLayer, x: Tensor, kwargs: dict[str, Any], cached: Growing) -> LayerStep | None:
     """What computes a layer's tokens as the layer does; None where that is not found."""
     parts = LayerParts.find(layer)
     if parts is None or x.dtype not in TOLERANCE or not parts.stand():
@@ -282,7 +282,7 @@ def _proved(layer: QuickLayer, x: Tensor, kwargs: dict[str, Any], cached: Growin
     return None
 
 
-def _halved(parts: LayerParts, random: Tensor, kwargs: dict[str, Any], cached: GrowingLayer) -> bool | None:
+def _halved(parts: LayerParts, random: Tensor, kwargs: dict[str, Any], cached: Growing) -> bool | None:
     """The `halved` with which the engine's attention answers as the layer's does; None for neither.
 
     Rows as large as the second's show whether the module limits them. All but the token itself would drown in those.
@@ -299,12 +299,12 @@ def _halved(parts: LayerParts, random: Tensor, kwargs: dict[str, Any], cached: G
     return None
 
 
-def _on_trial(kwargs: dict[str, Any], cached: GrowingLayer) -> dict[str, Any]:
+def _on_trial(kwargs: dict[str, Any], cached: Growing) -> dict[str, Any]:
     """What a layer is called with, and a cache that stays as it is."""
     return {k: TrialCache(cached) if k in ARGUMENTS and v is not None else v for k, v in kwargs.items()}
 
 
-def _tried(attend: Callable, x: Tensor, kwargs: dict[str, Any], cached: GrowingLayer) -> Tensor | None:
+def _tried(attend: Callable, x: Tensor, kwargs: dict[str, Any], cached: Growing) -> Tensor | None:
     """What attention makes of x and a copy of the cache."""
     keys, values = (torch.cat([t, t[:, :, :1]], dim=2) for t in (cached.keys, cached.values))
     return attend(x, kwargs[POSITIONS], keys, values, cached.keys.shape[-2], kwargs.get(MASK))
@@ -319,7 +319,7 @@ def _same(found: Tensor | None, expected: Tensor) -> bool:
 class TrialCache:
     """A cache of one layer that stays as it was."""
 
-    def __init__(self, layer: GrowingLayer) -> None:
+    def __init__(self, layer: Growing) -> None:
         self.keys, self.values = layer.keys, layer.values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
