@@ -103,14 +103,14 @@ def write_qwen(
     path: Path,
     model,
     experts: str | dict[str, str | list[str]] = "Q8_0",
-    rest: str = "Q8_0",
+    rest: str | dict[str, str] = "Q8_0",
     files: int = 1,
     change: tuple[str, str | None] | None = None,
     metadata: dict | None = None,
 ) -> Path:
     """A Qwen2-MoE or Qwen3-MoE of Transformers as GGUF, matrices in these types, experts perhaps by projection, or by
-    layer too, in one file or several. The model gets the weights that the file stands for. change: a tensor that is
-    added in a type, or left out."""
+    layer too, the rest perhaps by parameter, "" being all others, in one file or several. The model gets the weights
+    that the file stands for. change: a tensor that is added in a type, or left out."""
     config, tensors = model.config, {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -123,8 +123,12 @@ def write_qwen(
                 named = {"down": parameter}
             else:
                 base, _, suffix = leaf.rpartition(".")
-                kind = rest if parameter.ndim == 2 and "gate.weight" not in leaf else "F32"
-                made = quantize(parameter.float().numpy(), Type[kind])
+                kind = rest if isinstance(rest, str) else rest.get(name.removesuffix(".weight"), rest[""])
+                kind = kind if parameter.ndim == 2 and "gate.weight" not in leaf else "F32"
+                if kind in SCALES:
+                    made = blocks(kind, tuple(parameter.shape), seed=len(tensors))
+                else:
+                    made = quantize(parameter.float().numpy(), Type[kind])
                 parameter.copy_(dense(made, kind))
                 tensors[f"{stem}{NAMES[base]}.{suffix}"] = made[0] if made.shape[0] == 1 else made, kind
                 continue

@@ -38,9 +38,10 @@ Target rows_of(void* out, int64_t first, int64_t count, int64_t cols, DType dtyp
   return {count, cols, static_cast<uint8_t*>(out) + first * cols * element_bytes(dtype), dtype};
 }
 
-}  // namespace
+bool alike(const Layout& a, const Layout& b) { return a.encoding == b.encoding && a.group == b.group && a.zero_point == b.zero_point; }
 
-void linears(const std::vector<const Linear*>& layers, const Kernels& kernels, int64_t rows, const Strided& x, const std::vector<void*>& outs, DType out_dtype,
+// Layers of one format, for which an input is staged once.
+void linears_alike(const std::vector<const Linear*>& layers, const Kernels& kernels, int64_t rows, const Strided& x, const std::vector<void*>& outs, DType out_dtype,
              bool integer) {
   Workspace& w = workspace();
   std::lock_guard<std::mutex> lock(w.turn);
@@ -62,6 +63,23 @@ void linears(const std::vector<const Linear*>& layers, const Kernels& kernels, i
     }
     multiply_sums(kernels, sums, w.result, scratch, scratch_bytes);
   });
+}
+
+}  // namespace
+
+void linears(const std::vector<const Linear*>& layers, const Kernels& kernels, int64_t rows, const Strided& x, const std::vector<void*>& outs, DType out_dtype,
+             bool integer) {
+  for (size_t first = 0; first < layers.size(); first++) {
+    const auto as_first = [&](size_t i) { return alike(layers[i]->layout, layers[first]->layout); };
+    bool done = false;
+    for (size_t i = 0; i < first; i++) done = done || as_first(i);
+    if (done) continue;
+    std::vector<const Linear*> those;
+    std::vector<void*> their_outs;
+    for (size_t i = first; i < layers.size(); i++)
+      if (as_first(i)) those.push_back(layers[i]), their_outs.push_back(outs[i]);
+    linears_alike(those, kernels, rows, x, their_outs, out_dtype, integer);
+  }
 }
 
 void linear(const Linear& layer, const Kernels& kernels, int64_t rows, const Strided& x, void* out, DType out_dtype, bool integer) {

@@ -15,7 +15,7 @@ struct Linear {
 // `out` [rows, outputs] is contiguous. integer: activations are rounded to int8.
 void linear(const Linear& layer, const Kernels& kernels, int64_t rows, const Strided& x, void* out, DType out_dtype, bool integer);
 
-// Layers of one format and as many inputs, of one input: outs[i] [rows, outputs of layer i].
+// Layers of as many inputs, of one input: outs[i] [rows, outputs of layer i].
 void linears(const std::vector<const Linear*>& layers, const Kernels& kernels, int64_t rows, const Strided& x, const std::vector<void*>& outs, DType out_dtype,
              bool integer);
 

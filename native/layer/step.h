@@ -11,7 +11,7 @@ namespace coterie {
 
 struct StepWeights {
   RmsNorm norm;                                    // without a weight: none, and the input is not added
-  const Linear *queries, *keys, *values, *output;  // the first three of one format
+  const Linear *queries, *keys, *values, *output;
   RmsNorm query_norm, key_norm;                    // without a weight: none; `rounded` is not looked at
   bool whole;                                      // these are norms of all heads together
   bool integer, output_integer;                    // activations are rounded to int8

@@ -25,7 +25,8 @@ def made(folder, format="int8"):
     """A file of SHAPES, and the layers in it."""
     torch.manual_seed(0)
     linears = {name: coterie.Linear.pack(torch.randn(shape), format=format) for name, shape in SHAPES.items()}
-    weight_map = write_linears(lambda name: folder / name, resolve(format), SHAPES, lambda name: linears[name].packed)
+    specs = dict.fromkeys(SHAPES, resolve(format))
+    weight_map = write_linears(lambda name: folder / name, specs, SHAPES, lambda name: linears[name].packed)
     return linears, weight_map
 
 
@@ -127,7 +128,7 @@ def test_it_is_no_layer_of_experts(tmp_path):
 def test_a_write_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(ArgumentError):
         write_linears(
-            lambda name: tmp_path / name, resolve("int8"), SHAPES,
+            lambda name: tmp_path / name, dict.fromkeys(SHAPES, resolve("int8")), SHAPES,
             lambda name: coterie.Linear.pack(torch.full(SHAPES[name], torch.nan), format="int8").packed,
         )  # fmt: skip
     assert not list(tmp_path.iterdir())

@@ -48,8 +48,8 @@ def folder(tmp_path_factory):
     linears = {f"m.{i}.{n}_proj.weight": coterie.Linear.pack(torch.randn(r, H)) for i in "01" for n, r in rows.items()}
     del linears["m.1.v_proj.weight"]
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
-    spec = linears["m.0.q_proj.weight"].spec
-    write_linears(lambda name: path / name, spec, shapes, lambda name: linears[name].packed)
+    specs = {name: linear.spec for name, linear in linears.items()}
+    write_linears(lambda name: path / name, specs, shapes, lambda name: linears[name].packed)
     return path
 
 

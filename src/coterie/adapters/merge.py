@@ -24,7 +24,7 @@ from coterie.convert.linears import Dense, stored_linears
 from coterie.convert.rest import other_files
 from coterie.errors import ArgumentError
 from coterie.formats import resolve
-from coterie.hf.config import METHOD
+from coterie.hf.config import METHOD, OWN
 from coterie.hf.loading import check_folder
 from coterie.hf.names import tied_names
 
@@ -83,7 +83,7 @@ def merge_adapter(adapter: Path, output: Path, model: str | None = None, experts
     quantised = max(error.worst for error in report.errors.values())
     if dense is None or report.linear_errors is None:
         return Merged(merge.parameters, experts, worst, quantised)
-    return Merged(merge.parameters, experts, worst, quantised, dense.spec.name, report.linear_errors.worst)
+    return Merged(merge.parameters, experts, worst, quantised, dense.name, report.linear_errors.worst)
 
 
 def packed_again(base: Path, model: PreTrainedModel) -> Dense | None:
@@ -97,8 +97,10 @@ def packed_again(base: Path, model: PreTrainedModel) -> Dense | None:
         found = {name: name if name in names else tied.get(name, "") for name in linears}
         return {name: tensor for name, tensor in found.items() if tensor in names}
 
-    skip = read_json(base / "config.json")["quantization_config"].get("dense_skip", ())
-    return Dense(next(iter(linears.values())).file.layout.spec, tuple(skip), tensors)
+    stored = read_json(base / "config.json")["quantization_config"]
+    own = {name: linear.file.layout.spec for name, linear in linears.items()}
+    spec = None if stored.get("dense") == OWN else next(iter(own.values()))
+    return Dense(spec, tuple(stored.get("dense_skip", ())), tensors, own)
 
 
 def check_base(folder: Path, name: str) -> bool:

@@ -112,7 +112,7 @@ def _unfilled(config: Any, implementation: str) -> Any:
 def _finished(model: Any, dense: Format | None) -> Any:
     """A model whose experts are packed, as loading leaves it."""
     if dense is not None:
-        pack_linears(model, chosen_linears(model, dense, ()), dense, lambda _: None)
+        pack_linears(model, chosen_linears(model, dense, ()), dense, lambda *_: None)
     become_packed(model)
     compute_here(model)
     return model

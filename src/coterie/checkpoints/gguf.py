@@ -33,7 +33,8 @@ PLAIN_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat1
 class GgufReader(Reader):
     """The experts of a GGUF model.
 
-    types: the names of the types that they are stored in.
+    types: the names of the types that they are stored in. parameters: what other tensors are to a model, if that was
+    looked for: by parameter, those that it has as they are.
     Raises CheckpointError for a broken file, MissingTensorError for one without experts.
     """
 
@@ -58,6 +59,7 @@ class GgufReader(Reader):
                     f"{file.path}, tensor {shown(name)}: type {kind}, this version reads {', '.join(TYPES)}"
                 )
         self.types = tuple(found)
+        self.parameters: dict[str, str] = {}
 
     def __deepcopy__(self, memo: dict) -> GgufReader:
         """Copies of a config that holds one share it."""
@@ -66,6 +68,15 @@ class GgufReader(Reader):
     @property
     def layers(self) -> tuple[int, ...]:
         return self._layers
+
+    def codes(self, parameter: str) -> Codes | None:
+        """The codes of a parameter, if its tensor has some that a format holds."""
+        name = self.parameters.get(parameter)
+        if name is None or self.file.type(name) not in TYPES:
+            return None
+        found = _matrix(self.file, name)
+        self.file.release(name)
+        return found if isinstance(found, Codes) and found.held else None
 
     def layer(self, layer: int) -> LayerReader:
         if layer not in self._layers:
@@ -193,8 +204,8 @@ def _activation(file: GgufFile) -> Activation:
     return ACTIVATIONS[file.architecture]
 
 
-def _matrix(file: GgufFile, name: str, expert: int) -> Tensor | Codes:
-    """One expert's matrix [rows, cols]: as it is where it is plain or has codes of a format, else float32."""
+def _matrix(file: GgufFile, name: str, expert: int | None = None) -> Tensor | Codes:
+    """A matrix [rows, cols], or one expert's: as it is where it is plain or has codes of a format, else float32."""
     kind = file.type(name)
     stored: Type = TYPES[kind]
     scale = name.removesuffix(".weight") + ".scale"

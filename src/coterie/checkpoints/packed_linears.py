@@ -115,15 +115,19 @@ def _shapes(get: Metadata) -> dict[str, tuple[int, int]]:
 
 
 def write_linears(
-    file: Callable[[str], Path], spec: Format, shapes: Shapes, packed: Callable[[str], Tensor]
+    file: Callable[[str], Path], specs: Mapping[str, Format], shapes: Shapes, packed: Callable[[str], Tensor]
 ) -> dict[str, str]:
-    """Writes linear layers packed as `spec`, one at a time, and returns the file of each.
+    """Writes linear layers packed as `specs` say, one at a time, and returns the file of each: a file has one format.
 
-    file: from the name of a file to its path. packed: from a weight's name to its packed bytes, uint8; it is called in
-    the order of `shapes`. Raises CheckpointError when the system refuses a write.
+    file: from the name of a file to its path. packed: from a weight's name to its packed bytes, uint8; it is called
+    format by format, in the order of `shapes`. Raises CheckpointError when the system refuses a write.
     """
     weight_map: dict[str, str] = {}
-    for number, layout in enumerate(_files(PackedLinears(spec, shapes))):
+    whole = [
+        PackedLinears(spec, {name: shape for name, shape in shapes.items() if specs[name] == spec})
+        for spec in dict.fromkeys(specs.values())
+    ]
+    for number, layout in enumerate(part for each in whole for part in _files(each)):
         name = f"linears-{number:05d}.safetensors"
         with TensorWriter(file(name), layout.tensors(), layout.metadata(), EXPERT_ALIGN) as writer:
             for weight in layout.shapes:
@@ -135,7 +139,7 @@ def write_linears(
 
 
 def _files(whole: PackedLinears) -> Iterator[PackedLinears]:
-    """All linear layers, cut into files."""
+    """Linear layers of a format, cut into files."""
     part: dict[str, tuple[int, int]] = {}
     size = 0
     for name, shape in whole.shapes.items():

@@ -12,7 +12,13 @@ Model = Annotated[str, typer.Argument(help="A model's folder or a hub id: plain,
 Experts = Annotated[
     str | None, typer.Option(help="Format to pack experts into. [default: int4, or the checkpoint's own]")
 ]
-Dense = Annotated[str, typer.Option(help="Format to pack all other linear layers into, none, or auto: int8 on a CPU.")]
+Dense = Annotated[
+    str,
+    typer.Option(
+        help="Format to pack all other linear layers into; own: those that are quantised as they are; none; or auto: "
+        "on a CPU int8, and own of a GGUF file."
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where all but the experts goes: cpu, cuda.")]
 GpuExperts = Annotated[
     str | None,

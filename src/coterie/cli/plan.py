@@ -99,7 +99,7 @@ def plan(
         console.print(line, style="red", highlight=False)
     rest = f"the rest in bf16 ({size(anatomy.rest_nbytes)})"
     if linears:
-        rest = f"{linears.count} linear layers in {linears.spec.described} ({size(linears.nbytes)}), "
+        rest = f"{linears.count} linear layers in {linears.described} ({size(linears.nbytes)}), "
         rest += f"what remains in bf16 ({size(anatomy.rest_nbytes - linears.saved - linears.nbytes)})"
     console.print(
         f"RAM needed: experts, {rest}, the KV cache of {context} tokens ({size(anatomy.cache_nbytes)}), and "
@@ -201,7 +201,7 @@ def print_verdict(source: Source, anatomy: Anatomy) -> None:
     if source.problem:
         console.print(f"[yellow]Not opened by this version:[/] {source.problem}.", highlight=False)
     elif source.packed:
-        linears = f", linear layers in {source.dense.name}" if source.dense else ""
+        linears = f", linear layers in {source.dense_name}" if source.dense else ""
         console.print(
             f"[green]Opened as it is:[/] packed by coterie, experts in {source.packed.described}{linears}.",
             highlight=False,
@@ -242,8 +242,9 @@ def print_sensible(anatomy: Anatomy, formats: ModelFormats) -> None:
         return
     ram = f"{size(found.saved)} less RAM" if found.saved >= 0 else f"{size(-found.saved)} more RAM (the head is a copy)"
     console.print(
-        f"Sensible on a CPU: [bold]--dense {found.spec.name}[/] (from_pretrained: dense={found.spec.name!r}). Beside "
-        f"{formats.name} experts a token then reads {size(read - found.read_saved)} instead of {size(read)}; {ram}.",
+        f"Sensible on a CPU: [bold]--dense {planning.SENSIBLE}[/] (from_pretrained: dense={planning.SENSIBLE!r}). "
+        f"Beside {formats.name} experts a token then reads {size(read - found.read_saved)} instead of {size(read)}; "
+        f"{ram}.",
         highlight=False,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,40 +30,51 @@ from coterie.linear import Linear
 class Dense:
     """How linear layers are to be packed: as `spec`, but for those that `skip`, regular expressions, leave out.
 
+    own: where there is no `spec`, that of each, by its name when packed.
     tensors: given the names of a checkpoint's tensors, which are packed: {name when packed: the tensor that has the
     weight}. The two differ where a head shares its weight with the embedding. Only a model knows: see `coterie.hf`.
     """
 
-    spec: Format
+    spec: Format | None
     skip: tuple[str, ...]
     tensors: Callable[[Collection[str]], dict[str, str]]
+    own: Mapping[str, Format] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What config.json says."""
+        return self.spec.name if self.spec else "own"
 
     @property
     def described(self) -> str:
-        return self.spec.described + (f" without {' '.join(self.skip)}" if self.skip else "")
+        said = self.spec.described if self.spec else ", ".join(s.described for s in dict.fromkeys(self.own.values()))
+        return said + (f" without {' '.join(self.skip)}" if self.skip else "")
+
+    def spec_of(self, name: str) -> Format:
+        return self.spec or self.own[name]
 
 
 class LinearPacking:
-    """Linear layers of a checkpoint, {name when packed: tensor}, packed as `spec` one at a time, and what that cost.
-    Those that are quantised as `spec` already keep their codes."""
+    """Linear layers of a checkpoint, {name when packed: tensor}, packed as `specs` say one at a time, and what that
+    cost. Those that are quantised so already keep their codes."""
 
-    def __init__(self, folder: Folder, spec: Format, weights: Mapping[str, Written]):
+    def __init__(self, folder: Folder, specs: Mapping[str, Format], weights: Mapping[str, Written]):
         for name, weight in weights.items():
             if len(weight.shape) != 2:
                 raise CheckpointError(f"{folder.path}, tensor {name}: shape {list(weight.shape)}, expected a matrix")
-        self.layout = PackedLinears(spec, {name: (w.shape[0], w.shape[1]) for name, w in weights.items()})
-        self.nbytes = sum(map(self.layout.nbytes, weights))
+        self._shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+        self.nbytes = sum(PackedLinears(specs[name], self._shapes).nbytes(name) for name in weights)
         self.errors = LinearErrors()
-        self._folder, self._weights = folder, weights
+        self._folder, self._specs, self._weights = folder, specs, weights
 
     def write(self, file: Callable[[str], Path]) -> dict[str, str]:
         """Writes them, and returns the file of each. Raises CheckpointError for a weight that no format can hold."""
-        return write_linears(file, self.layout.spec, self.layout.shapes, self._pack)
+        return write_linears(file, self._specs, self._shapes, self._pack)
 
     def _pack(self, name: str) -> Tensor:
-        linear = Linear.empty(*self.layout.shapes[name], format=self.layout.spec)
-        weight = self._weights[name]
-        codes = weight.codes(self._folder, self.layout.spec)
+        spec, weight = self._specs[name], self._weights[name]
+        linear = Linear.empty(*self._shapes[name], format=spec)
+        codes = weight.codes(self._folder, spec)
         try:
             error = linear.pack_codes(codes) if codes else linear.pack_weight(weight.tensor(self._folder))
         except ArgumentError as problem:

@@ -41,7 +41,7 @@ class Rest:
         self.linears = None
         if dense is not None:
             weights = {name: tensors[source] for name, source in dense.tensors(tensors.keys()).items()}
-            self.linears = LinearPacking(folder, dense.spec, weights)
+            self.linears = LinearPacking(folder, {name: dense.spec_of(name) for name in weights}, weights)
             tensors = {name: tensor for name, tensor in tensors.items() if name not in weights}
         self._tensors = list(tensors.values())
         self._files = list(other_files(folder.root))
@@ -156,5 +156,5 @@ def quantization_config(formats: ModelFormats, dense: Dense | None = None) -> di
     """What config.json says of the packed experts and linear layers."""
     found = {"quant_method": "coterie", "version": VERSION, **formats.stored()}
     if dense is not None:
-        found |= {"dense": dense.spec.name} | ({"dense_skip": list(dense.skip)} if dense.skip else {})
+        found |= {"dense": dense.name} | ({"dense_skip": list(dense.skip)} if dense.skip else {})
     return found

@@ -61,12 +61,13 @@ class Written:
             start += len(chunk)
         return data.view(dtype).view(self.shape)
 
-    def codes(self, folder: Folder, spec: Format) -> Codes | None:
-        """A weight that is quantised as `spec` already, so that this format holds it as it is; None for others."""
+    def codes(self, folder: Folder, spec: Format | None) -> Codes | None:
+        """A weight that is quantised as `spec` already, so that this format holds it as it is; None for others. No
+        `spec`: as any format."""
         if self.scheme is None or self.stacked:
             return None
         found = self.scheme.read(folder, self.source.removesuffix(self.scheme.codes.suffix))
-        return found if isinstance(found, Codes) and found.spec == spec and found.held else None
+        return found if isinstance(found, Codes) and spec in (None, found.spec) and found.held else None
 
     def release(self, folder: Folder) -> None:
         """Lets go of the memory that reading its codes took."""

@@ -20,6 +20,7 @@ from coterie.gpu.room import CONTEXT
 
 METHOD = "coterie"
 STORED = ("experts", "group_size", "zero_point", "formats", "dense", "dense_skip")  # what is packed, and how
+OWN = "own"  # of `dense`: what is quantised keeps its codes
 # How packed experts are opened, what they compute with, and which are on the GPU.
 LOADING = ("mmap", "activations", "gpu_experts", "gpu_context")
 OPTIONS = (*STORED, "scale_search", *LOADING)
@@ -45,7 +46,8 @@ class CoterieConfig(QuantizationConfigMixin):
     gpu_context: tokens of the KV cache that "auto" leaves room for. Default: 8192.
     dense: the format that linear layers outside the experts are packed in: attention, dense MLPs, shared experts, the
         head; routers and embeddings stay. A head that shares its weight with the embedding is a packed copy from then
-        on. Default: they keep their dtype.
+        on. "own": those that the checkpoint has quantised keep their codes, each its own, and the others their dtype.
+        Default: all have the model's dtype.
     dense_skip: regular expressions; layers whose names they match keep their dtype.
 
     Given for a packed checkpoint, what is said of its formats must be what it is packed as. `dense` packs linear layers
@@ -82,7 +84,7 @@ class CoterieConfig(QuantizationConfigMixin):
                 f"config.json: packed format version {version!r}, this coterie reads {VERSION}; update coterie, "
                 "or convert the original checkpoint again"
             )
-        self.dense = None if dense is None else resolve(dense).name
+        self.dense = dense if dense in (None, OWN) else resolve(dense).name
         self.dense_skip = check_skip(dense_skip)
         if self.dense_skip and dense is None:
             raise ArgumentError("dense_skip: expected dense=... too, the format that the other layers are packed in")

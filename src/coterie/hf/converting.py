@@ -24,7 +24,7 @@ from coterie.convert.merge import merge as merge_layers
 from coterie.convert.report import LinearErrors
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import resolve
-from coterie.hf.config import check_skip
+from coterie.hf.config import OWN, check_skip
 from coterie.hf.dense import chosen_linears
 from coterie.hf.empty import empty_model
 from coterie.hf.gguf import read_rest
@@ -46,6 +46,11 @@ def convert(
     Of a GGUF file Transformers makes config, tokenizer and all weights but the experts' first, in memory and in a
     temporary folder beside `output`.
     """
+    if dense == OWN:
+        raise ArgumentError(
+            '--dense own: a conversion packs linear layers in one format; open the checkpoint with dense="own", and '
+            "save_pretrained() that"
+        )
     if dense is not None:
         resolve(dense)
     elif dense_skip:
@@ -101,7 +106,7 @@ def model_of_gguf(file: GgufFile) -> PreTrainedModel:
 @contextmanager
 def rest_of_gguf(file: GgufFile, model: PreTrainedModel, beside: Path) -> Iterator[Path]:
     """A folder with all of a GGUF file but its experts, as Transformers has it; gone afterwards."""
-    weights = read_rest(file, model)
+    weights, _ = read_rest(file, model)
     parent = beside.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{beside.name}-", dir=parent) as rest:

@@ -60,11 +60,11 @@ def packed_linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
             yield name, module.packed.linear
 
 
-def chosen_linears(model: PreTrainedModel, spec: Format, skip: Sequence[str] = ()) -> list[str]:
+def chosen_linears(model: PreTrainedModel, spec: Format | None, skip: Sequence[str] = ()) -> list[str]:
     """The linear layers to be packed as `spec`: all but routers and those whose names match a pattern in `skip`.
 
-    Raises ArgumentError for a pattern that matches no layer, for a layer whose columns the group size does not divide,
-    and for a model without linear layers.
+    None: in formats of their own. Raises ArgumentError for a pattern that matches no layer, for a layer whose columns
+    the group size does not divide, and for a model without linear layers.
     """
     names = list(linear_names(model))
     for pattern in skip:
@@ -77,8 +77,9 @@ def chosen_linears(model: PreTrainedModel, spec: Format, skip: Sequence[str] = (
     chosen = [name for name in names if not any(re.search(pattern, name) for pattern in skip)]
     if not chosen:
         left = f": dense_skip leaves out all {len(names)}" if names else ""
-        raise ArgumentError(f"dense={spec.name!r}: {type(model).__name__} has no linear layers to pack{left}")
-    for name in chosen:
+        asked = "own" if spec is None else spec.name
+        raise ArgumentError(f"dense={asked!r}: {type(model).__name__} has no linear layers to pack{left}")
+    for name in chosen if spec is not None else ():
         columns = model.get_submodule(name).in_features
         try:
             spec.check_columns(name, columns)
@@ -92,17 +93,22 @@ def chosen_linears(model: PreTrainedModel, spec: Format, skip: Sequence[str] = (
 
 
 def pack_linears(
-    model: PreTrainedModel, names: Sequence[str], spec: Format, codes: Callable[[str], Codes | None]
+    model: PreTrainedModel,
+    names: Sequence[str],
+    spec: Format | None,
+    codes: Callable[[str, Format | None], Codes | None],
 ) -> None:
     """Packs linear layers of a model as `spec`; `codes` gives those of a layer that is quantised so already.
 
-    Raises CheckpointError for a weight that the format cannot hold.
+    None: such layers as they are, and no others. Raises CheckpointError for a weight that the format cannot hold.
     """
-    for name in logging.tqdm(names, desc=f"Packing linear layers as {spec.described}"):
-        module = model.get_submodule(name)
+    for name in logging.tqdm(names, desc=f"Packing linear layers as {spec.described if spec else 'they are'}"):
+        module, stored = model.get_submodule(name), codes(name, spec)
+        own = spec or (stored and stored.spec)
+        if own is None:
+            continue
         try:
-            packed = Linear.empty(module.out_features, module.in_features, module.bias, format=spec)
-            stored = codes(name)
+            packed = Linear.empty(module.out_features, module.in_features, module.bias, format=own)
             packed.pack_codes(stored) if stored else packed.pack_weight(module.weight)
         except ArgumentError as error:
             raise CheckpointError(f"{name}: {error}; dense_skip leaves layers out") from error

@@ -34,9 +34,10 @@ def fetch_gguf(path_or_id: str | os.PathLike, name: str, hub: dict[str, Any]) ->
     return Path(files[0])
 
 
-def read_rest(file: GgufFile, model: PreTrainedModel) -> dict[str, Tensor]:
+def read_rest(file: GgufFile, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All weights of `model`, which has none yet, but the experts', by parameter: dequantised to the model's dtype, or
     as they are where the file has plain numbers. A head that is none of a language model is not in a file.
+    And the tensors of those of which nothing else was changed, by parameter.
 
     Raises CheckpointError where a weight is missing, or the file has one that Transformers does not know.
     """
@@ -44,8 +45,8 @@ def read_rest(file: GgufFile, model: PreTrainedModel) -> dict[str, Tensor]:
     experts = {f"{name}.{parameter}" for name in read_layouts(model) for parameter in _parameters(model, name)}
     known = model.state_dict().keys()
     tied = set(model.all_tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
-    found = {}
-    for tensor, parameter, dense in _converted(file, model):
+    found, kept = {}, {}
+    for tensor, parameter, dense, is_kept in _converted(file, model):
         if other_head and tensor.startswith("output."):
             continue
         if parameter not in known:
@@ -59,20 +60,22 @@ def read_rest(file: GgufFile, model: PreTrainedModel) -> dict[str, Tensor]:
                 f"{file.path}, tensor {shown(tensor)}: shape {list(dense.shape)}, expected {list(shape)}"
             )
         found[parameter] = dense
+        if is_kept:
+            kept[parameter] = tensor
     wanted = {name for name in known if not other_head or name.startswith(f"{model.base_model_prefix}.")}
     if missing := sorted(wanted - found.keys() - experts - tied):
         raise CheckpointError(
             f"{file.path} has no tensor for {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
         )
-    return found
+    return found, kept
 
 
 def _parameters(model: PreTrainedModel, name: str) -> list[str]:
     return list(model.get_submodule(name)._parameters)
 
 
-def _converted(file: GgufFile, model: PreTrainedModel) -> Iterator[tuple[str, str, Tensor]]:
-    """(tensor, parameter, value) of each tensor that is not of experts nor of a draft layer."""
+def _converted(file: GgufFile, model: PreTrainedModel) -> Iterator[tuple[str, str, Tensor, bool]]:
+    """(tensor, parameter, value, whether it is the tensor's own) of all but experts and draft layers."""
     count, names = model.config.get_text_config().num_hidden_layers, []
     for name in file.names:
         block, *_ = name.removeprefix("blk.").split(".") if name.startswith("blk.") else ("",)
@@ -85,7 +88,7 @@ def _converted(file: GgufFile, model: PreTrainedModel) -> Iterator[tuple[str, st
     family = family_of(file)
     if family is not None:
         for name, parameter, dense in parameters(file, family, names):
-            yield name, parameter, _cast(file, name, dense, model.dtype)
+            yield name, parameter, _cast(file, name, dense, model.dtype), family.keeps(name)
         return
     by_rules = _rules()
     if by_rules is not None and file.architecture in by_rules.GGUF_ARCHS:
@@ -95,13 +98,14 @@ def _converted(file: GgufFile, model: PreTrainedModel) -> Iterator[tuple[str, st
     processor = kind(config=model.config.to_dict())
     parameter_of = by_table.get_gguf_hf_weights_map(model, processor, file.architecture)
     for name in names:
+        weights = file.dequantize(name)
         made = processor.process(
-            weights=file.dequantize(name), name=name, tensor_key_mapping=parameter_of, parsed_parameters={"tensors": {}}
+            weights=weights, name=name, tensor_key_mapping=parameter_of, parsed_parameters={"tensors": {}}
         )
         dense = made.weights if isinstance(made.weights, Tensor) else torch.from_numpy(made.weights.copy())
         stem = made.name.removesuffix(".weight")  # of what is a parameter of its own in Transformers: sinks
         parameter = parameter_of.get(made.name) or parameter_of.get(stem, "")
-        yield name, parameter, _cast(file, name, dense, model.dtype)
+        yield name, parameter, _cast(file, name, dense, model.dtype), made.weights is weights
 
 
 def _rules() -> Any:
@@ -114,12 +118,12 @@ def _rules() -> Any:
 
 def _by_rules(
     file: GgufFile, model: PreTrainedModel, rules: list, names: list[str]
-) -> Iterator[tuple[str, str, Tensor]]:
+) -> Iterator[tuple[str, str, Tensor, bool]]:
     for name, parameter, converter, pattern in parameters_in(model, rules, names, model.state_dict().keys()):
         dense = torch.from_numpy(file.dequantize(name).copy())
         for operation in converter.operations if converter is not None else ():
             (dense,) = operation.convert({pattern: dense}, [pattern], [parameter]).values()
-        yield name, parameter, _cast(file, name, dense, model.dtype)
+        yield name, parameter, _cast(file, name, dense, model.dtype), converter is None
 
 
 def _cast(file: GgufFile, name: str, dense: Tensor, dtype: torch.dtype) -> Tensor:

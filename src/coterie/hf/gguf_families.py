@@ -35,6 +35,11 @@ class Family:
     undone: dict[str, Callable[[GgufFile, Tensor], Tensor]] = field(default_factory=dict)
     joined: dict[str, tuple[str, Callable[[GgufFile, Tensor, Tensor], Tensor]]] = field(default_factory=dict)
 
+    def keeps(self, tensor: str) -> bool:
+        """Whether a tensor is its parameter as it is."""
+        leaf = tensor.split(".", 2)[2] if tensor.startswith("blk.") else tensor
+        return leaf not in self.undone and leaf not in self.joined
+
 
 def family_of(file: GgufFile) -> Family | None:
     """That of a file; None where Transformers reads it."""

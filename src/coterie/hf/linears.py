@@ -12,7 +12,8 @@ from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.packed_linears import LINEARS_FILE, LinearsFile, open_linears, write_linears
 from coterie.checkpoints.tensorfile import shown
 from coterie.errors import CheckpointError
-from coterie.formats import Format
+from coterie.formats import Format, resolve
+from coterie.hf.config import OWN
 from coterie.hf.dense import attach, chosen_linears, pack_linears, packed_linears
 from coterie.hf.modules import hide_parameters, remove_hooks
 from coterie.hf.names import parameters_in, stored_name
@@ -23,15 +24,15 @@ class ModelLinears:
     """The linear layers of a model that are packed when it is loaded, or were packed before.
 
     packed: those that a checkpoint has packed, by module name: the name of the weight there, and its file. left: those
-    to be packed as `spec` once the model has its weights. Neither: they stay as they are.
+    to be packed once the model has its weights. Neither: they stay as they are.
     """
 
-    def __init__(self, model: PreTrainedModel, spec: Format | None, skip: Sequence[str], files: Sequence[Path]):
-        """`files` are those of the checkpoint. Raises ArgumentError for a `spec` or `skip` that does not fit the model,
-        CheckpointError for packed layers that are broken or another model's."""
-        self.spec = spec
-        self.packed = stored_linears(model, [file for file in files if LINEARS_FILE.fullmatch(file.name)], spec)
-        self.left = chosen_linears(model, spec, skip) if spec is not None and not self.packed else []
+    def __init__(self, model: PreTrainedModel, dense: str | None, skip: Sequence[str], files: Sequence[Path]):
+        """`dense` and `skip`: see CoterieConfig; `files` are those of the checkpoint. Raises ArgumentError where they
+        do not fit the model, CheckpointError for packed layers that are broken or another model's."""
+        self._spec = None if dense in (None, OWN) else resolve(dense)
+        self.packed = stored_linears(model, [file for file in files if LINEARS_FILE.fullmatch(file.name)], dense)
+        self.left = chosen_linears(model, self._spec, skip) if dense is not None and not self.packed else []
         self._model = model
 
     def hide(self) -> None:
@@ -43,16 +44,14 @@ class ModelLinears:
                 hide_parameters(module, {"weight"})
                 module.weight._is_hf_initialized = True
 
-    def load(self, mmap: bool, codes: Callable[[str], Codes | None]) -> None:
+    def load(self, mmap: bool, codes: Callable[[str, Format | None], Codes | None]) -> None:
         """Opens the layers that are packed, packs those that are to be: see `pack_linears` for `codes`."""
-        if self.spec is None:
-            return
         for name, (weight, file) in self.packed.items():
             module = self._model.get_submodule(name)
             attach(module, Linear.from_packed(file, weight, module.bias, mmap=mmap))
             remove_hooks(module)
         if self.left:
-            pack_linears(self._model, self.left, self.spec, codes)
+            pack_linears(self._model, self.left, self._spec, codes)
 
     def saved_nbytes(self, mmap: bool) -> int:
         """Bytes of RAM that packed layers take less than in the model's dtype; mapped ones take none."""
@@ -64,18 +63,18 @@ class ModelLinears:
 
 
 def stored_linears(
-    model: PreTrainedModel, files: Sequence[Path], spec: Format | None
+    model: PreTrainedModel, files: Sequence[Path], dense: str | None
 ) -> dict[str, tuple[str, LinearsFile]]:
     """The packed linear layers in `files` that `model` has, by module name: the weight's name there, and its file.
 
-    Raises CheckpointError where they are broken, not packed as `spec`, or not what the model has there.
+    Raises CheckpointError where they are broken, not packed as `dense`, or not what the model has there.
     """
     stored, found = open_linears(files), dict[str, tuple[str, LinearsFile]]()
     for file in stored.values():
-        if file.layout.spec != spec:
+        if dense != OWN and file.layout.spec != (dense and resolve(dense)):
             raise CheckpointError(
                 f"{file.file.path}: packed as {file.layout.spec.described}, config.json says "
-                f"{spec.described if spec else 'that no linear layers are packed'}"
+                f"{resolve(dense).described if dense else 'that no linear layers are packed'}"
             )
     known = model.state_dict().keys()
     for weight, parameter, converter, _ in parameters_in(model, get_model_conversion_mapping(model), stored, known):
@@ -98,6 +97,6 @@ def save_linears(model: PreTrainedModel, folder: Path) -> None:
     """Writes the packed linear layers of a model, if it has any, into a folder."""
     linears = {stored_name(model, f"{name}.weight"): linear for name, linear in packed_linears(model)}
     if linears:
-        spec = next(iter(linears.values())).spec
+        specs = {name: linear.spec for name, linear in linears.items()}
         shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
-        write_linears(lambda name: folder / name, spec, shapes, lambda name: linears[name].packed)
+        write_linears(lambda name: folder / name, specs, shapes, lambda name: linears[name].packed)

@@ -124,8 +124,9 @@ def _from_gguf(path: Path, asked: CoterieConfig, auto_class: Any, kwargs: dict[s
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype", "auto"))
     dtype = config.dtype if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     empty = empty_model(config, auto_class, dtype=dtype)
+    rest, asked.gguf.parameters = read_rest(file, empty)
     model = type(empty).from_pretrained(
-        None, config=config, state_dict=read_rest(file, empty), quantization_config=asked, **unused | {"dtype": dtype}
+        None, config=config, state_dict=rest, quantization_config=asked, **unused | {"dtype": dtype}
     )
     model.name_or_path = model.config.name_or_path = str(path)  # by which adapters name their base
     return model

@@ -53,7 +53,8 @@ class PackedModel:
         formats = ModelFormats.of({n: packed[name].experts.formats for name, n in number_layers(list(packed)).items()})
         said = f"experts packed as {formats.described}: {nbytes / 1e6:,.1f} MB"
         if linears:
-            said += f"; {len(linears)} linear layers as {linears[0].spec.described}: {dense / 1e6:,.1f} MB"
+            specs = " and ".join(spec.described for spec in dict.fromkeys(linear.spec for linear in linears))
+            said += f"; {len(linears)} linear layers as {specs}: {dense / 1e6:,.1f} MB"
         return f"{said}; the rest {str(self.dtype).removeprefix('torch.')}: {rest / 1e6:,.1f} MB"
 
     def train(self, mode: bool = True) -> PreTrainedModel:

@@ -26,10 +26,10 @@ from coterie.checkpoints.packed_read import open_layer
 from coterie.checkpoints.tensorfile import TensorFile
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.experts import Experts
-from coterie.formats import resolve
+from coterie.formats import Format
 from coterie.gpu.choice import streamed
 from coterie.gpu.device import usable
-from coterie.hf.config import METHOD, CoterieConfig
+from coterie.hf.config import METHOD, OWN, CoterieConfig
 from coterie.hf.dense import detach, packed_linears
 from coterie.hf.experts import NAME
 from coterie.hf.layout import Layout
@@ -126,8 +126,7 @@ class CoterieQuantizer(HfQuantizer):
                 f"dense={options.dense!r}: packed linear layers compute on the CPU alone, found device {self._device}: "
                 "use device='cpu', or a checkpoint whose linear layers are not packed, without dense"
             )
-        dense = None if options.dense is None else resolve(options.dense)
-        self._linears = ModelLinears(model, dense, options.dense_skip, files if self.pre_quantized else [])
+        self._linears = ModelLinears(model, options.dense, options.dense_skip, files if self.pre_quantized else [])
         needed = loaded_nbytes(
             model,
             self._layouts,
@@ -171,6 +170,8 @@ class CoterieQuantizer(HfQuantizer):
             attach(module, experts, layout)
             remove_hooks(module)
         self._linears.load(self.quantization_config.mmap, self._codes)
+        if self.quantization_config.dense == OWN and not any(packed_linears(model)):
+            self.quantization_config.dense = model.config.quantization_config.dense = None
         become_packed(model)
         logger.info("%s: %s", type(model).__name__, model.extra_repr())
         compute_here(model)
@@ -208,10 +209,15 @@ class CoterieQuantizer(HfQuantizer):
             return self._quantised.experts(name, self._formats[name], config.scale_search)
         return self._pack(name, layout)
 
-    def _codes(self, name: str) -> Codes | None:
-        """The codes of a linear layer that is quantised already in the format asked for."""
-        weight = None if self.pre_quantized or self._quantised is None else self._hidden.get(f"{name}.weight")
-        return weight and weight.codes(self._quantised.folder, resolve(self.quantization_config.dense))
+    def _codes(self, name: str, spec: Format | None) -> Codes | None:
+        """The codes of a linear layer that is quantised already, in that format or, without one, in its own."""
+        if self.pre_quantized or self._quantised is None:
+            return None
+        weight, gguf = f"{name}.weight", self.quantization_config.gguf
+        if gguf is not None:
+            found = gguf.codes(self._model.all_tied_weights_keys.get(weight, weight))
+            return found if found is not None and spec in (None, found.spec) else None
+        return self._hidden[weight].codes(self._quantised.folder, spec) if weight in self._hidden else None
 
     def _pack(self, name: str, layout: Layout) -> Experts:
         config = self.quantization_config

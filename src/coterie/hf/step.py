@@ -175,7 +175,6 @@ def _is_attention(module: nn.Module) -> bool:
         and isinstance(head, int)
         and head > 0
         and all(hasattr(module, name) for name in ("scaling", "layer_idx", "config"))
-        and q.packed.linear.spec == k.packed.linear.spec == v.packed.linear.spec
         and q.out_features % k.out_features == k.out_features % head == 0
         and o.in_features * k.out_features == q.out_features * v.out_features
     )

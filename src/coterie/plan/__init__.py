@@ -6,7 +6,7 @@ no table of models, and no formula for any kind of attention.
 
 from coterie.plan.anatomy import PROMPT, Anatomy, ExpertLayer, LinearLayer, inspect
 from coterie.plan.conversion import DISK, Conversion, conversion, keeping_rate
-from coterie.plan.dense import Dense, dense, sensible
+from coterie.plan.dense import SENSIBLE, Dense, dense, sensible
 from coterie.plan.estimate import REACHED, RESERVE, Estimate, Rates, estimate, usable
 from coterie.plan.overhead import overhead
 from coterie.plan.placement import ANSWER, ASSUMED, GpuRates, Placement, choose, find_room, placements
@@ -20,6 +20,7 @@ __all__ = [
     "PROMPT",
     "REACHED",
     "RESERVE",
+    "SENSIBLE",
     "Anatomy",
     "Conversion",
     "Dense",

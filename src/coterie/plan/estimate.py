@@ -83,7 +83,7 @@ def estimate(
         packed += dense.read
         plain -= dense.read + dense.read_saved
         rest -= dense.prompt_parameters
-        products += dense.prompt_parameters / rates.of(dense.spec)
+        products += sum(count / rates.of(spec) for spec, count in dense.prompt.items())
     besides = anatomy.layers * rates.layer + rates.forward
     seconds = 2 * PROMPT * (products + rest / rates.bf16) + anatomy.prompt_operations / rates.attention + besides
     return Estimate(

@@ -17,13 +17,16 @@ from coterie.checkpoints.gguf import GgufReader
 from coterie.checkpoints.gguf_file import GgufFile, find_gguf
 from coterie.checkpoints.packed import UNFINISHED
 from coterie.checkpoints.packed_formats import ModelFormats
+from coterie.checkpoints.packed_linears import LINEARS_FILE
 from coterie.checkpoints.quantised import METHODS, Quantised, quantisation_of, read_quantised, unread
 from coterie.checkpoints.tensorfile import PLAIN_DTYPES
 from coterie.convert.cpu import formats_for
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import FORMATS, Format, resolve
-from coterie.hf.config import METHOD, CoterieConfig
+from coterie.hf.config import METHOD, OWN, CoterieConfig
+from coterie.hf.empty import empty_model
 from coterie.hf.gguf_config import read_config
+from coterie.hf.linears import stored_linears
 from coterie.hf.skeleton import make_config
 
 OPENS = (
@@ -36,8 +39,8 @@ class Source:
     """A model to plan for.
 
     problem: why this version does not open it and what to do, None where it opens it.
-    packed: the formats of its experts where coterie packed them; dense, dense_skip: that of its linear layers, and
-    which of them are not. quantised: what somebody else made of its weights.
+    packed: the formats of its experts where coterie packed them; dense, dense_skip: that of its linear layers, or of
+    each by name, and which of them are not. quantised: what somebody else made of its weights.
     stored: {dtype: bytes} of its files, {} where there are none.
     experts: of quantised weights that are here, by layer; own: the formats that hold them as they are; choice: why one
     format has to be named instead. odd: the types of those that its own formats do not hold as they are, in words.
@@ -46,7 +49,7 @@ class Source:
     config: Any
     problem: str | None = None
     packed: ModelFormats | None = None
-    dense: Format | None = None
+    dense: Format | dict[str, Format] | None = None
     dense_skip: tuple[str, ...] = ()
     quantised: Quantised | None = None
     stored: dict[str, int] = field(default_factory=dict)
@@ -68,13 +71,18 @@ class Source:
             )
         return [self.packed]
 
-    def dense_format(self, name: str | None = None) -> Format | None:
-        """The format of linear layers to plan for: the one that they are packed in, or the one named."""
+    @property
+    def dense_name(self) -> str:
+        """Of what linear layers are packed in."""
+        return self.dense.name if isinstance(self.dense, Format) else OWN
+
+    def dense_format(self, name: str | None = None) -> Format | dict[str, Format] | None:
+        """The format of linear layers to plan for, or that of each: what they are packed in, or the one named."""
         if self.dense is None:
             return resolve(name) if name else None
-        if name not in (None, self.dense.name):
+        if name not in (None, self.dense_name):
             raise ArgumentError(
-                f"its linear layers are packed as {self.dense.name}, and do not become {name}: plan the original"
+                f"its linear layers are packed as {self.dense_name}, and do not become {name}: plan the original"
             )
         return self.dense
 
@@ -114,7 +122,10 @@ def open_source(model: str) -> Source:
     found = Source(config, problem, quantised=quantised, stored=stored)
     if ours is None:
         return _with_experts(found, experts)
-    dense = resolve(ours.dense) if ours.dense else None
+    dense: Format | dict[str, Format] | None = None if ours.dense in (None, OWN) else resolve(ours.dense)
+    if ours.dense == OWN:
+        files = [shard for shard in path.glob("linears-*.safetensors") if LINEARS_FILE.fullmatch(shard.name)]
+        dense = {name: file.layout.spec for name, (_, file) in stored_linears(empty_model(config), files, OWN).items()}
     return replace(found, packed=ours.packing, dense=dense, dense_skip=tuple(ours.dense_skip))
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from coterie.checkpoints.gguf_file import find_gguf
 from coterie.errors import ArgumentError, CheckpointError
+from coterie.hf.config import OWN
 from coterie.hf.described import load_config, load_tokenizer
 from coterie.hf.loading import from_pretrained
 
@@ -45,12 +47,15 @@ def open_model(
 def dense_format(path_or_id: str, asked: str, device: str) -> str | None:
     """The format that linear layers outside the experts are to be packed in; None: none, or as the checkpoint has them.
 
-    asked: a format, "none", or "auto": int8 for a model on the CPU, where torch's products of one row are slow.
+    asked: a format, "own", "none", or "auto": for a model on the CPU, where torch's products of one row are slow, int8,
+    and of a GGUF file its own.
     """
     if asked != "auto":
         return None if asked == "none" else asked
     if device != "cpu":
         return None
+    if find_gguf(path_or_id):
+        return OWN
     try:
         stored = getattr(load_config(path_or_id), "quantization_config", None) or {}
     except (OSError, ValueError):  # what opening the model will refuse
