@@ -44,6 +44,16 @@ def test_layers_are_the_first_ones(tmp_path):
     assert config.num_hidden_layers == 2
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "qwen3_next"])
+def test_a_decoder_goes_back_to_the_end_of_its_prompt(family):
+    """Also where tokens cannot be taken out of the cache again: a window is full, a state has them all."""
+    decoder, seen = Decoder(make(family), torch.arange(3, 23)[None], tokens=4), []
+    for _ in range(13):
+        decoder()
+        seen.append(decoder.cache.get_seq_length())
+    assert seen == [21, 22, 23, 24, 21, 22, 23, 24, 21, 22, 23, 24, 21]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
 def test_any_family_is_made_as_it_is_loaded(family, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hf.tiny_models import make
 from transformers import AutoTokenizer, GenerationConfig
 
 import coterie
@@ -55,6 +56,24 @@ def test_answers_are_those_to_the_whole_conversation(talk, model, tokenizer, sys
         assert (answer.computed_tokens < length) == (number > 0)
         messages.append({"role": "assistant", "content": expected.strip()})
     assert conversation.messages == messages
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next"])
+def test_caches_that_nothing_can_be_taken_out_of(family, tmp_path):
+    """What the template leaves out of earlier answers would have to be: such a model reads the conversation anew."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny.PATH)
+    said = "{% generation %}{{ message.content"
+    assert said in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(said, f"{said}[:4]")
+    make(family, vocab_size=len(tokenizer), max_position_embeddings=1024).save_pretrained(tmp_path)
+    model = coterie.from_pretrained(tmp_path, experts="bf16", dtype=torch.float32).eval()
+    greedy = settings(model.generation_config, temperature=0.0, max_new_tokens=12)
+    conversation, messages = Conversation(model, tokenizer, greedy), []
+    for question in QUESTIONS:
+        answer = conversation.ask(question, lambda *_: None)
+        messages.append({"role": "user", "content": question})
+        assert (answer.prompt_tokens, answer.text) == whole(model, tokenizer, messages)
+        messages.append({"role": "assistant", "content": answer.text.strip()})
 
 
 def test_what_is_restarted_is_forgotten(talk):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from transformers import DynamicCache
+
+from coterie.hf import cache
 
 
 class Decoder:
@@ -17,11 +20,18 @@ class Decoder:
         with torch.inference_mode():
             logits = model(input_ids=prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
         self.next = logits[:, -1].argmax(-1, keepdim=True)
+        self._after_prompt = None if cache.can_be_cut(self.cache) else copy.deepcopy(self.cache)
+        self._decoded = 0
 
     def __call__(self, number: int = 0) -> None:
         """One token of each sequence."""
-        if self.cache.get_seq_length() >= self.prompt.shape[1] + self.tokens:
-            self.cache.crop(-self.tokens)
+        if self._decoded == self.tokens:
+            self._decoded = 0
+            if self._after_prompt is not None:
+                self.cache = copy.deepcopy(self._after_prompt)
+            else:
+                cache.cut(self.cache, self.tokens)
+        self._decoded += 1
         with torch.inference_mode():
             logits = self.model(input_ids=self.next, past_key_values=self.cache, use_cache=True).logits
         self.next = logits[:, -1].argmax(-1, keepdim=True)

@@ -13,11 +13,21 @@ NAME = "cache" if "cache" in FIELDS else "past_key_values"
 
 
 def cut(cache: Any, tokens: int) -> bool:
-    """Takes the last tokens out of a cache; False where it cannot, because its layers do not keep each token apart."""
-    if not getattr(cache, "is_croppable", False):
+    """Takes the last tokens out of a cache; False where that cannot be, and nothing is changed."""
+    if not can_be_cut(cache):
         return False
     cache.crop(-tokens)
     return True
+
+
+def can_be_cut(cache: Any) -> bool:
+    """Whether tokens can be taken out: each is kept apart, and none fell out of a window that would be in it again."""
+    return getattr(cache, "is_croppable", False) and not any(map(_has_forgotten, cache.layers))
+
+
+def _has_forgotten(layer: Any) -> bool:
+    full = getattr(layer, "is_sliding", False) and layer.get_seq_length() >= layer.get_max_length()
+    return bool(full) and not getattr(layer, "record_past", False)
 
 
 def has_room(cache: Any, tokens: int) -> bool:
