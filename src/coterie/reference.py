@@ -207,3 +207,16 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.double()[:, None], sin.double()[:, None]
     now = torch.cat([first, second], -1) * cos + torch.cat([-second, first], -1) * sin
     return torch.cat([now, x[..., turned:]], -1)
+
+
+def delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, beta: Tensor, decay: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step of the gated delta rule of linear attention (Yang et al., 2024): (output [B,H,V], the state after it).
+
+    query and key [B,H,K], value [B,H,V], beta and decay [B,H], state [B,H,K,V].
+    """
+    state = state * decay[..., None, None]
+    change = (value - torch.einsum("bhk,bhkv->bhv", key, state)) * beta[..., None]
+    state = state + key[..., None] * change[..., None, :]
+    return torch.einsum("bhk,bhkv->bhv", query, state), state

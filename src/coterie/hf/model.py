@@ -15,6 +15,7 @@ from coterie.checkpoints.packed_write import write_layer
 from coterie.errors import ArgumentError
 from coterie.hf import cache, graphs
 from coterie.hf.attention import attend_as_before, attend_here
+from coterie.hf.delta import attend_linearly
 from coterie.hf.dense import packed_linears
 from coterie.hf.growing import grow_in_place
 from coterie.hf.linears import save_linears
@@ -145,4 +146,5 @@ def compute_here(model: PreTrainedModel) -> None:
     quicken(model)
     if model.device.type == "cpu":
         grow_in_place(model)
+        attend_linearly(model)
         step_at_once(model)

@@ -1,0 +1,131 @@
+"""Linear attention of decoded tokens by the engine, beside the modules' own code."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_step import assert_same, by_own_code, decode
+from tiny_models import make
+
+import coterie
+from coterie import _native
+from coterie.hf.delta import QuickDelta
+
+FAMILIES = ["qwen3_next", "qwen3_5_moe_text"]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """opened(family, dtype): a tiny model of it, the same for every test."""
+    kept = {}
+
+    def open_one(family, dtype=torch.float32):
+        if (family, dtype) not in kept:
+            folder = tmp_path_factory.mktemp(family)
+            make(family, linear_num_key_heads=2, linear_num_value_heads=6).save_pretrained(folder)
+            kept[family, dtype] = coterie.from_pretrained(folder, experts="bf16", dense="bf16", dtype=dtype)
+        return kept[family, dtype]
+
+    return open_one
+
+
+def linear(model) -> list[QuickDelta]:
+    return [module for module in model.modules() if isinstance(module, QuickDelta)]
+
+
+def counted(monkeypatch) -> list:
+    calls, step = [], _native.delta_step
+    monkeypatch.setattr(_native, "delta_step", lambda *given: calls.append(1) or step(*given))
+    return calls
+
+
+class Own:
+    """The modules' own code, while inside."""
+
+    def __init__(self, model):
+        self.modules = linear(model)
+
+    def __enter__(self):
+        for module in self.modules:
+            module.is_quick = False
+
+    def __exit__(self, *_):
+        for module in self.modules:
+            module.is_quick = None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_families(family, dtype, sequences, opened, float32_products, monkeypatch):
+    model, calls = opened(family, dtype), counted(monkeypatch)
+    found = decode(model, sequences)
+    assert len(linear(model)) == 1 and linear(model)[0].is_quick and len(calls) >= 5
+    with Own(model):
+        expected = decode(model, sequences)
+    if dtype == torch.float32:
+        assert_same(found, expected)
+    else:
+        assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_answers_and_caches_that_change(family, opened, float32_products):
+    model = opened(family)
+    ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0}
+    found = model.generate(ids, do_sample=False, **options), model.generate(ids, num_beams=3, **options)
+    with Own(model):
+        expected = model.generate(ids, do_sample=False, **options), model.generate(ids, num_beams=3, **options)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_padded_sequences(opened, float32_products):
+    model, mask = opened("qwen3_next"), torch.ones(3, 12, dtype=torch.int64)
+    mask[1, :4] = 0
+    found = decode(model, 3, mask)
+    with Own(model), by_own_code(model):
+        assert_same(found, decode(model, 3, mask))
+
+
+def test_another_rule_is_left_alone(opened, float32_products, monkeypatch):
+    """It has all the parts, and another norm."""
+    model, calls = copy.deepcopy(opened("qwen3_next")), counted(monkeypatch)
+    (module,) = linear(model)
+    own = type(module.norm).forward
+    monkeypatch.setattr(type(module.norm), "forward", lambda self, *given: 2 * own(self, *given))
+    found = decode(model)
+    assert module.is_quick is False and len(calls) == 1
+    assert torch.equal(decode(model), found)
+
+
+def test_training_and_prompts_are_the_modules_own(opened, monkeypatch):
+    model, calls = opened("qwen3_next"), counted(monkeypatch)
+    model(torch.arange(3, 20)[None]).logits.sum().backward()
+    with torch.no_grad():
+        model(torch.arange(3, 20)[None], use_cache=True)
+    assert not calls
+
+
+def test_adapters_of_projections_are_computed(opened, float32_products, monkeypatch):
+    model = copy.deepcopy(opened("qwen3_next"))
+    plain = decode(model)
+    lora = LoraConfig(r=2, target_modules=["in_proj_qkvz", "out_proj"], init_lora_weights=False)
+    adapted, calls = get_peft_model(model, lora).eval(), counted(monkeypatch)
+    found = decode(adapted.base_model.model)
+    assert calls and not torch.allclose(found, plain)
+    with Own(adapted):
+        assert_same(found, decode(adapted.base_model.model))
+
+
+def test_copies_and_pickles_are_tried_anew(opened):
+    model = opened("qwen3_next")
+    decode(model)
+    (module,) = linear(model)
+    assert module.is_quick and "is_quick" not in module.__getstate__()
+    assert copy.deepcopy(module).is_quick is None
+    assert pickle.dumps(module.conv1d)

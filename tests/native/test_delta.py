@@ -1,0 +1,105 @@
+"""Linear attention of a token by the gated delta rule, in one call of the engine, beside the same in plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from coterie import _native, cpu, reference
+
+EPSILON = 1e-5
+SHAPES = [(1, 1, 1, 16, 16), (1, 2, 6, 24, 32), (3, 4, 4, 128, 16), (2, 3, 12, 7, 128)]  # B, key heads, heads, K, V
+
+
+def tensors(shape, dtype, positions, taps, bias):
+    sequences, key_heads, heads, key_dim, value_dim = shape
+    random = torch.Generator().manual_seed(0)
+    channels = 2 * key_heads * key_dim + heads * value_dim
+
+    def draw(*sizes, dtype=dtype):
+        return torch.randn(sizes, generator=random).to(dtype)
+
+    return {
+        "mixed": draw(sequences, 1, channels), "gates": draw(sequences, 1, heads * value_dim),
+        "betas": draw(sequences, 1, heads), "steps": 3 * draw(sequences, 1, heads),
+        "window": draw(sequences, channels, positions), "convolution": draw(channels, 1, taps),
+        "bias": draw(channels) if bias else None,
+        "state": draw(sequences, heads, key_dim, value_dim, dtype=torch.float32), "log_rates": draw(heads), "step_bias": draw(heads), "norm": 1 + draw(value_dim),
+    }  # fmt: skip
+
+
+def by_head(given, key_heads):
+    """The same inputs, those of a key head together."""
+    heads, key_dim = given["state"].shape[1:3]
+    width = key_heads * key_dim
+    q, k, v = given["mixed"].split([width, width, given["mixed"].shape[-1] - 2 * width], -1)
+    parts = [part.unflatten(-1, (key_heads, -1)) for part in (q, k, v, given["gates"])]
+    both = [part.unflatten(-1, (key_heads, -1)) for part in (given["betas"], given["steps"])]
+    assert heads % key_heads == 0
+    mixed, betas = (torch.cat(each, -1).flatten(2).contiguous() for each in (parts, both))
+    return given | {"mixed": mixed, "betas": betas, "gates": None, "steps": None}
+
+
+def truth(given, key_heads):
+    """(output, window, state) as the models compute them, in float32."""
+    given = {name: value if value is None else value.float() for name, value in given.items()}
+    _, heads, key_dim, value_dim = given["state"].shape
+    taps = given["convolution"].shape[-1]
+    window = torch.cat([given["window"], given["mixed"].transpose(1, 2)], -1)[..., 1:]
+    mixed = F.silu(F.conv1d(window[..., -taps:], given["convolution"], given["bias"], groups=window.shape[1]))[..., 0]
+    width = key_heads * key_dim
+    q, k, v = mixed.split([width, width, heads * value_dim], -1)
+    q, k = (x.unflatten(-1, (key_heads, key_dim)).repeat_interleave(heads // key_heads, 1) for x in (q, k))
+    q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    decay = (-given["log_rates"].exp() * F.softplus(given["steps"][:, 0] + given["step_bias"])).exp()
+    beta = given["betas"][:, 0].sigmoid()
+    values = v.unflatten(-1, (heads, value_dim))
+    out, state = reference.delta_rule(q / key_dim**0.5, k, values, beta, decay, given["state"])
+    out = reference.rms_norm(out, given["norm"], EPSILON) * F.silu(given["gates"].view_as(out))
+    return out.flatten(1)[:, None], window, state
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("positions", "taps", "bias"), [(4, 4, False), (5, 3, True), (1, 1, False)])
+@pytest.mark.parametrize("together", [False, True])
+def test_a_token(shape, dtype, positions, taps, bias, together):
+    given = tensors(shape, dtype, positions, taps, bias)
+    expected, window, state = truth(given, shape[1])
+    given = by_head(given, shape[1]) if together else given
+    found = _native.delta_step(**given, epsilon=EPSILON, key_heads=shape[1])
+    assert found.dtype == dtype and torch.equal(given["window"].float(), window)
+    for one, other in ((found, expected), (given["state"], state)):
+        assert (one - other).norm() < (2e-2 if dtype == torch.bfloat16 else 1e-5) * other.norm()
+
+
+def test_the_same_bits_for_any_number_of_threads(threads):
+    answers = []
+    for count in (1, 2, 3):
+        cpu.set_threads(count)
+        given = tensors(SHAPES[1], torch.bfloat16, 4, 4, False)
+        answers.append((_native.delta_step(**given, epsilon=EPSILON, key_heads=2), given["state"], given["window"]))
+    assert all(torch.equal(a, b) for other in answers[1:] for a, b in zip(answers[0], other, strict=True))
+
+
+def test_large_and_small_numbers_stay_finite():
+    given = tensors(SHAPES[0], torch.float32, 4, 4, False)
+    for scale in (0.0, 1e-20, 1e4):
+        given["steps"], given["mixed"] = given["steps"] * scale, given["mixed"] * scale
+        assert _native.delta_step(**given, epsilon=EPSILON, key_heads=1).isfinite().all()
+
+
+def test_tensors_that_do_not_fit_are_not_taken():
+    given = tensors((1, 2, 4, 16, 16), torch.float32, 4, 4, False)
+    channels = given["window"].shape[1]
+    before = {name: value.clone() for name, value in given.items() if value is not None}
+    for changes in (
+        {"mixed": torch.randn(1, 1, channels + 1)}, {"mixed": given["mixed"].double()}, {"mixed": given["mixed"].bfloat16()},
+        {"gates": None}, {"state": given["state"].bfloat16()}, {"state": given["state"].mT}, {"norm": torch.ones(8)},
+        {"window": torch.randn(1, channels, 3)}, {"betas": torch.randn(1, 1, 3)}, {"log_rates": torch.ones(3)},
+        {"bias": torch.ones(3)}, {"window": given["window"].expand(2, -1, -1)}, {"state": torch.randn(4, 16, 16)},
+    ):  # fmt: skip
+        assert _native.delta_step(**given | changes, epsilon=EPSILON, key_heads=2) is None, changes
+    assert _native.delta_step(**given, epsilon=EPSILON, key_heads=3) is None
+    assert all(torch.equal(given[name], value) for name, value in before.items())
