@@ -25,7 +25,8 @@ def tensors(shape, dtype, positions, taps, bias):
         "betas": draw(sequences, 1, heads), "steps": 3 * draw(sequences, 1, heads),
         "window": draw(sequences, channels, positions), "convolution": draw(channels, 1, taps),
         "bias": draw(channels) if bias else None,
-        "state": draw(sequences, heads, key_dim, value_dim, dtype=torch.float32), "log_rates": draw(heads), "step_bias": draw(heads), "norm": 1 + draw(value_dim),
+        "state": draw(sequences, heads, key_dim, value_dim, dtype=torch.float32), "log_rates": draw(heads),
+        "step_bias": draw(heads), "norm": 1 + draw(value_dim),
     }  # fmt: skip
 
 
@@ -95,10 +96,11 @@ def test_tensors_that_do_not_fit_are_not_taken():
     channels = given["window"].shape[1]
     before = {name: value.clone() for name, value in given.items() if value is not None}
     for changes in (
-        {"mixed": torch.randn(1, 1, channels + 1)}, {"mixed": given["mixed"].double()}, {"mixed": given["mixed"].bfloat16()},
-        {"gates": None}, {"state": given["state"].bfloat16()}, {"state": given["state"].mT}, {"norm": torch.ones(8)},
-        {"window": torch.randn(1, channels, 3)}, {"betas": torch.randn(1, 1, 3)}, {"log_rates": torch.ones(3)},
-        {"bias": torch.ones(3)}, {"window": given["window"].expand(2, -1, -1)}, {"state": torch.randn(4, 16, 16)},
+        {"mixed": torch.randn(1, 1, channels + 1)}, {"mixed": given["mixed"].double()}, {"gates": None},
+        {"mixed": given["mixed"].bfloat16()}, {"state": given["state"].bfloat16()}, {"state": given["state"].mT},
+        {"norm": torch.ones(8)}, {"window": torch.randn(1, channels, 3)}, {"betas": torch.randn(1, 1, 3)},
+        {"log_rates": torch.ones(3)}, {"bias": torch.ones(3)}, {"window": given["window"].expand(2, -1, -1)},
+        {"state": torch.randn(4, 16, 16)},
     ):  # fmt: skip
         assert _native.delta_step(**given | changes, epsilon=EPSILON, key_heads=2) is None, changes
     assert _native.delta_step(**given, epsilon=EPSILON, key_heads=3) is None
