@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from coterie.hf.dense import PackedLinear
+from coterie.hf.gated import QuickGated
 from coterie.hf.modules import packed_module
 from coterie.hf.step import LayerStep
 
@@ -59,7 +60,10 @@ class Clock:
                 layer.quick_step = TimedStep(step, self)
                 at_once.update(step.parts.modules())
         for module in self.model.modules():
-            if module not in at_once and (isinstance(module, nn.Linear) or packed_module(module) is not None):
+            if isinstance(module, QuickGated) and module.quick_kind is not None:
+                at_once.update(module.children())
+                self._around(module, self._begin, self._end_product)
+            elif module not in at_once and (isinstance(module, nn.Linear) or packed_module(module) is not None):
                 self._around(module, self._begin, self._end_product)
         name = self.model.config._attn_implementation
         if name in ALL_ATTENTION_FUNCTIONS:
@@ -157,4 +161,6 @@ def _read_nbytes(module: nn.Module, inputs: tuple) -> float:
     if packed is not None:
         ids = next(t for t in inputs if isinstance(t, Tensor) and t.dtype == torch.int64)
         return ids.numel() * packed.experts.nbytes / packed.layout.num_experts
+    if isinstance(module, QuickGated):
+        return sum(part.packed.linear.nbytes for part in module.children() if isinstance(part, PackedLinear))
     return module.packed.linear.nbytes if isinstance(module, PackedLinear) else module.weight.nbytes

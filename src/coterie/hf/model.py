@@ -17,6 +17,7 @@ from coterie.hf import cache, graphs
 from coterie.hf.attention import attend_as_before, attend_here
 from coterie.hf.delta import attend_linearly
 from coterie.hf.dense import packed_linears
+from coterie.hf.gated import join_gates
 from coterie.hf.growing import grow_in_place
 from coterie.hf.linears import save_linears
 from coterie.hf.mixed import mixed
@@ -147,4 +148,5 @@ def compute_here(model: PreTrainedModel) -> None:
     if model.device.type == "cpu":
         grow_in_place(model)
         attend_linearly(model)
+        join_gates(model)
         step_at_once(model)

@@ -1,0 +1,102 @@
+"""Gated MLPs of packed layers, dense ones and shared experts, of tokens that are decoded: gate, up and down as one call
+of the engine, as it computes an expert.
+
+They are found by their structure and proved by trying them when they decode their first token: what the module answers
+to rows of our own is what the engine must answer, with one of its activations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coterie import _native
+from coterie.activations import KINDS, Activation
+from coterie.border import runs_now
+from coterie.hf.dense import PackedLinear
+from coterie.hf.mixed import mixed
+from coterie.hf.quick import FEW
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Of the rows that are tried: where an activation's input is about 1, it tells kinds apart, where it is large, limits.
+SCALES = tuple(2.0**n for n in range(-3, 7))
+TOLERANCE = {torch.bfloat16: 2**-5, torch.float32: 1e-4}
+
+
+def join_gates(model: nn.Module) -> None:
+    """Has the gated MLPs of a model become such."""
+    for module in list(model.modules()):
+        parts = dict(module.named_children())
+        others = [part for name, part in parts.items() if name not in PROJECTIONS]
+        plain = not any(True for part in others for _ in part.parameters()) and not module._parameters
+        if plain and all(isinstance(parts.get(name), PackedLinear) for name in PROJECTIONS):
+            module.__class__ = mixed(QuickGated, type(module))
+
+
+class QuickGated(nn.Module):
+    """Mixed into the class of a gated MLP. quick_kind: the activation that the engine computes, as it takes it; None:
+    not tried yet, or tried and found to be something else."""
+
+    quick_kind: tuple[int, float, float, float] | None = None
+    kind_tried = False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """x [B, T, H] or [T, H] -> the same shape."""
+        if not args and not kwargs and self._decodes(x):
+            if not self.kind_tried:
+                self.quick_kind, self.kind_tried = self._found(x), True
+            out = None if self.quick_kind is None else self._at_once(x, self.quick_kind)
+            if out is not None:
+                return out
+        return super().forward(x, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("quick_kind", "kind_tried")}
+
+    def _decodes(self, x: Any) -> bool:
+        if self.kind_tried and self.quick_kind is None:
+            return False
+        if type(x) is not Tensor or self.training or torch.is_grad_enabled() or not runs_now() or x.is_neg():
+            return False
+        decoded = x.dim() == 2 or (x.dim() == 3 and x.shape[1] == 1)
+        return x.dtype in TOLERANCE and decoded and x.shape[:-1].numel() <= FEW
+
+    def _at_once(self, x: Tensor, kind: tuple[int, float, float, float]) -> Tensor | None:
+        """None where a part is no longer what it was, somebody listens to it, or they do not compute alike."""
+        parts = [self._modules[name] for name in PROJECTIONS]
+        if not all(type(part).forward is PackedLinear.forward and _is_silent(part) for part in parts):
+            return None
+        weights = [part.packed.linear.weight for part in parts]  # type: ignore[union-attr]
+        integer = {weight.uses_int8() for weight in weights}
+        return _native.gated(*weights, x, kind, integer.pop()) if len(integer) == 1 else None
+
+    def _found(self, x: Tensor) -> tuple[int, float, float, float] | None:
+        """The activation with which the engine answers as the module does."""
+        random = torch.randn(len(SCALES), x.shape[-1], generator=torch.Generator().manual_seed(0))
+        rows = (random * torch.tensor(SCALES)[:, None]).to(x.dtype)
+        rows = rows[:, None] if x.dim() == 3 else rows
+        try:
+            expected = super().forward(rows)
+        except Exception:
+            return None
+        kinds = [Activation(name).native() for name in KINDS]
+        errors = {kind: _error(self._at_once(rows, kind), expected) for kind in kinds}
+        best = min(errors, key=errors.__getitem__)
+        return best if errors[best] <= TOLERANCE[x.dtype] else None
+
+
+def _is_silent(module: Any) -> bool:
+    own = module.__dict__
+    return not own["_forward_hooks"] and not own["_forward_pre_hooks"] and "forward" not in own
+
+
+def _error(found: Tensor | None, expected: Any) -> float:
+    """The largest of a row, to the row's largest value: small rows would drown in large ones."""
+    if found is None or not isinstance(expected, Tensor):
+        return math.inf
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        return math.inf
+    difference, size = (found.float() - expected.float()).abs().amax(-1), expected.float().abs().amax(-1)
+    return float((difference / size.clamp(min=1e-30)).max())
