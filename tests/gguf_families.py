@@ -50,7 +50,7 @@ def _parts(name: str, value: Tensor, config, stem: str, names, split_latent: boo
     if suffix == "down_proj":
         return {f"{stem}ffn_down_exps.weight": value}
     if suffix == "e_score_correction_bias":
-        return {f"{stem}exp_probs_b.bias": value.flatten()}
+        return {f"{stem}exp_probs_b.bias": value}
     if base.endswith("kv_b_proj") and split_latent:
         both = value.unflatten(0, (config.num_attention_heads, -1))
         keys, values = both.split([config.qk_nope_head_dim, config.v_head_dim], 1)

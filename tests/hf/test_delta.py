@@ -103,6 +103,23 @@ def test_another_rule_is_left_alone(opened, float32_products, monkeypatch):
     assert torch.equal(decode(model), found)
 
 
+def test_hooks_are_heard_and_parts_that_change_are_tried_anew(opened, float32_products):
+    model = copy.deepcopy(opened("qwen3_next"))
+    (module,) = linear(model)
+    plain, seen = decode(model), []
+    for part in (module.norm, module.conv1d):
+        hook = part.register_forward_hook(lambda *_: seen.append(1))
+        assert_same(decode(model), plain)
+        hook.remove()
+    assert len(seen) > 4
+    module.norm = copy.deepcopy(module.norm)
+    module.norm.weight.data *= 2
+    found = decode(model)
+    assert module.proved_parts[1] is module.norm and not torch.allclose(found, plain)
+    with Own(model):
+        assert_same(found, decode(model))
+
+
 def test_training_and_prompts_are_the_modules_own(opened, monkeypatch):
     model, calls = opened("qwen3_next"), counted(monkeypatch)
     model(torch.arange(3, 20)[None]).logits.sum().backward()

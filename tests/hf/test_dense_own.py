@@ -151,6 +151,19 @@ def test_a_plain_checkpoint_has_none(tmp_path):
     assert not formats(model) and any(packed_modules(model)) and model.config.quantization_config.dense is None
 
 
+def test_nothing_that_is_kept_and_layers_left_out(tmp_path):
+    make("qwen3_moe").save_pretrained(tmp_path / "plain")
+    model = coterie.from_pretrained(tmp_path / "plain", dense="own", dense_skip=[HEAD])
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(coterie.from_pretrained(tmp_path / "saved")), logits(model))
+
+
+def test_plan_without_the_files(file, tmp_path):
+    coterie.from_pretrained(file[0], dense="own").save_pretrained(tmp_path / "saved")
+    source = plan.open_source(str(tmp_path / "saved" / "config.json"))
+    assert "which linear layers are packed, and how, is in its files" in source.problem
+
+
 def test_a_conversion_refuses_it(file, tmp_path):
     with pytest.raises(ArgumentError, match=r'--dense own: .* open the checkpoint with dense="own"'):
         convert(file[0], tmp_path / "out", dense="own")

@@ -88,6 +88,30 @@ def test_keys_and_values_in_one_matrix(tmp_path, float32_products):
     assert_same(write_family(tmp_path / "model.gguf", stock, split_latent=False, more=before), stock)
 
 
+def test_ends_of_an_answer_are_all_read(tmp_path):
+    """Files name the ends of an answer, of a turn and of a message apart; any of them ends what a model says."""
+    more = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 2}
+    file = write_family(tmp_path / "model.gguf", make("glm4_moe"), more=more)
+    assert coterie.from_pretrained(file).generation_config.eos_token_id == [2, 5]
+    assert read_config(GgufFile(file), eos_token_id=7)[0].eos_token_id == 7
+
+
+@pytest.mark.parametrize(
+    ("family", "count", "groups"),
+    [("deepseek_v3", 256, (8, 4)), ("deepseek_v2", 160, (8, 3)), ("deepseek_v3", 384, (1, 1))],
+)
+def test_groups_that_older_files_do_not_name(family, count, groups, tmp_path):
+    more = {"expert_count": count, "expert_group_count": None, "expert_group_used_count": None}
+    config, _ = read_config(GgufFile(write_family(tmp_path / "model.gguf", make(family), more=more)))
+    assert (config.n_group, config.topk_group) == groups
+    assert getattr(config, "topk_method", None) in (None, "group_limited_greedy", "noaux_tc")
+
+
+def test_heads_whose_width_is_not_named(tmp_path, float32_products):
+    stock = made("hunyuan_v1_moe")
+    assert_same(write_family(tmp_path / "model.gguf", stock, more={"attention.key_length": None}), stock)
+
+
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_converted_planned_and_read(family, tmp_path):
     stock = make(family)
@@ -112,6 +136,10 @@ def test_converted_planned_and_read(family, tmp_path):
             r"has no deepseek2\.attention\.kv_lora_rank",
         ),
         ("deepseek_v3", {"attention.kv_lora_rank": "many"}, CheckpointError, "no valid deepseek_v3 config"),
+        ("mixtral", {"attention.sliding_window": 4096}, UnsupportedModelError, r"not read attention\.sliding_window"),
+        ("deepseek_v3", {"attention.temperature_scale": 0.1}, UnsupportedModelError, r"attention\.temperature_scale"),
+        ("deepseek_v2", {"expert_weights_norm": True}, UnsupportedModelError, "expert_weights_norm of deepseek2 where"),
+        ("olmoe", {"expert_gating_func": 2}, UnsupportedModelError, "expert_gating_func of olmoe"),
         (
             "mixtral",
             {"rope.scaling.type": "longrope"},

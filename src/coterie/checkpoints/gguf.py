@@ -15,6 +15,7 @@ from coterie.checkpoints.gguf_types import TYPES, Type, widest
 from coterie.checkpoints.reader import LayerReader, Reader, spans
 from coterie.checkpoints.tensorfile import shown
 from coterie.errors import CheckpointError, MissingTensorError, UnsupportedModelError
+from coterie.formats import Format
 
 EXPERTS = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.(?P<kind>\w+)")
 # The metadata does not say what the experts compute. Architectures that are known to compute silu(gate) * up:
@@ -69,10 +70,11 @@ class GgufReader(Reader):
     def layers(self) -> tuple[int, ...]:
         return self._layers
 
-    def codes(self, parameter: str) -> Codes | None:
-        """The codes of a parameter, if its tensor has some that a format holds."""
+    def codes(self, parameter: str, spec: Format | None) -> Codes | None:
+        """The codes of a parameter, if its tensor has some in that format or, without one, in any."""
         name = self.parameters.get(parameter)
-        if name is None or self.file.type(name) not in TYPES:
+        kind = None if name is None else TYPES.get(self.file.type(name))
+        if name is None or kind is None or kind.codes is None or spec not in (None, kind.spec):
             return None
         found = _matrix(self.file, name)
         self.file.release(name)

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from coterie import _native
 from coterie.border import runs_now
+from coterie.hf.gated import is_silent
 from coterie.hf.mixed import mixed
 from coterie.hf.quick import FEW
 
@@ -42,24 +44,26 @@ def _projections(module: nn.Module) -> tuple[str, ...] | None:
 
 
 class QuickDelta(nn.Module):
-    """Mixed into the class of a module of linear attention. is_quick: whether the engine computes what it does; None:
-    not tried yet."""
+    """Mixed into the class of a module of linear attention. is_quick: whether the engine computes what it does, with
+    those parts; None: not tried yet."""
 
     is_quick: bool | None = None
+    proved_parts: tuple[nn.Module, nn.Module] | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """x [B, T, H] and what else the module's own forward takes -> [B, T, H]."""
         states = None if args else self._states(hidden_states, kwargs)
         if states is not None:
-            if self.is_quick is None:
-                self.is_quick = self._proved(hidden_states, kwargs)
+            parts = self.conv1d, self.norm
+            if self.is_quick is None or parts != self.proved_parts:
+                self.is_quick, self.proved_parts = self._proved(hidden_states, kwargs), parts
             out = self._step(hidden_states, *states) if self.is_quick else None
             if out is not None:
                 return self.out_proj(out)
         return super().forward(hidden_states, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "is_quick"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("is_quick", "proved_parts")}
 
     def _states(self, x: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         """The window of the convolution and the state of a token that is decoded; None for other calls."""
@@ -68,6 +72,8 @@ class QuickDelta(nn.Module):
         if type(x) is not Tensor or x.dim() != 3 or x.shape[1] != 1 or len(x) > FEW or not x.is_cpu:
             return None
         if any(value is not None and value is not False for name, value in kwargs.items() if name not in KNOWN):
+            return None
+        if has_global_hooks() or not all(map(is_silent, (self.conv1d, self.norm))):
             return None
         layer = self._layer(next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None))
         if layer is None or getattr(layer, "record_past", False) or not layer.has_previous_state[0]:

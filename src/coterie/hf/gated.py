@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from coterie import _native
 from coterie.activations import KINDS, Activation
@@ -60,13 +61,15 @@ class QuickGated(nn.Module):
             return False
         if type(x) is not Tensor or self.training or torch.is_grad_enabled() or not runs_now() or x.is_neg():
             return False
+        if has_global_hooks():
+            return False
         decoded = x.dim() == 2 or (x.dim() == 3 and x.shape[1] == 1)
         return x.dtype in TOLERANCE and decoded and x.shape[:-1].numel() <= FEW
 
     def _at_once(self, x: Tensor, kind: tuple[int, float, float, float]) -> Tensor | None:
         """None where a part is no longer what it was, somebody listens to it, or they do not compute alike."""
         parts = [self._modules[name] for name in PROJECTIONS]
-        if not all(type(part).forward is PackedLinear.forward and _is_silent(part) for part in parts):
+        if not all(type(part).forward is PackedLinear.forward and is_silent(part) for part in parts):
             return None
         weights = [part.packed.linear.weight for part in parts]  # type: ignore[union-attr]
         integer = {weight.uses_int8() for weight in weights}
@@ -87,7 +90,8 @@ class QuickGated(nn.Module):
         return best if errors[best] <= TOLERANCE[x.dtype] else None
 
 
-def _is_silent(module: Any) -> bool:
+def is_silent(module: Any) -> bool:
+    """Whether nobody listens to a module, nor has put another forward in it."""
     own = module.__dict__
     return not own["_forward_hooks"] and not own["_forward_pre_hooks"] and "forward" not in own
 

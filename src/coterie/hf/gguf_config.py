@@ -24,6 +24,7 @@ FIELDS = {
     "expert_weights_norm": "norm_topk_prob",
     "expert_weights_scale": "routed_scaling_factor",
 }
+ENDS = ("eos", "eot", "eom")  # of an answer, of a turn, of a message: each ends what a model says
 
 
 def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict[str, Any]]:
@@ -45,6 +46,10 @@ def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict
             ) from error
     else:
         config, unused = _by_transformers(file, settings)
+    ends = [file.value(f"tokenizer.ggml.{end}_token_id") for end in ENDS]
+    ends = [end for end in dict.fromkeys(ends) if end is not None]
+    if ends and "eos_token_id" not in settings:
+        config.eos_token_id = ends if len(ends) > 1 else ends[0]
     config.tie_word_embeddings = "output.weight" not in file.names  # which may be in another file than the metadata
     config.dtype = config.dtype or torch.bfloat16
     return config, unused

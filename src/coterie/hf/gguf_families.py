@@ -16,8 +16,14 @@ from coterie.checkpoints.tensorfile import shown
 from coterie.errors import CheckpointError, UnsupportedModelError
 
 Settings = dict[str, Any]
-SIGMOID = 2  # of expert_gating_func
+SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3  # of expert_gating_func
 NEEDED = object()
+# Metadata that changes what a model computes, and that nothing here reads but where a family says so.
+UNREAD = (
+    "attention.sliding_window", "attention.clamp_kqv", "attention.temperature_scale", "attention.temperature_length",
+    "attn_logit_softcapping", "final_logit_softcapping", "router_logit_softcapping", "swiglu_clamp_exp",
+    "swiglu_clamp_shexp",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,8 @@ class Family:
 
     settings: what config.json says beside what all say. names: tensors, without "blk.{L}.", and the parameters of a
     layer, or of the model, that they are, beside NAMES. undone: what takes back what the converter did to a tensor.
-    joined: tensors that are one parameter with another one, and what joins them.
+    joined: tensors that are one parameter with another one, and what joins them. gating: how scores of experts are
+    made. reads: what of UNREAD the settings read.
     """
 
     model_type: str
@@ -34,6 +41,8 @@ class Family:
     names: dict[str, str] = field(default_factory=dict)
     undone: dict[str, Callable[[GgufFile, Tensor], Tensor]] = field(default_factory=dict)
     joined: dict[str, tuple[str, Callable[[GgufFile, Tensor, Tensor], Tensor]]] = field(default_factory=dict)
+    gating: int = SOFTMAX
+    reads: str = ""
 
     def keeps(self, tensor: str) -> bool:
         """Whether a tensor is its parameter as it is."""
@@ -48,7 +57,15 @@ def family_of(file: GgufFile) -> Family | None:
 
 
 def settings_of(file: GgufFile, family: Family) -> Settings:
-    """What config.json would say. Raises CheckpointError for metadata without what there must be."""
+    """What config.json would say. Raises CheckpointError for metadata without what there must be, UnsupportedModelError
+    for what changes the model in a way that is not read."""
+    gating = stated(file, "expert_gating_func", family.gating)
+    odd = [key for key in UNREAD if key != family.reads and file.own_value(key)]
+    odd += ["expert_gating_func"] if gating not in (0, family.gating) else []
+    if odd:
+        raise UnsupportedModelError(
+            f"{file.path}: this version does not read {odd[0]} of {file.architecture}: use the original checkpoint"
+        )
     heads, own = stated(file, "attention.head_count"), family.settings(file)
     return {
         "num_hidden_layers": blocks(file),
@@ -61,7 +78,6 @@ def settings_of(file: GgufFile, family: Family) -> Settings:
         "vocab_size": file.shape("token_embd.weight")[0],
         "rope_parameters": own.pop("rope_parameters", None) or rope(file),
         "bos_token_id": file.value("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.value("tokenizer.ggml.eos_token_id"),
         "pad_token_id": file.value("tokenizer.ggml.padding_token_id"),
         **own,
     }
@@ -112,6 +128,12 @@ def stated(file: GgufFile, key: str, default: Any = NEEDED) -> Any:
 def blocks(file: GgufFile) -> int:
     """Layers of the model, without those that draft tokens."""
     return stated(file, "block_count") - stated(file, "nextn_predict_layers", 0)
+
+
+def head_dim(file: GgufFile) -> int:
+    """Columns of a head of queries."""
+    width, heads = stated(file, "embedding_length"), stated(file, "attention.head_count")
+    return stated(file, "attention.key_length", width // heads)
 
 
 def rope(file: GgufFile, own: dict[str, str] | None = None, **more: Any) -> Settings:
@@ -177,11 +199,10 @@ def _olmoe(file: GgufFile) -> Settings:
 
 
 def _granite(file: GgufFile) -> Settings:
-    head = stated(file, "embedding_length") // stated(file, "attention.head_count")
     return {
         "num_local_experts": stated(file, "expert_count"),
         "intermediate_size": stated(file, "expert_feed_forward_length", stated(file, "feed_forward_length")),
-        "attention_multiplier": stated(file, "attention.scale", head**-0.5),
+        "attention_multiplier": stated(file, "attention.scale", head_dim(file) ** -0.5),
         "embedding_multiplier": stated(file, "embedding_scale", 1.0),
         "residual_multiplier": stated(file, "residual_scale", 1.0),
         "logits_scaling": stated(file, "logit_scale", 1.0),
@@ -190,6 +211,7 @@ def _granite(file: GgufFile) -> Settings:
 
 def _routed(file: GgufFile) -> Settings:
     """What models with shared experts beside those that are chosen, and dense layers before, say of them."""
+    groups, used = GROUPS.get((file.architecture, stated(file, "expert_count")), (1, 1))
     return {
         "intermediate_size": stated(file, "feed_forward_length"),
         "moe_intermediate_size": stated(file, "expert_feed_forward_length"),
@@ -198,13 +220,13 @@ def _routed(file: GgufFile) -> Settings:
         "first_k_dense_replace": stated(file, "leading_dense_block_count", 0),
         "routed_scaling_factor": stated(file, "expert_weights_scale", 1.0),
         "norm_topk_prob": stated(file, "expert_weights_norm", False),
-        "n_group": stated(file, "expert_group_count", 1),
-        "topk_group": stated(file, "expert_group_used_count", 1),
+        "n_group": stated(file, "expert_group_count", groups),
+        "topk_group": stated(file, "expert_group_used_count", used),
     }
 
 
 def _glm4(file: GgufFile) -> Settings:
-    head = stated(file, "attention.key_length")
+    head = head_dim(file)
     return _routed(file) | {
         "head_dim": head,
         "attention_bias": "blk.0.attn_q.bias" in file.names,
@@ -232,18 +254,22 @@ def _deepseek(file: GgufFile) -> Settings:
 
 
 def _deepseek_v2(file: GgufFile) -> Settings:
-    grouped = stated(file, "expert_group_count", 1) > 1
-    return _deepseek(file) | {"topk_method": "group_limited_greedy" if grouped else "greedy"}
+    found = _deepseek(file)
+    if found["norm_topk_prob"]:  # which Transformers' model does not do
+        raise UnsupportedModelError(
+            f"{file.path}: this version does not read expert_weights_norm of {file.architecture} where scores are made "
+            "by softmax: use the original checkpoint"
+        )
+    return found | {"topk_method": "group_limited_greedy" if found["n_group"] > 1 else "greedy"}
 
 
 def _ernie(file: GgufFile) -> Settings:
-    width = stated(file, "expert_feed_forward_length")
     return {
         "intermediate_size": stated(file, "feed_forward_length"),
-        "moe_intermediate_size": width,
+        "moe_intermediate_size": stated(file, "expert_feed_forward_length"),
         "moe_num_experts": stated(file, "expert_count"),
         "moe_k": stated(file, "expert_used_count"),
-        "moe_num_shared_experts": stated(file, "expert_shared_feed_forward_length", 0) // width,
+        "moe_num_shared_experts": stated(file, "expert_shared_count"),
         "moe_layer_start_index": stated(file, "leading_dense_block_count", 0),
         "moe_layer_interval": stated(file, "interleave_moe_layer_step", 1),
         "head_dim": stated(file, "attention.key_length", None),
@@ -255,12 +281,12 @@ def _hunyuan(file: GgufFile) -> Settings:
         "intermediate_size": stated(file, "expert_feed_forward_length", stated(file, "feed_forward_length")),
         "num_experts": stated(file, "expert_count"),
         "moe_topk": stated(file, "expert_used_count"),
-        "head_dim": stated(file, "attention.key_length"),
+        "head_dim": head_dim(file),
     }
 
 
 def _qwen3_next(file: GgufFile) -> Settings:
-    head, values = stated(file, "attention.key_length"), stated(file, "ssm.time_step_rank")
+    head, values = head_dim(file), stated(file, "ssm.time_step_rank")
     interval, count = stated(file, "full_attention_interval", 4), blocks(file)
     return {
         "head_dim": head,
@@ -316,6 +342,9 @@ NAMES = {
     "ffn_down_shexp": "mlp.shared_experts.down_proj", "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
     "exp_probs_b": "mlp.gate.e_score_correction_bias",
 }  # fmt: skip
+# Groups that experts are chosen from, and how many of them a token takes, of models by their number of experts: older
+# files do not say so, and llama.cpp chooses among all experts of such.
+GROUPS = {("deepseek2", 256): (8, 4), ("deepseek2", 160): (8, 3)}
 LATENT = {
     "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm", "attn_q_b": "self_attn.q_b_proj",
     "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa", "attn_kv_a_norm": "self_attn.kv_a_layernorm",
@@ -348,10 +377,8 @@ UNDONE_QWEN3_NEXT = {
     "attn_q_norm.weight": _less_one, "attn_k_norm.weight": _less_one,
 }  # fmt: skip
 MIXTRAL = Family("mixtral", _mixtral, undone=PAIRS)
-DEEPSEEK_V2, DEEPSEEK_V3 = (
-    Family(kind, settings, LATENT, joined=JOINED_LATENT)
-    for kind, settings in (("deepseek_v2", _deepseek_v2), ("deepseek_v3", _deepseek))
-)
+DEEPSEEK_V2 = Family("deepseek_v2", _deepseek_v2, LATENT, joined=JOINED_LATENT)
+DEEPSEEK_V3 = Family("deepseek_v3", _deepseek, LATENT, joined=JOINED_LATENT, gating=SIGMOID)
 
 
 def _llama_with_experts(file: GgufFile) -> Family | None:
@@ -359,22 +386,22 @@ def _llama_with_experts(file: GgufFile) -> Family | None:
 
 
 def _either_deepseek(file: GgufFile) -> Family:
-    return DEEPSEEK_V3 if file.own_value("expert_gating_func", 1) == SIGMOID else DEEPSEEK_V2
+    return DEEPSEEK_V3 if file.own_value("expert_gating_func", SOFTMAX) == SIGMOID else DEEPSEEK_V2
 
 
 # By the architecture's name: a family, or what tells which one a file has.
 FAMILIES: dict[str, Family | Callable[[GgufFile], Family | None]] = {
-    "gpt-oss": Family("gpt_oss", _gpt_oss, GPT_OSS),
+    "gpt-oss": Family("gpt_oss", _gpt_oss, GPT_OSS, gating=SOFTMAX_OF_CHOSEN, reads="attention.sliding_window"),
     "llama": _llama_with_experts,
-    "olmoe": Family("olmoe", _olmoe),
+    "olmoe": Family("olmoe", _olmoe, reads="attention.clamp_kqv"),
     "granitemoe": Family("granitemoe", _granite, {"ffn_gate_inp": "block_sparse_moe.router"}, PAIRS),
-    "glm4moe": Family("glm4_moe", _glm4, {"post_attention_norm": "post_attention_layernorm"}),
+    "glm4moe": Family("glm4_moe", _glm4, {"post_attention_norm": "post_attention_layernorm"}, gating=SIGMOID),
     "deepseek2": _either_deepseek,
     "ernie4_5-moe": Family(
         "ernie4_5_moe",
         _ernie,
         {"exp_probs_b.bias": "mlp.gate.moe_statics.e_score_correction_bias"},
-        {"exp_probs_b.bias": lambda file, value: value[None]},
+        {"exp_probs_b.bias": lambda file, value: value.reshape(1, -1)},
     ),
     "qwen3next": Family(
         "qwen3_next",

@@ -171,7 +171,8 @@ class CoterieQuantizer(HfQuantizer):
             remove_hooks(module)
         self._linears.load(self.quantization_config.mmap, self._codes)
         if self.quantization_config.dense == OWN and not any(packed_linears(model)):
-            self.quantization_config.dense = model.config.quantization_config.dense = None
+            for config in (self.quantization_config, model.config.quantization_config):
+                config.dense, config.dense_skip = None, []
         become_packed(model)
         logger.info("%s: %s", type(model).__name__, model.extra_repr())
         compute_here(model)
@@ -215,8 +216,7 @@ class CoterieQuantizer(HfQuantizer):
             return None
         weight, gguf = f"{name}.weight", self.quantization_config.gguf
         if gguf is not None:
-            found = gguf.codes(self._model.all_tied_weights_keys.get(weight, weight))
-            return found if found is not None and spec in (None, found.spec) else None
+            return gguf.codes(self._model.all_tied_weights_keys.get(weight, weight), spec)
         return self._hidden[weight].codes(self._quantised.folder, spec) if weight in self._hidden else None
 
     def _pack(self, name: str, layout: Layout) -> Experts:

@@ -124,9 +124,20 @@ def open_source(model: str) -> Source:
         return _with_experts(found, experts)
     dense: Format | dict[str, Format] | None = None if ours.dense in (None, OWN) else resolve(ours.dense)
     if ours.dense == OWN:
-        files = [shard for shard in path.glob("linears-*.safetensors") if LINEARS_FILE.fullmatch(shard.name)]
-        dense = {name: file.layout.spec for name, (_, file) in stored_linears(empty_model(config), files, OWN).items()}
+        try:
+            dense = _linear_formats(path, config)
+        except CheckpointError as error:
+            found = replace(found, problem=problem or f"the checkpoint is not whole: {error}")
     return replace(found, packed=ours.packing, dense=dense, dense_skip=tuple(ours.dense_skip))
+
+
+def _linear_formats(folder: Path, config: Any) -> dict[str, Format]:
+    """The format of each linear layer that is packed in a folder. Raises CheckpointError where the files are broken, or
+    not here: config.json does not say."""
+    files = [shard for shard in folder.glob("linears-*.safetensors") if LINEARS_FILE.fullmatch(shard.name)]
+    if not files:
+        raise CheckpointError("which linear layers are packed, and how, is in its files: plan its folder")
+    return {name: file.layout.spec for name, (_, file) in stored_linears(empty_model(config), files, OWN).items()}
 
 
 def _open_gguf(file: GgufFile) -> Source:
