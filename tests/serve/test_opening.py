@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from gguf_models import write_qwen
+from hf.tiny_models import make
 
 import coterie
 from coterie import tiny
@@ -26,6 +29,14 @@ def test_a_packed_checkpoint_is_opened_as_it_is(tmp_path):
     assert dense_format(str(tmp_path / "experts"), "auto", "cpu") == "int8"
     assert dense_format(str(tmp_path / "all"), "auto", "cpu") is None
     assert dense_format(str(tmp_path / "missing"), "auto", "cpu") == "int8"
+
+
+@pytest.mark.parametrize(("rest", "expected"), [("Q8_0", "own"), ({"": "Q8_0", "lm_head": "BF16"}, "int8")])
+def test_a_gguf_file_keeps_its_own_where_it_has_all(rest, expected, tmp_path):
+    stock = make("qwen3_moe", torch.float32, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    file = write_qwen(tmp_path / "model.gguf", stock, rest=rest)
+    assert dense_format(str(file), "auto", "cpu") == dense_format(str(tmp_path), "auto", "cpu") == expected
+    assert dense_format(str(file), "auto", "cuda") is None
 
 
 def test_linear_layers_are_packed():

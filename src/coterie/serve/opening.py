@@ -8,11 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from coterie.checkpoints.gguf_file import find_gguf
+from coterie.checkpoints.gguf import PLAIN_TORCH
+from coterie.checkpoints.gguf_file import GgufFile, find_gguf
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.hf.config import OWN
 from coterie.hf.described import load_config, load_tokenizer
 from coterie.hf.loading import from_pretrained
+
+SMALL = 32  # rows or columns
 
 
 def open_model(
@@ -48,19 +51,27 @@ def dense_format(path_or_id: str, asked: str, device: str) -> str | None:
     """The format that linear layers outside the experts are to be packed in; None: none, or as the checkpoint has them.
 
     asked: a format, "own", "none", or "auto": for a model on the CPU, where torch's products of one row are slow, int8,
-    and of a GGUF file its own.
+    and of a GGUF file that has them all quantised its own.
     """
     if asked != "auto":
         return None if asked == "none" else asked
     if device != "cpu":
         return None
-    if find_gguf(path_or_id):
-        return OWN
+    if gguf := find_gguf(path_or_id):
+        return OWN if _has_all_quantised(GgufFile(gguf)) else "int8"
     try:
         stored = getattr(load_config(path_or_id), "quantization_config", None) or {}
     except (OSError, ValueError):  # what opening the model will refuse
         stored = {}
     return None if dict(stored).get("dense") else "int8"
+
+
+def _has_all_quantised(file: GgufFile) -> bool:
+    """Whether no linear layer of a GGUF file, but routers and what is small, has plain numbers."""
+    matrices = [name for name in file.names if len(file.shape(name)) == 2 and min(file.shape(name)) >= SMALL]
+    head = "output.weight" if "output.weight" in file.names else "token_embd.weight"
+    linear = [name for name in matrices if name == head or (name.startswith("blk.") and "ffn_gate_inp" not in name)]
+    return not any(file.type(name) in PLAIN_TORCH for name in linear)
 
 
 def open_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase:
