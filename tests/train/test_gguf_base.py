@@ -113,7 +113,7 @@ def test_formats_are_known_before(configure, tmp_path):
     config = described.load_config(file, trust_remote_code=False)
     for experts, name in ((None, "q8_0"), ("int4", "int4")):
         assert packed_as(configure(experts=experts), str(file), config).spec == resolve(name)
-    assert dense_format(str(file), "auto", "cpu") == "int8"
+    assert dense_format(str(file), "auto", "cpu") == "own"
 
 
 def test_what_is_refused_before_weights_are_read(configure, tmp_path, data):
