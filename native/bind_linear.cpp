@@ -18,8 +18,7 @@ nb::object gated(const PackedLinear& gate, const PackedLinear& up, const PackedL
                  bool integer) {
   const Linear &g = gate.layer(), &u = up.layer(), &d = down.layer();
   const auto rows = borrow_rows(x);
-  const bool alike = g.layout.encoding == u.layout.encoding && g.layout.group == u.layout.group && g.layout.zero_point == u.layout.zero_point &&
-                     g.layout.rows == u.layout.rows && g.layout.cols == u.layout.cols && !g.bias == !u.bias;
+  const bool alike = same_format(g.layout, u.layout) && g.layout.rows == u.layout.rows && g.layout.cols == u.layout.cols && !g.bias == !u.bias;
   if (!alike || d.layout.cols != g.layout.rows || d.layout.rows != g.layout.cols) return nb::none();
   if (!rows || !is_float(rows->element) || rows->cols != g.layout.cols) return nb::none();
   auto made = new_tensor(rows->element, rows->shape);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "formats/bfloat16.h"
+#include "layer/norm.h"
 #include "runtime/threads.h"
 
 namespace coterie {
@@ -104,9 +105,8 @@ void head_of(const DeltaStep& s, int64_t sequence, int64_t head, const float* ch
   float* const state = s.state + (sequence * s.value_heads + head) * s.key_dim * s.value_dim;
   for (int64_t v = 0; v < s.value_dim; v += kPanelRows)
     update(state + v, s.value_dim, s.key_dim, query.data(), key.data(), query_key, value + v, decay, beta, out.data() + v);
-  float squares = 0.0f;
-  for (float& v : out) v = rounded(v, s.dtype), squares += v * v;
-  const float by = 1.0f / std::sqrt(squares / static_cast<float>(s.value_dim) + s.epsilon);
+  for (float& v : out) v = rounded(v, s.dtype);
+  const float by = inverse_rms(s.epsilon, out.data(), DType::f32, s.value_dim);
   const int64_t width = s.by_head ? s.channels() + s.values() : s.values();
   const uint8_t* const gates = (s.by_head ? s.mixed : s.gates) + sequence * width * size;
   for (int64_t v = 0; v < s.value_dim; v++) {

@@ -38,8 +38,6 @@ Target rows_of(void* out, int64_t first, int64_t count, int64_t cols, DType dtyp
   return {count, cols, static_cast<uint8_t*>(out) + first * cols * element_bytes(dtype), dtype};
 }
 
-bool alike(const Layout& a, const Layout& b) { return a.encoding == b.encoding && a.group == b.group && a.zero_point == b.zero_point; }
-
 // Layers of one format, for which an input is staged once.
 void linears_alike(const std::vector<const Linear*>& layers, const Kernels& kernels, int64_t rows, const Strided& x, const std::vector<void*>& outs, DType out_dtype,
              bool integer) {
@@ -70,7 +68,7 @@ void linears_alike(const std::vector<const Linear*>& layers, const Kernels& kern
 void linears(const std::vector<const Linear*>& layers, const Kernels& kernels, int64_t rows, const Strided& x, const std::vector<void*>& outs, DType out_dtype,
              bool integer) {
   for (size_t first = 0; first < layers.size(); first++) {
-    const auto as_first = [&](size_t i) { return alike(layers[i]->layout, layers[first]->layout); };
+    const auto as_first = [&](size_t i) { return same_format(layers[i]->layout, layers[first]->layout); };
     bool done = false;
     for (size_t i = 0; i < first; i++) done = done || as_first(i);
     if (done) continue;

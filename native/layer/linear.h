@@ -12,6 +12,8 @@ struct Linear {
   const float* bias = nullptr;  // outputs padded to panels; may be null
 };
 
+inline bool same_format(const Layout& a, const Layout& b) { return a.encoding == b.encoding && a.group == b.group && a.zero_point == b.zero_point; }
+
 // `out` [rows, outputs] is contiguous. integer: activations are rounded to int8.
 void linear(const Linear& layer, const Kernels& kernels, int64_t rows, const Strided& x, void* out, DType out_dtype, bool integer);
 

@@ -18,13 +18,14 @@ from coterie.adapters.folder import WEIGHTS, base_of, copy, local, read_adapter_
 from coterie.adapters.stream import StreamedMerge
 from coterie.checkpoints.folder import Folder, read_json
 from coterie.checkpoints.folderwriter import new_folder
+from coterie.checkpoints.packed_formats import OWN
 from coterie.checkpoints.tensorwriter import write_text
 from coterie.convert import convert_cpu
 from coterie.convert.linears import Dense, stored_linears
 from coterie.convert.rest import other_files
 from coterie.errors import ArgumentError
 from coterie.formats import resolve
-from coterie.hf.config import METHOD, OWN
+from coterie.hf.config import METHOD
 from coterie.hf.loading import check_folder
 from coterie.hf.names import tied_names
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from coterie.checkpoints.folder import Folder
+from coterie.checkpoints.packed_formats import OWN
 from coterie.checkpoints.packed_linears import (
     LINEARS_FILE,
     LinearsFile,
@@ -43,7 +44,7 @@ class Dense:
     @property
     def name(self) -> str:
         """What config.json says."""
-        return self.spec.name if self.spec else "own"
+        return self.spec.name if self.spec else OWN
 
     @property
     def described(self) -> str:

@@ -13,14 +13,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from coterie.arithmetic import check_activations
 from coterie.checkpoints.gguf import GgufReader
 from coterie.checkpoints.packed import VERSION
-from coterie.checkpoints.packed_formats import MIXED, ModelFormats, read_layers
+from coterie.checkpoints.packed_formats import MIXED, OWN, ModelFormats, read_layers
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import Format, resolve
 from coterie.gpu.room import CONTEXT
 
 METHOD = "coterie"
 STORED = ("experts", "group_size", "zero_point", "formats", "dense", "dense_skip")  # what is packed, and how
-OWN = "own"  # of `dense`: what is quantised keeps its codes
 # How packed experts are opened, what they compute with, and which are on the GPU.
 LOADING = ("mmap", "activations", "gpu_experts", "gpu_context")
 OPTIONS = (*STORED, "scale_search", *LOADING)

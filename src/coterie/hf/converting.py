@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from coterie.checkpoints.folder import read_json
 from coterie.checkpoints.gguf_file import GgufFile, find_gguf
+from coterie.checkpoints.packed_formats import OWN
 from coterie.checkpoints.packed_linears import LINEARS_FILE
 from coterie.convert import ConversionReport, convert_cpu, verify
 from coterie.convert.linears import Dense
@@ -24,7 +25,7 @@ from coterie.convert.merge import merge as merge_layers
 from coterie.convert.report import LinearErrors
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import resolve
-from coterie.hf.config import OWN, check_skip
+from coterie.hf.config import check_skip
 from coterie.hf.dense import chosen_linears
 from coterie.hf.empty import empty_model
 from coterie.hf.gguf import read_rest

@@ -15,8 +15,8 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from coterie import _native
 from coterie.border import runs_now
-from coterie.hf.gated import is_silent
 from coterie.hf.mixed import mixed
+from coterie.hf.proving import TOLERANCE, is_silent, same
 from coterie.hf.quick import FEW
 
 BY_HEAD, BY_KIND = ("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
@@ -25,7 +25,6 @@ CACHES = ("cache", "cache_params")  # its names in a module's forward, since Tra
 # What else a module may be called with: of it, this says nothing.
 KNOWN = {*CACHES, "use_cache", "output_router_logits", "position_ids", "cache_position"}
 STATES = ("conv_states", "recurrent_states", "has_previous_state")  # of a layer of a cache, by number
-TOLERANCE = {torch.bfloat16: 2**-5, torch.float32: 1e-4}
 
 
 def attend_linearly(model: nn.Module) -> None:
@@ -111,9 +110,9 @@ class QuickDelta(nn.Module):
         except Exception:
             return False
         other = self._layer(theirs)
-        if found is None or not _same(self.out_proj(found), expected):
+        if found is None or not same(self.out_proj(found), expected):
             return False
-        return all(_same(getattr(layer, kind)[0], getattr(other, kind)[0]) for kind in STATES[:2])
+        return all(same(getattr(layer, kind)[0], getattr(other, kind)[0]) for kind in STATES[:2])
 
 
 def _alone(cache: Any, index: int) -> Any:
@@ -122,10 +121,3 @@ def _alone(cache: Any, index: int) -> Any:
     found.layers = list(cache.layers)
     found.layers[index] = copy.deepcopy(cache.layers[index])
     return found
-
-
-def _same(found: Tensor, expected: Tensor) -> bool:
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    tolerance = TOLERANCE[found.dtype] * expected.abs().max().float()
-    return bool((found.float() - expected.float()).abs().max() <= tolerance)

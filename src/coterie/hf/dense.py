@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from coterie.checkpoints.codes import Codes
+from coterie.checkpoints.packed_formats import OWN
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import Format
 from coterie.hf.layout import is_experts
@@ -77,7 +78,7 @@ def chosen_linears(model: PreTrainedModel, spec: Format | None, skip: Sequence[s
     chosen = [name for name in names if not any(re.search(pattern, name) for pattern in skip)]
     if not chosen:
         left = f": dense_skip leaves out all {len(names)}" if names else ""
-        asked = "own" if spec is None else spec.name
+        asked = OWN if spec is None else spec.name
         raise ArgumentError(f"dense={asked!r}: {type(model).__name__} has no linear layers to pack{left}")
     for name in chosen if spec is not None else ():
         columns = model.get_submodule(name).in_features

@@ -18,12 +18,12 @@ from coterie.activations import KINDS, Activation
 from coterie.border import runs_now
 from coterie.hf.dense import PackedLinear
 from coterie.hf.mixed import mixed
+from coterie.hf.proving import TOLERANCE, is_silent
 from coterie.hf.quick import FEW
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Of the rows that are tried: where an activation's input is about 1, it tells kinds apart, where it is large, limits.
 SCALES = tuple(2.0**n for n in range(-3, 7))
-TOLERANCE = {torch.bfloat16: 2**-5, torch.float32: 1e-4}
 
 
 def join_gates(model: nn.Module) -> None:
@@ -88,12 +88,6 @@ class QuickGated(nn.Module):
         errors = {kind: _error(self._at_once(rows, kind), expected) for kind in kinds}
         best = min(errors, key=errors.__getitem__)
         return best if errors[best] <= TOLERANCE[x.dtype] else None
-
-
-def is_silent(module: Any) -> bool:
-    """Whether nobody listens to a module, nor has put another forward in it."""
-    own = module.__dict__
-    return not own["_forward_hooks"] and not own["_forward_pre_hooks"] and "forward" not in own
 
 
 def _error(found: Tensor | None, expected: Any) -> float:

@@ -27,7 +27,7 @@ from coterie.gpu.device import free_nbytes
 from coterie.hf import attention, cache, skeleton
 from coterie.hf.empty import empty_model
 from coterie.hf.growing import make_growing
-from coterie.hf.step import is_heard
+from coterie.hf.proving import is_heard
 
 LEAST = 1024  # tokens that a cache holds
 SHARE = 0.5  # of the free memory that such a cache may take

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from coterie.checkpoints.codes import Codes
+from coterie.checkpoints.packed_formats import OWN
 from coterie.checkpoints.packed_linears import LINEARS_FILE, LinearsFile, open_linears, write_linears
 from coterie.checkpoints.tensorfile import shown
 from coterie.errors import CheckpointError
 from coterie.formats import Format, resolve
-from coterie.hf.config import OWN
 from coterie.hf.dense import attach, chosen_linears, pack_linears, packed_linears
 from coterie.hf.modules import hide_parameters, remove_hooks
 from coterie.hf.names import parameters_in, stored_name

@@ -22,6 +22,7 @@ from coterie import cpu, memory
 from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.folder import PACKED_INDEX
 from coterie.checkpoints.packed import UNFINISHED, layer_file, read_layout
+from coterie.checkpoints.packed_formats import OWN
 from coterie.checkpoints.packed_read import open_layer
 from coterie.checkpoints.tensorfile import TensorFile
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
@@ -29,7 +30,7 @@ from coterie.experts import Experts
 from coterie.formats import Format
 from coterie.gpu.choice import streamed
 from coterie.gpu.device import usable
-from coterie.hf.config import METHOD, OWN, CoterieConfig
+from coterie.hf.config import METHOD, CoterieConfig
 from coterie.hf.dense import detach, packed_linears
 from coterie.hf.experts import NAME
 from coterie.hf.layout import Layout

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
-from transformers.utils import output_capturing
 
 from coterie import _native
 from coterie.border import runs_now
@@ -22,6 +21,7 @@ from coterie.hf.dense import PackedLinear
 from coterie.hf.growing import ARGUMENTS, Growing
 from coterie.hf.mixed import mixed
 from coterie.hf.modules import packed_module
+from coterie.hf.proving import TOLERANCE, is_silent, same
 from coterie.hf.quick import FEW, QuickNorm, QuickRouter
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -29,11 +29,10 @@ HEAD_NORMS = ("q_norm", "k_norm")
 SINKS = "sinks"
 Angles = tuple[Tensor, Tensor]
 POSITIONS, MASK = "position_embeddings", "attention_mask"
-IMPLEMENTATION, COLLECTOR = "_attn_implementation_internal", "_active_collector"
+IMPLEMENTATION = "_attn_implementation_internal"
 # What a layer may be called with beside its rows; position_ids say nothing where there are embeddings of positions.
 KNOWN = {POSITIONS, MASK, *ARGUMENTS, "position_ids", "use_cache", "cache_position"}
 LARGE = 64.0
-TOLERANCE = {torch.bfloat16: 2**-5, torch.float32: 1e-4}
 
 
 def step_at_once(model: nn.Module) -> None:
@@ -145,19 +144,9 @@ class LayerParts:
         if has_global_hooks():
             return False
         for modules, name, part in self.places:
-            own = part.__dict__
-            if modules[name] is not part or own["_forward_pre_hooks"] or "forward" in own:
-                return False
-            if own["_forward_hooks"] and is_heard(own["_forward_hooks"]):
+            if modules[name] is not part or not is_silent(part):
                 return False
         return all(p.__dict__.get("packed") is q for p, q in zip(self.projections, self.packed, strict=True))
-
-
-def is_heard(hooks: dict[int, Any]) -> bool:
-    """Whether hooks are other than those that Transformers leaves where outputs were asked for once."""
-    collector = getattr(output_capturing, COLLECTOR, None)
-    idle = collector is not None and not collector.get()  # of what is asked for now
-    return not idle or any(getattr(hook, "__module__", "") != output_capturing.__name__ for hook in hooks.values())
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -272,11 +261,11 @@ def _proved(layer: QuickLayer, x: Tensor, kwargs: dict[str, Any], cached: Growin
         return None
     finally:
         hook.remove()
-    if len(seen) != 1 or not _same(_tried(LayerStep(parts, halved, False).attend, random, kwargs, cached), seen[0]):
+    if len(seen) != 1 or not same(_tried(LayerStep(parts, halved, False).attend, random, kwargs, cached), seen[0]):
         return None
     for with_experts in (False,) if parts.experts is None else (True, False):
         step = LayerStep(parts, halved, with_experts)
-        if _same(step.finish(seen[0]), expected):
+        if same(step.finish(seen[0]), expected):
             return step
     return None
 
@@ -293,7 +282,7 @@ def _halved(parts: LayerParts, random: Tensor, kwargs: dict[str, Any], cached: G
     for halved in (False, True):
         step = AttentionStep(parts, halved)
         found = [_tried(step, x, given, cached) for x, given in trials]
-        if all(_same(f, a[0]) and a[1] is None for f, a in zip(found, answers, strict=True)):
+        if all(same(f, a[0]) and a[1] is None for f, a in zip(found, answers, strict=True)):
             return halved
     return None
 
@@ -307,12 +296,6 @@ def _tried(attend: Callable, x: Tensor, kwargs: dict[str, Any], cached: Growing)
     """What attention makes of x and a copy of the cache."""
     keys, values = (torch.cat([t, t[:, :, :1]], dim=2) for t in (cached.keys, cached.values))
     return attend(x, kwargs[POSITIONS], keys, values, cached.keys.shape[-2], kwargs.get(MASK))
-
-
-def _same(found: Tensor | None, expected: Tensor) -> bool:
-    if found is None or found.shape != expected.shape:
-        return False
-    return bool((found - expected).abs().max() <= TOLERANCE[found.dtype] * expected.abs().max())
 
 
 class TrialCache:

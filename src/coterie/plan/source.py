@@ -16,14 +16,14 @@ from coterie.checkpoints.folder import Folder, read_json
 from coterie.checkpoints.gguf import GgufReader
 from coterie.checkpoints.gguf_file import GgufFile, find_gguf
 from coterie.checkpoints.packed import UNFINISHED
-from coterie.checkpoints.packed_formats import ModelFormats
+from coterie.checkpoints.packed_formats import OWN, ModelFormats
 from coterie.checkpoints.packed_linears import LINEARS_FILE
 from coterie.checkpoints.quantised import METHODS, Quantised, quantisation_of, read_quantised, unread
 from coterie.checkpoints.tensorfile import PLAIN_DTYPES
 from coterie.convert.cpu import formats_for
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import FORMATS, Format, resolve
-from coterie.hf.config import METHOD, OWN, CoterieConfig
+from coterie.hf.config import METHOD, CoterieConfig
 from coterie.hf.empty import empty_model
 from coterie.hf.gguf_config import read_config
 from coterie.hf.linears import stored_linears

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from coterie.checkpoints.gguf import PLAIN_TORCH
 from coterie.checkpoints.gguf_file import GgufFile, find_gguf
+from coterie.checkpoints.packed_formats import OWN
 from coterie.errors import ArgumentError, CheckpointError
-from coterie.hf.config import OWN
 from coterie.hf.described import load_config, load_tokenizer
 from coterie.hf.loading import from_pretrained
 
