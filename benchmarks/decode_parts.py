@@ -20,9 +20,9 @@ from coterie.bench.like import config_like
 from coterie.bench.random_model import random_model
 from coterie.bench.timing import take_turns
 from coterie.formats import resolve
-from coterie.hf.delta import QuickDelta
-from coterie.hf.gated import QuickGated
-from coterie.hf.step import QuickLayer
+from coterie.hf.inference.delta import QuickDelta
+from coterie.hf.inference.gated import QuickGated
+from coterie.hf.inference.step import QuickLayer
 
 PROMPT, VOCABULARY = 512, 8192
 WITHOUT = ("nothing", "linear attention", "gated MLPs", "windows", "whole layers")

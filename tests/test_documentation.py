@@ -14,7 +14,7 @@ from quantised_checkpoints import FINER, METHODS
 
 from coterie.checkpoints.gguf_types import TYPES
 from coterie.formats import FORMATS, resolve
-from coterie.hf import gguf_families as gguf_read_here
+from coterie.hf.gguf import families as gguf_read_here
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md")]

@@ -20,9 +20,9 @@ from coterie.bench.random_model import packed_twin, random_model
 from coterie.cli import app
 from coterie.errors import ArgumentError, DeviceError
 from coterie.formats import resolve
-from coterie.hf import attention
 from coterie.hf.clock import Clock
 from coterie.hf.dense import packed_linears
+from coterie.hf.inference import attention
 from coterie.hf.modules import packed_modules
 
 

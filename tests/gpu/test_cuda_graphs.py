@@ -12,7 +12,7 @@ import tiny_models  # noqa: E402
 from lora_models import PARAMETERS, adapt  # noqa: E402
 
 import coterie  # noqa: E402
-from coterie.hf import graphs  # noqa: E402
+from coterie.hf.inference import graphs  # noqa: E402
 
 TOKENS = 24
 

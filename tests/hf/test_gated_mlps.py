@@ -15,7 +15,7 @@ import coterie
 from coterie import _native
 from coterie.activations import KINDS, Activation
 from coterie.hf.clock import Clock
-from coterie.hf.gated import QuickGated
+from coterie.hf.inference.gated import QuickGated
 
 # How many such MLPs the tiny models have.
 FAMILIES = {"qwen2_moe": 2, "qwen3_next": 2, "glm4_moe": 3, "deepseek_v3": 3, "ernie4_5_moe": 3, "hunyuan_v1_moe": 2}

@@ -12,7 +12,7 @@ from coterie import plan
 from coterie.checkpoints.gguf_file import GgufFile
 from coterie.errors import CheckpointError, UnsupportedModelError
 from coterie.hf.converting import convert
-from coterie.hf.gguf_config import open_tokenizer, read_config
+from coterie.hf.gguf.config import open_tokenizer, read_config
 
 LENGTH = 40
 YARN = ROPE | {

@@ -17,7 +17,7 @@ from tiny_models import make
 from coterie.checkpoints import open_reader
 from coterie.checkpoints.gguf_file import GgufFile
 from coterie.errors import CheckpointError, CoterieError
-from coterie.hf.gguf_config import open_tokenizer, read_config
+from coterie.hf.gguf.config import open_tokenizer, read_config
 
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 HOSTILE = [b"\xff" * 8, bytes(8), *((1 << bits).to_bytes(8, "little") for bits in (31, 40, 62))]

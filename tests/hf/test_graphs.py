@@ -10,9 +10,9 @@ from transformers.generation.utils import GenerationMode
 
 import coterie
 from coterie.errors import ArgumentError
-from coterie.hf import cache as caches
-from coterie.hf import graphs
-from coterie.hf.graphs import GraphedForward
+from coterie.hf.inference import cache as caches
+from coterie.hf.inference import graphs
+from coterie.hf.inference.graphs import GraphedForward
 
 TOKENS = 6
 

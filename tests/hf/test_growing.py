@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import coterie
 from coterie import tiny
-from coterie.hf.growing import GrowingLayer, GrowingSlidingLayer
+from coterie.hf.inference.growing import GrowingLayer, GrowingSlidingLayer
 
 WINDOW = 6
 

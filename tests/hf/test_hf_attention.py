@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import coterie
 from coterie import _native, tiny
-from coterie.hf import attention
+from coterie.hf.inference import attention
 
 PROMPTS = torch.tensor([[0, 0, 0, 7, 8, 9, 10, 11], [4, 5, 6, 7, 8, 9, 10, 11]])
 SEEN = (PROMPTS > 0).long()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, CompileConfig
 
 import coterie
 from coterie.errors import ArgumentError, UnsupportedModelError
-from coterie.hf.attention import attend_as_before
+from coterie.hf.inference.attention import attend_as_before
 from coterie.hf.layout import is_experts
 from coterie.hf.modules import packed_modules
 from coterie.hf.weight import PackedWeight

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import coterie
 from coterie.errors import ArgumentError, CheckpointError
-from coterie.hf.attention import attend_as_before
+from coterie.hf.inference.attention import attend_as_before
 from coterie.hf.modules import packed_modules
 from coterie.hf.weight import PackedWeight
 

@@ -13,7 +13,7 @@ from tiny_models import make
 
 import coterie
 from coterie import _native
-from coterie.hf.delta import QuickDelta
+from coterie.hf.inference.delta import QuickDelta
 
 FAMILIES = ["qwen3_next", "qwen3_5_moe_text"]
 

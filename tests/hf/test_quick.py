@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeTopKRouter
 
-from coterie.hf.quick import FEW, QuickNorm, QuickRouter, quicken
+from coterie.hf.inference.quick import FEW, QuickNorm, QuickRouter, quicken
 
 WIDTH, EXPERTS, TOP_K = 64, 24, 3
 STEP = {torch.bfloat16: 2**-8, torch.float32: 1e-6}
@@ -115,7 +115,7 @@ def test_the_weights_of_a_module_are_read_with_each_call():
 
 
 def test_training_and_prompts_go_through_torch(monkeypatch):
-    from coterie.hf import quick as quick_module
+    from coterie.hf.inference import quick as quick_module
 
     def refuse(*_):
         raise AssertionError("the engine was asked")

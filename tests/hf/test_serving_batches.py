@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, make
 
 import coterie
 from coterie.errors import UnsupportedModelError
-from coterie.hf.batching import Batches
+from coterie.hf.serving.batching import Batches
 
 # Transformers has no pages for the states of linear attention, nor for compressed keys and values.
 UNBATCHED = {"qwen3_next", "qwen3_5_moe_text", "deepseek_v2", "deepseek_v3"}

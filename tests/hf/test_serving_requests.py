@@ -2,7 +2,7 @@
 
 import pytest
 
-from coterie.hf.serving_requests import Refused, check, check_batched
+from coterie.hf.serving.requests import Refused, check, check_batched
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]

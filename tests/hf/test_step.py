@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, DynamicCache
 import coterie
 from coterie import tiny
 from coterie.hf.clock import Clock
-from coterie.hf.step import LayerStep, QuickLayer
+from coterie.hf.inference.step import LayerStep, QuickLayer
 
 EXPERTS, BLOCK = "experts", "block"
 # What each layer of a family becomes: attention and experts by the engine, or attention alone; None: neither.

@@ -15,7 +15,7 @@ from coterie.checkpoints.gguf_file import GgufFile
 from coterie.cli import app
 from coterie.errors import CheckpointError, UnsupportedModelError
 from coterie.hf.empty import empty_model
-from coterie.hf.gguf_config import read_config
+from coterie.hf.gguf.config import read_config
 from coterie.hf.modules import packed_modules
 
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}

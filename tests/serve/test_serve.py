@@ -257,7 +257,7 @@ def test_a_disconnect_in_mid_stream(client, truth):
 def test_a_disconnect_ends_the_generation(monkeypatch, tokenizer):
     import uvicorn
 
-    from coterie.hf.serving import NamedModel, Server
+    from coterie.hf.serving.server import NamedModel, Server
     from coterie.serve.server import bind
 
     ended = queue.Queue()

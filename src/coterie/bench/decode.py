@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from coterie.hf import cache
+from coterie.hf.inference import cache
 
 
 class Decoder:

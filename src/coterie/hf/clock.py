@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from coterie.hf.dense import PackedLinear
-from coterie.hf.gated import QuickGated
+from coterie.hf.inference.gated import QuickGated
+from coterie.hf.inference.step import LayerStep
 from coterie.hf.modules import packed_module
-from coterie.hf.step import LayerStep
 
 
 @dataclass(slots=True)

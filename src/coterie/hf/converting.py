@@ -28,8 +28,8 @@ from coterie.formats import resolve
 from coterie.hf.config import check_skip
 from coterie.hf.dense import chosen_linears
 from coterie.hf.empty import empty_model
-from coterie.hf.gguf import read_rest
-from coterie.hf.gguf_config import read_config, save_tokenizer
+from coterie.hf.gguf.config import read_config, save_tokenizer
+from coterie.hf.gguf.weights import read_rest
 from coterie.hf.names import parameters_in, stored_name, tied_names
 from coterie.hf.skeleton import make_config
 

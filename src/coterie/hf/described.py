@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from coterie.checkpoints.gguf_file import GgufFile, find_gguf
-from coterie.hf import gguf_config
+from coterie.hf.gguf import config as gguf_config
 
 OF_FOLDERS = ("revision", "trust_remote_code")  # what a file has no use for
 

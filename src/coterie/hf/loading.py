@@ -22,8 +22,8 @@ from coterie.gpu.device import usable
 from coterie.gpu.room import CONTEXT
 from coterie.hf.config import LOADING, METHOD, CoterieConfig
 from coterie.hf.empty import empty_model
-from coterie.hf.gguf import fetch_gguf, read_rest
-from coterie.hf.gguf_config import read_config
+from coterie.hf.gguf.config import read_config
+from coterie.hf.gguf.weights import fetch_gguf, read_rest
 
 # What finds the files of a config finds those of its model too.
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

@@ -13,18 +13,18 @@ from coterie.checkpoints.folderwriter import replaced_folder
 from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.checkpoints.packed_write import write_layer
 from coterie.errors import ArgumentError
-from coterie.hf import cache, graphs
-from coterie.hf.attention import attend_as_before, attend_here
-from coterie.hf.delta import attend_linearly
 from coterie.hf.dense import packed_linears
-from coterie.hf.gated import join_gates
-from coterie.hf.growing import grow_in_place
+from coterie.hf.inference import cache, graphs
+from coterie.hf.inference.attention import attend_as_before, attend_here
+from coterie.hf.inference.delta import attend_linearly
+from coterie.hf.inference.gated import join_gates
+from coterie.hf.inference.growing import grow_in_place
+from coterie.hf.inference.quick import quicken
+from coterie.hf.inference.step import step_at_once
 from coterie.hf.linears import save_linears
 from coterie.hf.mixed import mixed
 from coterie.hf.modules import number_layers, packed_modules
-from coterie.hf.quick import quicken
 from coterie.hf.saving import write_index
-from coterie.hf.step import step_at_once
 from coterie.hf.weight import PackedWeight
 
 PEFT_PREFIX = "base_model.model."

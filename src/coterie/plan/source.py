@@ -25,7 +25,7 @@ from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import FORMATS, Format, resolve
 from coterie.hf.config import METHOD, CoterieConfig
 from coterie.hf.empty import empty_model
-from coterie.hf.gguf_config import read_config
+from coterie.hf.gguf.config import read_config
 from coterie.hf.linears import stored_linears
 from coterie.hf.skeleton import make_config
 

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from coterie.errors import ArgumentError
-from coterie.hf import cache
+from coterie.hf.inference import cache
 from coterie.serve.opening import context_length
 from coterie.serve.thinking import OPEN, Thinking
 

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from coterie.errors import ArgumentError
-from coterie.hf.serving import Server
+from coterie.hf.serving.server import Server
 
 GRACE = 30  # seconds that answers have to end when the server stops
 KINDS = {401: "authentication_error", 404: "not_found_error"}

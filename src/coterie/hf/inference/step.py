@@ -16,13 +16,13 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from coterie import _native
 from coterie.border import runs_now
-from coterie.hf.attention import NAME, NAME_EAGER
 from coterie.hf.dense import PackedLinear
-from coterie.hf.growing import ARGUMENTS, Growing
+from coterie.hf.inference.attention import NAME, NAME_EAGER
+from coterie.hf.inference.growing import ARGUMENTS, Growing
+from coterie.hf.inference.proving import TOLERANCE, is_silent, same
+from coterie.hf.inference.quick import FEW, QuickNorm, QuickRouter
 from coterie.hf.mixed import mixed
 from coterie.hf.modules import packed_module
-from coterie.hf.proving import TOLERANCE, is_silent, same
-from coterie.hf.quick import FEW, QuickNorm, QuickRouter
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 HEAD_NORMS = ("q_norm", "k_norm")

@@ -15,9 +15,9 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from coterie import _native
 from coterie.border import runs_now
+from coterie.hf.inference.proving import TOLERANCE, is_silent, same
+from coterie.hf.inference.quick import FEW
 from coterie.hf.mixed import mixed
-from coterie.hf.proving import TOLERANCE, is_silent, same
-from coterie.hf.quick import FEW
 
 BY_HEAD, BY_KIND = ("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 PARTS = {"conv1d", "norm", "out_proj"}

@@ -24,10 +24,11 @@ from transformers.utils import logging
 from coterie.errors import ArgumentError
 from coterie.gpu import ordered
 from coterie.gpu.device import free_nbytes
-from coterie.hf import attention, cache, skeleton
+from coterie.hf import skeleton
 from coterie.hf.empty import empty_model
-from coterie.hf.growing import make_growing
-from coterie.hf.proving import is_heard
+from coterie.hf.inference import attention, cache
+from coterie.hf.inference.growing import make_growing
+from coterie.hf.inference.proving import is_heard
 
 LEAST = 1024  # tokens that a cache holds
 SHARE = 0.5  # of the free memory that such a cache may take

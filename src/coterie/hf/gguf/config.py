@@ -12,8 +12,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from coterie.checkpoints.gguf_file import GgufFile
 from coterie.checkpoints.tensorfile import shown
 from coterie.errors import CheckpointError, CoterieError, UnsupportedModelError
-from coterie.hf.gguf_families import family_of
-from coterie.hf.gguf_family import settings_of
+from coterie.hf.gguf.families import family_of
+from coterie.hf.gguf.family import settings_of
 
 # Metadata that Transformers does not read of every architecture -> what its configs call it.
 FIELDS = {

@@ -20,8 +20,8 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
-from coterie.hf import serving_requests as requests
-from coterie.hf.batching import Batches
+from coterie.hf.serving import requests
+from coterie.hf.serving.batching import Batches
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health")
 SEED = "coterie_seed"  # what a request's seed is called on its generation config

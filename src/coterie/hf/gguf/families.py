@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coterie.checkpoints.gguf_file import GgufFile
 from coterie.errors import UnsupportedModelError
-from coterie.hf.gguf_family import (
+from coterie.hf.gguf.family import (
     SIGMOID,
     SOFTMAX,
     SOFTMAX_OF_CHOSEN,

@@ -17,9 +17,9 @@ from coterie import _native
 from coterie.activations import KINDS, Activation
 from coterie.border import runs_now
 from coterie.hf.dense import PackedLinear
+from coterie.hf.inference.proving import TOLERANCE, is_silent
+from coterie.hf.inference.quick import FEW
 from coterie.hf.mixed import mixed
-from coterie.hf.proving import TOLERANCE, is_silent
-from coterie.hf.quick import FEW
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Of the rows that are tried: where an activation's input is about 1, it tells kinds apart, where it is large, limits.

@@ -17,8 +17,8 @@ from transformers.utils import cached_file
 from coterie.checkpoints.gguf_file import GgufFile, file_names
 from coterie.checkpoints.tensorfile import shown
 from coterie.errors import CheckpointError
-from coterie.hf.gguf_families import family_of
-from coterie.hf.gguf_family import parameters
+from coterie.hf.gguf.families import family_of
+from coterie.hf.gguf.family import parameters
 from coterie.hf.modules import read_layouts
 from coterie.hf.names import parameters_in
 

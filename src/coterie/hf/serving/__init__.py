@@ -1,0 +1,1 @@
+"""Transformers' OpenAI-compatible server over models that are loaded already."""
