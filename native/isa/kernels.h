@@ -171,6 +171,38 @@ struct Head {
   int64_t twin;               // from the angle of a column in the first half to its twin's: half of `turned`, or 0
 };
 
+constexpr float kSmallestSquare = 1e-6f;  // added to the square of a query's or key's length in linear attention
+
+// Channels of one head of some tokens on their way into linear attention: a convolution of each with its last `taps` values, and SiLU. The stride is in elements.
+struct HeadChannels {
+  int64_t tokens, dim, taps;
+  const uint8_t* from;               // [tokens][dim], and as many tokens before it as were `seen`, at most taps - 1
+  int64_t stride, seen;
+  DType dtype;                       // bf16 or f32
+  float* rows;                       // [taps - 1 + tokens][dim], written; but those before what was seen are given
+  const float *weights, *bias;       // [taps][dim], [dim] or null
+  float length;                      // of each token's result; 0: as it is
+  float* to;                         // [tokens][dim]
+};
+
+// The gated delta rule for one head of some tokens, then norm and gate. Strides in elements.
+struct DeltaHead {
+  int64_t tokens, key_dim, value_dim;    // value_dim: a multiple of 16
+  const float *queries, *keys, *values;  // [tokens][key_dim] twice, [tokens][value_dim]
+  const float *decays, *betas;           // [tokens]
+  float* state;                          // [key_dim][value_dim], updated
+  float* out;                            // [tokens][value_dim], written
+  DType dtype;                           // bf16 or f32, of what follows
+  const uint8_t* gates;                  // [tokens][value_dim]
+  int64_t gate_stride;
+  const float* norm;                     // [value_dim]
+  float epsilon;
+  uint8_t* to;                           // [tokens][value_dim]
+  int64_t to_stride;
+
+  int64_t scratch_floats() const { return 2 * kPanelRows * key_dim + value_dim; }
+};
+
 struct PackOptions {
   bool search;
   const float* tiles;  // layouts that need it: the largest magnitude of each tile of 128 rows and a step's columns
@@ -212,6 +244,8 @@ struct Kernels {
   // Block `number` of keys, or of values, as `attend_rows` reads them.
   void (*pack_head)(const HeadRows&, bool values, int64_t number, uint8_t* to);
   void (*attend_rows)(const PromptPart&);
+  void (*convolve)(const HeadChannels&);
+  void (*delta_rule)(const DeltaHead&, float* scratch);
 
   // For measuring: issue `count` full-width dot products of a kind; read `bytes` bytes.
   void (*dots)(int64_t count, bool integer);

@@ -3,6 +3,7 @@
 #pragma once
 #include "isa/attend.h"
 #include "isa/attend_rows.h"
+#include "isa/delta.h"
 #include "isa/generic.h"
 #include "isa/heads.h"
 #include "isa/train.h"
@@ -29,6 +30,8 @@ constexpr Kernels kernels_of(const char* name) {
           turn<Isa>,
           AttendRows<Isa>::pack,
           AttendRows<Isa>::attend,
+          Delta<Isa>::convolve,
+          Delta<Isa>::rule,
           Isa::dots,
           E::read,
           Isa::kFloatMacs,

@@ -6,129 +6,111 @@
 #include <vector>
 
 #include "formats/bfloat16.h"
-#include "layer/norm.h"
 #include "runtime/threads.h"
 
 namespace coterie {
 namespace {
 
-constexpr int64_t kChannels = 512;   // of an item of the convolution
-constexpr float kSmallest = 1e-6f;   // added to the square of a query's or key's length
+constexpr int64_t kBlock = 64;  // tokens at a time: their channels as floats, and what a thread has of a head, stay in L2
 
 int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-float number(const uint8_t* at, DType dtype, int64_t i) {
-  return dtype == DType::f32 ? reinterpret_cast<const float*>(at)[i] : bf16_to_float(reinterpret_cast<const uint16_t*>(at)[i]);
-}
-
-void put(uint8_t* at, DType dtype, int64_t i, float value) {
-  if (dtype == DType::f32)
-    reinterpret_cast<float*>(at)[i] = value;
-  else
-    reinterpret_cast<uint16_t*>(at)[i] = float_to_bf16(value);
+float value_at(const uint8_t* from, DType dtype, int64_t i) {
+  return dtype == DType::f32 ? reinterpret_cast<const float*>(from)[i] : bf16_to_float(reinterpret_cast<const uint16_t*>(from)[i]);
 }
 
 float rounded(float value, DType dtype) { return dtype == DType::f32 ? value : bf16_to_float(float_to_bf16(value)); }
 float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 
-// Where in a row of `mixed` a channel, or the gate of a value, is.
-int64_t channel_at(const DeltaStep& s, int64_t channel) {
-  if (!s.by_head) return channel;
-  const int64_t each = s.value_heads / s.key_heads * s.value_dim, group = 2 * s.key_dim + 2 * each;
-  if (channel < 2 * s.keys()) {
-    const int64_t kind = channel / s.keys(), within = channel % s.keys();
-    return within / s.key_dim * group + kind * s.key_dim + within % s.key_dim;
-  }
-  const int64_t value = channel - 2 * s.keys();
-  return value / each * group + 2 * s.key_dim + value % each;
-}
+// A head's queries, keys or values: its first channel, and where it is in a row of `mixed`.
+struct Channels {
+  int64_t first, at, dim;
+  float length;
 
-int64_t gate_at(const DeltaStep& s, int64_t value) {
-  return s.by_head ? channel_at(s, 2 * s.keys() + value) + s.value_heads / s.key_heads * s.value_dim : value;
-}
-
-// Channels [begin, end) of a sequence: into the window, and what the convolution makes of it.
-void convolve(const DeltaStep& s, int64_t sequence, int64_t begin, int64_t end, float* to) {
-  const int64_t size = bytes_of(s.dtype), width = s.by_head ? s.channels() + s.values() : s.channels();
-  const uint8_t* const row = s.mixed + sequence * width * size;
-  for (int64_t c = begin; c < end; c++) {
-    uint8_t* const window = s.window + (sequence * s.channels() + c) * s.positions * size;
-    memmove(window, window + size, (s.positions - 1) * size);
-    memcpy(window + (s.positions - 1) * size, row + channel_at(s, c) * size, size);
-    float sum = s.convolution_bias ? s.convolution_bias[c] : 0.0f;
-    for (int64_t i = 0; i < s.taps; i++)
-      sum += number(s.convolution, s.convolution_dtype, c * s.taps + i) * number(window, s.dtype, s.positions - s.taps + i);
-    sum = rounded(sum, s.dtype);
-    to[c] = rounded(sum * sigmoid(sum), s.dtype);
-  }
-}
-
-// A query or key of length `scale`.
-void normalise(const float* from, int64_t count, float scale, float* to) {
-  float squares = 0.0f;
-  for (int64_t i = 0; i < count; i++) squares += from[i] * from[i];
-  const float by = scale / std::sqrt(squares + kSmallest);
-  for (int64_t i = 0; i < count; i++) to[i] = from[i] * by;
-}
-
-// The rule for 16 columns of a head's state [keys][stride]; decay * state + key x (value - key (decay * state)) * beta, and its product with the query.
-void update(float* state, int64_t stride, int64_t keys, const float* query, const float* key, float query_key, const float* value, float decay, float beta,
-            float* out) {
-  float by_key[kPanelRows] = {}, by_query[kPanelRows] = {}, change[kPanelRows];
-  for (int64_t k = 0; k < keys; k++)
-    for (int v = 0; v < kPanelRows; v++) {
-      by_key[v] += state[k * stride + v] * key[k];
-      by_query[v] += state[k * stride + v] * query[k];
+  Channels(const DeltaTokens& d, int64_t number) {
+    const int64_t each = d.value_heads / d.key_heads, group = 2 * d.key_dim + 2 * each * d.value_dim;
+    if (number < 2 * d.key_heads) {
+      const bool is_key = number >= d.key_heads;
+      first = number * d.key_dim, dim = d.key_dim, length = is_key ? 1.0f : 1.0f / std::sqrt(static_cast<float>(d.key_dim));
+      at = d.by_head ? number % d.key_heads * group + (is_key ? d.key_dim : 0) : first;
+    } else {
+      const int64_t head = number - 2 * d.key_heads;
+      first = 2 * d.keys() + head * d.value_dim, dim = d.value_dim, length = 0.0f;
+      at = d.by_head ? head / each * group + 2 * d.key_dim + head % each * d.value_dim : first;
     }
-  for (int v = 0; v < kPanelRows; v++) {
-    change[v] = (value[v] - by_key[v] * decay) * beta;
-    out[v] = by_query[v] * decay + query_key * change[v];
   }
-  for (int64_t k = 0; k < keys; k++)
-    for (int v = 0; v < kPanelRows; v++) state[k * stride + v] = state[k * stride + v] * decay + key[k] * change[v];
-}
+};
 
-void head_of(const DeltaStep& s, int64_t sequence, int64_t head, const float* channels, uint8_t* to) {
-  const int64_t each = s.value_heads / s.key_heads, key_head = head / each, size = bytes_of(s.dtype);
-  const int64_t beta_at = s.by_head ? key_head * 2 * each + head % each : head, step_at = s.by_head ? beta_at + each : head;
-  const int64_t row = sequence * (s.by_head ? 2 : 1) * s.value_heads;
-  const float beta = rounded(sigmoid(number(s.betas, s.dtype, row + beta_at)), s.dtype);
-  const float step = number(s.by_head ? s.betas : s.steps, s.dtype, row + step_at) + s.step_bias[head];
-  const float decay = std::exp(-std::exp(s.log_rates[head]) * softplus(step));
-  std::vector<float> query(s.key_dim), key(s.key_dim), out(s.value_dim);
-  normalise(channels + key_head * s.key_dim, s.key_dim, 1.0f / std::sqrt(static_cast<float>(s.key_dim)), query.data());
-  normalise(channels + s.keys() + key_head * s.key_dim, s.key_dim, 1.0f, key.data());
-  float query_key = 0.0f;
-  for (int64_t i = 0; i < s.key_dim; i++) query_key += query[i] * key[i];
-  const float* const value = channels + 2 * s.keys() + head * s.value_dim;
-  float* const state = s.state + (sequence * s.value_heads + head) * s.key_dim * s.value_dim;
-  for (int64_t v = 0; v < s.value_dim; v += kPanelRows)
-    update(state + v, s.value_dim, s.key_dim, query.data(), key.data(), query_key, value + v, decay, beta, out.data() + v);
-  for (float& v : out) v = rounded(v, s.dtype);
-  const float by = inverse_rms(s.epsilon, out.data(), DType::f32, s.value_dim);
-  const int64_t width = s.by_head ? s.channels() + s.values() : s.values();
-  const uint8_t* const gates = (s.by_head ? s.mixed : s.gates) + sequence * width * size;
-  for (int64_t v = 0; v < s.value_dim; v++) {
-    const float gate = number(gates, s.dtype, gate_at(s, head * s.value_dim + v));
-    put(to, s.dtype, v, rounded(rounded(out[v] * by, s.dtype) * s.norm[v], s.dtype) * gate * sigmoid(gate));
+// Tokens [begin, begin + count) of a sequence, on their way through.
+struct Span {
+  const DeltaTokens& d;
+  const Kernels& kernels;
+  int64_t begin, count;
+  float* channels;  // [sequences][heads of queries | of keys | of values][count][dim]: rows of one head lie together, or they share few sets of a cache
+
+  const uint8_t* row(int64_t sequence) const { return d.mixed + (sequence * d.tokens + begin) * d.width() * bytes_of(d.dtype); }
+  float* channels_at(int64_t sequence, int64_t first) const { return channels + (sequence * d.channels() + first) * count; }
+
+  void convolve(int64_t sequence, int64_t number) const {
+    const Channels c(d, number);
+    const int64_t element = bytes_of(d.dtype), before = d.taps - 1, seen = std::min(before, begin);
+    std::vector<float> rows((before + count) * c.dim), weights(d.taps * c.dim);
+    uint8_t* const window = d.window + (sequence * d.channels() + c.first) * d.positions * element;
+    for (int64_t t = 0; t < before - seen; t++)
+      for (int64_t i = 0; i < c.dim; i++) rows[t * c.dim + i] = value_at(window, d.dtype, (i + 1) * d.positions - before + seen + t);
+    for (int64_t tap = 0; tap < d.taps; tap++)
+      for (int64_t i = 0; i < c.dim; i++) weights[tap * c.dim + i] = value_at(d.convolution, d.convolution_dtype, (c.first + i) * d.taps + tap);
+    const uint8_t* const from = row(sequence) + c.at * element;
+    kernels.convolve({count, c.dim, d.taps, from, d.width(), seen, d.dtype, rows.data(), weights.data(), d.convolution_bias ? d.convolution_bias + c.first : nullptr,
+                      c.length, channels_at(sequence, c.first)});
+    if (begin + count == d.tokens) slide(window, c, from);
   }
-}
+
+  // The last block's: a window of what came in last. `from`: these channels of the block's first token.
+  void slide(uint8_t* window, const Channels& c, const uint8_t* from) const {
+    const int64_t element = bytes_of(d.dtype), fresh = std::min(d.positions, d.tokens), kept = d.positions - fresh;
+    for (int64_t i = 0; i < c.dim; i++, window += d.positions * element) {
+      memmove(window, window + fresh * element, kept * element);
+      for (int64_t p = 0; p < fresh; p++) memcpy(window + (kept + p) * element, from + ((count - fresh + p) * d.width() + i) * element, element);
+    }
+  }
+
+  void recur(int64_t sequence, int64_t head, uint8_t* out) const {
+    const int64_t each = d.value_heads / d.key_heads, key_head = head / each, element = bytes_of(d.dtype);
+    const int64_t width = (d.by_head ? 2 : 1) * d.value_heads, beta_at = d.by_head ? key_head * 2 * each + head % each : head;
+    const int64_t step_at = d.by_head ? beta_at + each : head;
+    std::vector<float> decays(count), betas(count);
+    for (int64_t t = 0; t < count; t++) {
+      const int64_t at = (sequence * d.tokens + begin + t) * width;
+      const float step = value_at(d.by_head ? d.betas : d.steps, d.dtype, at + step_at) + d.step_bias[head];
+      decays[t] = std::exp(-std::exp(d.log_rates[head]) * softplus(step));
+      betas[t] = rounded(sigmoid(value_at(d.betas, d.dtype, at + beta_at)), d.dtype);
+    }
+    std::vector<float> results(count * d.value_dim);
+    DeltaHead h{count, d.key_dim, d.value_dim, channels_at(sequence, key_head * d.key_dim), channels_at(sequence, d.keys() + key_head * d.key_dim),
+                channels_at(sequence, 2 * d.keys() + head * d.value_dim), decays.data(), betas.data(),
+                d.state + (sequence * d.value_heads + head) * d.key_dim * d.value_dim, results.data(), d.dtype};
+    const int64_t first_gate = d.by_head ? Channels(d, 2 * d.key_heads + head).at + each * d.value_dim : head * d.value_dim;
+    h.gate_stride = d.by_head ? d.width() : d.values();
+    h.gates = (d.by_head ? d.mixed : d.gates) + ((sequence * d.tokens + begin) * h.gate_stride + first_gate) * element;
+    h.norm = d.norm, h.epsilon = d.epsilon, h.to_stride = d.values();
+    h.to = out + ((sequence * d.tokens + begin) * d.values() + head * d.value_dim) * element;
+    std::vector<float> scratch(h.scratch_floats());
+    kernels.delta_rule(h, scratch.data());
+  }
+};
 
 }  // namespace
 
-void delta_step(const DeltaStep& s, void* out) {
-  const int64_t channels = s.channels(), parts = (channels + kChannels - 1) / kChannels;
-  std::vector<float> convolved(s.sequences * channels);
-  parallel(s.sequences * parts, [&](int64_t item, int) {
-    const int64_t sequence = item / parts, begin = item % parts * kChannels;
-    convolve(s, sequence, begin, std::min(channels, begin + kChannels), convolved.data() + sequence * channels);
-  });
-  const int64_t bytes = s.value_dim * bytes_of(s.dtype);
-  parallel(s.sequences * s.value_heads, [&](int64_t item, int) {
-    const int64_t sequence = item / s.value_heads;
-    head_of(s, sequence, item % s.value_heads, convolved.data() + sequence * channels, static_cast<uint8_t*>(out) + item * bytes);
-  });
+void delta_rule(const Kernels& kernels, const DeltaTokens& d, void* out) {
+  std::vector<float> channels(d.sequences * std::min(d.tokens, kBlock) * d.channels());
+  const int64_t parts = 2 * d.key_heads + d.value_heads;
+  for (int64_t begin = 0; begin < d.tokens; begin += kBlock) {
+    const Span span{d, kernels, begin, std::min(kBlock, d.tokens - begin), channels.data()};
+    parallel(d.sequences * parts, [&](int64_t item, int) { span.convolve(item / parts, item % parts); });
+    parallel(d.sequences * d.value_heads, [&](int64_t item, int) { span.recur(item / d.value_heads, item % d.value_heads, static_cast<uint8_t*>(out)); });
+  }
 }
 
 }  // namespace coterie

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_step import assert_same, by_own_code, decode
 from tiny_models import make
+from transformers import DynamicCache
 
 import coterie
 from coterie import _native
@@ -38,8 +39,8 @@ def linear(model) -> list[QuickDelta]:
 
 
 def counted(monkeypatch) -> list:
-    calls, step = [], _native.delta_step
-    monkeypatch.setattr(_native, "delta_step", lambda *given: calls.append(1) or step(*given))
+    calls, rule = [], _native.delta_rule
+    monkeypatch.setattr(_native, "delta_rule", lambda *given: calls.append(given[0].shape[1]) or rule(*given))
     return calls
 
 
@@ -84,10 +85,11 @@ def test_long_answers_and_caches_that_change(family, opened, float32_products):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_padded_sequences(opened, float32_products):
-    model, mask = opened("qwen3_next"), torch.ones(3, 12, dtype=torch.int64)
+def test_padded_sequences(opened, float32_products, monkeypatch):
+    model, mask, calls = opened("qwen3_next"), torch.ones(3, 12, dtype=torch.int64), counted(monkeypatch)
     mask[1, :4] = 0
     found = decode(model, 3, mask)
+    assert 12 in calls and calls[-1] == 1
     with Own(model), by_own_code(model):
         assert_same(found, decode(model, 3, mask))
 
@@ -120,11 +122,53 @@ def test_hooks_are_heard_and_parts_that_change_are_tried_anew(opened, float32_pr
         assert_same(found, decode(model))
 
 
-def test_training_and_prompts_are_the_modules_own(opened, monkeypatch):
+def test_training_and_what_has_no_cache_are_the_modules_own(opened, monkeypatch):
     model, calls = opened("qwen3_next"), counted(monkeypatch)
     model(torch.arange(3, 20)[None]).logits.sum().backward()
     with torch.no_grad():
-        model(torch.arange(3, 20)[None], use_cache=True)
+        model(torch.arange(3, 20)[None], use_cache=False)
+    assert not calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(1,), (2,), (7,), (70,), (150, 70), (64, 1, 66)], ids=str)
+def test_prompts_whole_and_in_parts(family, dtype, lengths, opened, float32_products, monkeypatch):
+    """A cache that the engine filled is what the modules' own code goes on from, and the other way round."""
+    model, calls = opened(family, dtype), counted(monkeypatch)
+    parts = torch.randint(3, 96, (2, sum(lengths)), generator=torch.Generator().manual_seed(0)).split(lengths, 1)
+
+    def states(cache):
+        layer = cache.layers[linear(model)[0].layer_idx]
+        return [layer.conv_states[0], layer.recurrent_states[0]]
+
+    def run(own):
+        cache, found = DynamicCache(config=model.config), []
+        for part, by_module in zip(parts, own, strict=True):
+            linear(model)[0].is_quick = False if by_module else None
+            with torch.inference_mode():
+                found.append(model(part, past_key_values=cache, use_cache=True).logits)
+        linear(model)[0].is_quick = None
+        return [torch.cat(found, 1), *states(cache)]
+
+    expected = run([True] * len(parts))
+    assert not calls
+    for own in ([False] * len(parts), [False, *[True] * (len(parts) - 1)], [True, *[False] * (len(parts) - 1)]):
+        for one, other in zip(run(own), expected, strict=True):
+            assert one.dtype == other.dtype
+            assert (one - other).norm() < (1e-5 if dtype == torch.float32 else 0.02) * other.norm(), own
+    assert {*lengths} <= {*calls}
+
+
+def test_a_rollback_is_the_modules_own(opened, monkeypatch):
+    """Candidates that are verified may be taken back, for which a cache keeps more of the past."""
+    model, calls = opened("qwen3_next"), counted(monkeypatch)
+    cache = DynamicCache(config=model.config)
+    for layer in cache.layers:
+        if hasattr(layer, "activate_past_recording"):
+            layer.activate_past_recording()
+    with torch.inference_mode():
+        model(torch.arange(3, 20)[None], past_key_values=cache, use_cache=True)
     assert not calls
 
 

@@ -1,4 +1,4 @@
-"""Linear attention of a token by the gated delta rule, in one call of the engine, beside the same in plain torch."""
+"""Linear attention by the gated delta rule, in one call of the engine, beside the same in plain torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EPSILON = 1e-5
 SHAPES = [(1, 1, 1, 16, 16), (1, 2, 6, 24, 32), (3, 4, 4, 128, 16), (2, 3, 12, 7, 128)]  # B, key heads, heads, K, V
 
 
-def tensors(shape, dtype, positions, taps, bias):
+def tensors(shape, dtype, positions, taps, bias, tokens=1):
     sequences, key_heads, heads, key_dim, value_dim = shape
     random = torch.Generator().manual_seed(0)
     channels = 2 * key_heads * key_dim + heads * value_dim
@@ -21,8 +21,8 @@ def tensors(shape, dtype, positions, taps, bias):
         return torch.randn(sizes, generator=random).to(dtype)
 
     return {
-        "mixed": draw(sequences, 1, channels), "gates": draw(sequences, 1, heads * value_dim),
-        "betas": draw(sequences, 1, heads), "steps": 3 * draw(sequences, 1, heads),
+        "mixed": draw(sequences, tokens, channels), "gates": draw(sequences, tokens, heads * value_dim),
+        "betas": draw(sequences, tokens, heads), "steps": 3 * draw(sequences, tokens, heads),
         "window": draw(sequences, channels, positions), "convolution": draw(channels, 1, taps),
         "bias": draw(channels) if bias else None,
         "state": draw(sequences, heads, key_dim, value_dim, dtype=torch.float32), "log_rates": draw(heads),
@@ -46,33 +46,39 @@ def truth(given, key_heads):
     """(output, window, state) as the models compute them, in float32."""
     given = {name: value if value is None else value.float() for name, value in given.items()}
     _, heads, key_dim, value_dim = given["state"].shape
-    taps = given["convolution"].shape[-1]
-    window = torch.cat([given["window"], given["mixed"].transpose(1, 2)], -1)[..., 1:]
-    mixed = F.silu(F.conv1d(window[..., -taps:], given["convolution"], given["bias"], groups=window.shape[1]))[..., 0]
+    taps, positions, tokens = given["convolution"].shape[-1], given["window"].shape[-1], given["mixed"].shape[1]
+    seen = torch.cat([given["window"], given["mixed"].mT], -1)
+    mixed = F.conv1d(seen[..., -taps - tokens + 1 :], given["convolution"], given["bias"], groups=seen.shape[1])
     width = key_heads * key_dim
-    q, k, v = mixed.split([width, width, heads * value_dim], -1)
-    q, k = (x.unflatten(-1, (key_heads, key_dim)).repeat_interleave(heads // key_heads, 1) for x in (q, k))
+    q, k, v = F.silu(mixed).mT.split([width, width, heads * value_dim], -1)
+    q, k = (x.unflatten(-1, (key_heads, key_dim)).repeat_interleave(heads // key_heads, 2) for x in (q, k))
     q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
-    decay = (-given["log_rates"].exp() * F.softplus(given["steps"][:, 0] + given["step_bias"])).exp()
-    beta = given["betas"][:, 0].sigmoid()
-    values = v.unflatten(-1, (heads, value_dim))
-    out, state = reference.delta_rule(q / key_dim**0.5, k, values, beta, decay, given["state"])
+    decay = (-given["log_rates"].exp() * F.softplus(given["steps"] + given["step_bias"])).exp()
+    beta, values, state, outs = given["betas"].sigmoid(), v.unflatten(-1, (heads, value_dim)), given["state"], []
+    for i in range(tokens):
+        q_, k_, v_, beta_, decay_ = (x[:, i] for x in (q / key_dim**0.5, k, values, beta, decay))
+        out, state = reference.delta_rule(q_, k_, v_, beta_, decay_, state)
+        outs.append(out)
+    out = torch.stack(outs, 1)
     out = reference.rms_norm(out, given["norm"], EPSILON) * F.silu(given["gates"].view_as(out))
-    return out.flatten(1)[:, None], window, state
+    return out.flatten(2), seen[..., -positions:], state
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("positions", "taps", "bias"), [(4, 4, False), (5, 3, True), (1, 1, False)])
 @pytest.mark.parametrize("together", [False, True])
-def test_a_token(shape, dtype, positions, taps, bias, together):
-    given = tensors(shape, dtype, positions, taps, bias)
+@pytest.mark.parametrize("tokens", [1, 2, 70])
+def test_tokens(shape, dtype, positions, taps, bias, together, tokens, each_isa):
+    given = tensors(shape, dtype, positions, taps, bias, tokens)
     expected, window, state = truth(given, shape[1])
     given = by_head(given, shape[1]) if together else given
-    found = _native.delta_step(**given, epsilon=EPSILON, key_heads=shape[1])
-    assert found.dtype == dtype and torch.equal(given["window"].float(), window)
-    for one, other in ((found, expected), (given["state"], state)):
-        assert (one - other).norm() < (2e-2 if dtype == torch.bfloat16 else 1e-5) * other.norm()
+    for isa in each_isa:
+        kept = {name: given[name].clone() for name in ("window", "state")}
+        found = _native.delta_rule(**given | kept, epsilon=EPSILON, key_heads=shape[1])
+        assert found.dtype == dtype and torch.equal(kept["window"].float(), window), isa
+        for one, other in ((found, expected), (kept["state"], state)):
+            assert (one - other).norm() < (2e-2 if dtype == torch.bfloat16 else 1e-5) * other.norm(), isa
 
 
 def test_the_same_bits_for_any_number_of_threads(threads):
@@ -80,7 +86,7 @@ def test_the_same_bits_for_any_number_of_threads(threads):
     for count in (1, 2, 3):
         cpu.set_threads(count)
         given = tensors(SHAPES[1], torch.bfloat16, 4, 4, False)
-        answers.append((_native.delta_step(**given, epsilon=EPSILON, key_heads=2), given["state"], given["window"]))
+        answers.append((_native.delta_rule(**given, epsilon=EPSILON, key_heads=2), given["state"], given["window"]))
     assert all(torch.equal(a, b) for other in answers[1:] for a, b in zip(answers[0], other, strict=True))
 
 
@@ -88,7 +94,7 @@ def test_large_and_small_numbers_stay_finite():
     given = tensors(SHAPES[0], torch.float32, 4, 4, False)
     for scale in (0.0, 1e-20, 1e4):
         given["steps"], given["mixed"] = given["steps"] * scale, given["mixed"] * scale
-        assert _native.delta_step(**given, epsilon=EPSILON, key_heads=1).isfinite().all()
+        assert _native.delta_rule(**given, epsilon=EPSILON, key_heads=1).isfinite().all()
 
 
 def test_tensors_that_do_not_fit_are_not_taken():
@@ -102,6 +108,6 @@ def test_tensors_that_do_not_fit_are_not_taken():
         {"log_rates": torch.ones(3)}, {"bias": torch.ones(3)}, {"window": given["window"].expand(2, -1, -1)},
         {"state": torch.randn(4, 16, 16)},
     ):  # fmt: skip
-        assert _native.delta_step(**given | changes, epsilon=EPSILON, key_heads=2) is None, changes
-    assert _native.delta_step(**given, epsilon=EPSILON, key_heads=3) is None
+        assert _native.delta_rule(**given | changes, epsilon=EPSILON, key_heads=2) is None, changes
+    assert _native.delta_rule(**given, epsilon=EPSILON, key_heads=3) is None
     assert all(torch.equal(given[name], value) for name, value in before.items())

@@ -1,8 +1,8 @@
-"""Linear attention by the gated delta rule (Qwen3-Next, Qwen3.5) of a token that is decoded, by the engine:
-convolution, rule, norm and gate as one call between the module's own projections, in the place of torch's sixty.
+"""Linear attention by the gated delta rule (Qwen3-Next, Qwen3.5) by the engine: convolution, rule, norm and gate as one
+call between the module's own projections, in the place of torch's sixty.
 
-Modules are found by their structure and proved by trying them when they decode their first token, with its states and a
-row of our own: what the module answers, and leaves behind, is what the engine must."""
+Modules are found by their structure and proved by trying them at their first call, with a copy of its states and rows
+of our own: what the module answers, and leaves behind, is what the engine must."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 from coterie import _native
 from coterie.border import runs_now
 from coterie.hf.inference.proving import TOLERANCE, is_silent, same
-from coterie.hf.inference.quick import FEW
 from coterie.hf.mixed import mixed
 
 BY_HEAD, BY_KIND = ("in_proj_qkvz", "in_proj_ba"), ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 PARTS = {"conv1d", "norm", "out_proj"}
 CACHES = ("cache", "cache_params")  # its names in a module's forward, since Transformers 5.24 and before
+MASK = "attention_mask"  # [B, T], 0: padding; None: there is none
 # What else a module may be called with: of it, this says nothing.
-KNOWN = {*CACHES, "use_cache", "output_router_logits", "position_ids", "cache_position"}
+KNOWN = {*CACHES, MASK, "use_cache", "output_router_logits", "position_ids", "cache_position"}
 STATES = ("conv_states", "recurrent_states", "has_previous_state")  # of a layer of a cache, by number
+TRIED = 6, 1  # tokens that a module is proved by: a prompt, and one that is decoded
 
 
 def attend_linearly(model: nn.Module) -> None:
@@ -38,7 +39,7 @@ def _projections(module: nn.Module) -> tuple[str, ...] | None:
     """The names of a module's projections, if it is built as such."""
     names = {name for name, _ in module.named_children()}
     found = next((way for way in (BY_HEAD, BY_KIND) if names == {*way, *PARTS}), None)
-    own = all(hasattr(module, name) for name in ("A_log", "dt_bias", "num_k_heads", "layer_idx"))
+    own = all(hasattr(module, name) for name in ("A_log", "dt_bias", "num_k_heads", "head_k_dim", "layer_idx"))
     return found if own and isinstance(module.conv1d, nn.Conv1d) else None
 
 
@@ -51,12 +52,12 @@ class QuickDelta(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """x [B, T, H] and what else the module's own forward takes -> [B, T, H]."""
-        states = None if args else self._states(hidden_states, kwargs)
-        if states is not None:
+        layer = None if args else self._asked(hidden_states, kwargs)
+        if layer is not None:
             parts = self.conv1d, self.norm
             if self.is_quick is None or parts != self.proved_parts:
                 self.is_quick, self.proved_parts = self._proved(hidden_states, kwargs), parts
-            out = self._step(hidden_states, *states) if self.is_quick else None
+            out = self._attend(hidden_states, kwargs.get(MASK), layer) if self.is_quick else None
             if out is not None:
                 return self.out_proj(out)
         return super().forward(hidden_states, *args, **kwargs)
@@ -64,20 +65,21 @@ class QuickDelta(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("is_quick", "proved_parts")}
 
-    def _states(self, x: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-        """The window of the convolution and the state of a token that is decoded; None for other calls."""
+    def _asked(self, x: Tensor, kwargs: dict[str, Any]) -> Any:
+        """This module's part of the cache of a call that the engine may answer; None for other calls."""
         if self.is_quick is False or self.training or torch.is_grad_enabled() or not runs_now():
             return None
-        if type(x) is not Tensor or x.dim() != 3 or x.shape[1] != 1 or len(x) > FEW or not x.is_cpu:
+        if type(x) is not Tensor or x.dim() != 3 or not x.numel() or not x.is_cpu:
             return None
         if any(value is not None and value is not False for name, value in kwargs.items() if name not in KNOWN):
+            return None
+        mask = kwargs.get(MASK)
+        if mask is not None and (type(mask) is not Tensor or mask.shape != x.shape[:2]):
             return None
         if has_global_hooks() or not all(map(is_silent, (self.conv1d, self.norm))):
             return None
         layer = self._layer(next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None))
-        if layer is None or getattr(layer, "record_past", False) or not layer.has_previous_state[0]:
-            return None
-        return layer.conv_states[0], layer.recurrent_states[0]
+        return None if layer is None or getattr(layer, "record_past", False) else layer
 
     def _layer(self, cache: Any) -> Any:
         """This module's part of a cache, if it is one as the engine knows them."""
@@ -85,34 +87,44 @@ class QuickDelta(nn.Module):
         found = layers[self.layer_idx] if self.layer_idx < len(layers) else None
         return found if all(isinstance(getattr(found, name, None), dict) for name in STATES) else None
 
-    def _step(self, x: Tensor, window: Tensor, state: Tensor) -> Tensor | None:
-        """What goes into the last projection; both states are those behind the token then. None: nothing was done."""
+    def _attend(self, x: Tensor, mask: Tensor | None, layer: Any) -> Tensor | None:
+        """What goes into the last projection; the cache's states are those behind x then. None: nothing was done."""
+        if mask is not None:
+            x = (x * mask[..., None]).to(x.dtype)
         names = BY_HEAD if hasattr(self, BY_HEAD[0]) else BY_KIND
         made = [getattr(self, name)(x) for name in names]
-        mixed_row, gates, betas, steps = made if names is BY_KIND else (made[0], None, made[1], None)
+        mixed_rows, gates, betas, steps = made if names is BY_KIND else (made[0], None, made[1], None)
         convolution, norm = self.conv1d, self.norm
-        return _native.delta_step(
-            mixed_row, gates, betas, steps, window, convolution.weight, convolution.bias, state, self.A_log,
-            self.dt_bias, norm.weight, norm.variance_epsilon, self.num_k_heads,
+        if not layer.has_previous_state[0]:
+            window = made[0].new_zeros(len(x), len(convolution.weight), convolution.weight.shape[-1])
+            layer.update_conv_state(window)
+            layer.update_recurrent_state(torch.zeros(len(x), len(self.A_log), self.head_k_dim, len(norm.weight)))
+        return _native.delta_rule(
+            mixed_rows, gates, betas, steps, layer.conv_states[0], convolution.weight, convolution.bias,
+            layer.recurrent_states[0], self.A_log, self.dt_bias, norm.weight, norm.variance_epsilon, self.num_k_heads,
         )  # fmt: skip
 
     def _proved(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether the engine answers as the module does, and leaves the same states."""
         if x.dtype not in TOLERANCE:
             return False
-        random = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.dtype)
+        random = torch.randn(len(x), sum(TRIED), x.shape[-1], generator=torch.Generator().manual_seed(0)).to(x.dtype)
         name = next(name for name in CACHES if kwargs.get(name) is not None)
         mine, theirs = (_alone(kwargs[name], self.layer_idx) for _ in range(2))
+        layer, other = self._layer(mine), self._layer(theirs)
+        padding = torch.ones(len(x), TRIED[0], dtype=torch.int64)
+        padding[0, 0] = 0
         try:
-            expected = super().forward(random, **{**kwargs, name: theirs})
-            layer = self._layer(mine)
-            found = self._step(random, layer.conv_states[0], layer.recurrent_states[0])
+            for rows, mask in zip(random.split(TRIED, dim=1), (padding, None), strict=True):
+                expected = super().forward(rows, **{**kwargs, name: theirs, MASK: mask})
+                found = self._attend(rows, mask, layer)
+                if found is None or not same(self.out_proj(found), expected):
+                    return False
+                if not all(same(getattr(layer, kind)[0], getattr(other, kind)[0]) for kind in STATES[:2]):
+                    return False
         except Exception:
             return False
-        other = self._layer(theirs)
-        if found is None or not same(self.out_proj(found), expected):
-            return False
-        return all(same(getattr(layer, kind)[0], getattr(other, kind)[0]) for kind in STATES[:2])
+        return True
 
 
 def _alone(cache: Any, index: int) -> Any:

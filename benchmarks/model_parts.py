@@ -1,7 +1,7 @@
-"""What a decoded token gains where linear attention, windows and gated MLPs are one call of the engine: a model's first
-layers, random weights, with all of it and without a part, taking turns in one process.
+"""What a decoded token, or a prompt, gains where linear attention, windows and gated MLPs are one call of the engine: a
+model's first layers, random weights, with all of it and without a part, taking turns in one process.
 
-    python benchmarks/decode_parts.py CONFIG.json --layers 4 --experts int4 --dense int4
+    python benchmarks/model_parts.py CONFIG.json --layers 4 --experts int4 --dense int4 [--prefill]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import coterie  # before torch
 # isort: split
 import torch
 
-from coterie.bench.decode import Decoder
+from coterie.bench.decode import Decoder, Prefill
 from coterie.bench.like import config_like
 from coterie.bench.random_model import random_model
 from coterie.bench.timing import take_turns
@@ -26,6 +26,7 @@ from coterie.hf.inference.step import QuickLayer
 
 PROMPT, VOCABULARY = 512, 8192
 WITHOUT = ("nothing", "linear attention", "gated MLPs", "windows", "whole layers")
+OF_PROMPTS = WITHOUT[:2]
 
 
 def allow(model: torch.nn.Module, without: str) -> None:
@@ -48,20 +49,23 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", default="int4")
     parser.add_argument("--dense", default="int4")
+    parser.add_argument("--prefill", action="store_true", help=f"a prompt of {PROMPT} tokens, not a token after it")
     parser.add_argument("--rounds", type=int, default=4)
     asked = parser.parse_args()
     config, _ = config_like(str(asked.config), layers=asked.layers, vocabulary=VOCABULARY)
     model = random_model(config, "eager", resolve(asked.experts), resolve(asked.dense)).eval()
-    decoder = Decoder(model, torch.randint(VOCABULARY, (1, PROMPT)))
+    contestants, work = (OF_PROMPTS, Prefill) if asked.prefill else (WITHOUT, Decoder)
+    call = work(model, torch.randint(VOCABULARY, (1, PROMPT)))
 
-    def decode(without: str, number: int) -> None:
+    def run(without: str, number: int) -> None:
         if number == 0:
             allow(model, without)
-        decoder(number)
+        call(number)
 
-    turns = take_turns({without: partial(decode, without) for without in WITHOUT}, 0.5, asked.rounds)
-    print(f"ms of a token of {asked.layers} layers, {coterie.cpu.current_isa()}; medians of the rounds, and each")
-    for without in WITHOUT:
+    turns = take_turns({without: partial(run, without) for without in contestants}, 0.5, asked.rounds)
+    timed = f"{PROMPT} tokens" if asked.prefill else "a token"
+    print(f"ms of {timed}, {asked.layers} layers, {coterie.cpu.current_isa()}; medians of the rounds, and each")
+    for without in contestants:
         rounds = ", ".join(f"{1e3 * seconds:.2f}" for seconds in turns.rounds[without])
         print(f"  without {without}: {1e3 * turns.seconds(without):.2f} ({rounds})")
 
