@@ -18,7 +18,7 @@ import coterie
 from coterie import plan
 from coterie.adapters.merge import merge_adapter
 from coterie.errors import ArgumentError
-from coterie.hf.converting import convert
+from coterie.hf.converting import convert, verify_linears
 from coterie.hf.dense import packed_linears
 from coterie.hf.modules import packed_modules
 
@@ -143,6 +143,9 @@ def test_checkpoints_that_others_quantised(method, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = coterie.from_pretrained(tmp_path / "saved")
     assert formats(again) == formats(model) and torch.equal(logits(again), logits(model))
+    convert(folder, tmp_path / "converted", dense="own")
+    again = coterie.from_pretrained(tmp_path / "converted")
+    assert formats(again) == formats(model) and torch.equal(logits(again), logits(model))
 
 
 def test_a_plain_checkpoint_has_none(tmp_path):
@@ -164,6 +167,24 @@ def test_plan_without_the_files(file, tmp_path):
     assert "which linear layers are packed, and how, is in its files" in source.problem
 
 
-def test_a_conversion_refuses_it(file, tmp_path):
-    with pytest.raises(ArgumentError, match=r'--dense own: .* open the checkpoint with dense="own"'):
-        convert(file[0], tmp_path / "out", dense="own")
+@pytest.mark.parametrize("dense", ["own", "q6_k"])
+def test_converted_as_opened(dense, file, tmp_path):
+    report = convert(file[0], tmp_path / "out", dense=dense)
+    model, opened = coterie.from_pretrained(tmp_path / "out"), coterie.from_pretrained(file[0], dense=dense)
+    assert formats(model) == formats(opened) and torch.equal(logits(model), logits(opened))
+    assert report.linear_errors.count == 9
+    worst = verify_linears(tmp_path / "out", file[0]).worst
+    assert worst < (4e-3 if dense == "own" else 0.05)
+
+
+def test_a_head_that_is_the_embedding_converted(tmp_path):
+    path = write_qwen(tmp_path / "model.gguf", stock(tie_word_embeddings=True), experts="Q4_K", rest="Q4_K")
+    convert(path, tmp_path / "out", dense="own")
+    opened = coterie.from_pretrained(path, dense="own")
+    assert torch.equal(logits(coterie.from_pretrained(tmp_path / "out")), logits(opened))
+
+
+def test_a_plain_checkpoint_converted(tmp_path):
+    make("qwen3_moe").save_pretrained(tmp_path / "plain")
+    assert convert(tmp_path / "plain", tmp_path / "out", quant_method="int8", dense="own").linear_errors is None
+    assert "dense" not in json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]

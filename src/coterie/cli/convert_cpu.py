@@ -41,7 +41,7 @@ def cpu(
         str | None,
         typer.Option(
             help="Pack the linear layers outside the experts too, in this format: attention, shared experts, dense "
-            "MLPs, the head. [default: they keep their dtype]"
+            "MLPs, the head. own: those that are quantised, as they are. [default: they keep their dtype]"
         ),
     ] = None,
     dense_skip: Annotated[

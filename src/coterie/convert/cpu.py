@@ -82,7 +82,8 @@ def convert_cpu(
     names = {layer: loose_name(layer) if loose else layer_file("", layer).name for layer in layouts}
     conversion = {"source": str(source.resolve()), "format": formats.described, "layers": spans(tuple(names))}
     conversion["layout"] = "loose files" if loose else "one checkpoint"
-    conversion["linear layers"] = dense.described if dense else "as they are"
+    packed = others.dense if others else None
+    conversion["linear layers"] = packed.described if packed else "as they are"
 
     with _threads(threads), OutputFolder(output, conversion, resume or resume_layer is not None) as folder:
         _drop_unfinished(folder, layouts, names, resume_layer)

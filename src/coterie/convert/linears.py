@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from coterie.checkpoints.codes import Codes
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.packed_formats import OWN
 from coterie.checkpoints.packed_linears import (
@@ -31,15 +32,18 @@ from coterie.linear import Linear
 class Dense:
     """How linear layers are to be packed: as `spec`, but for those that `skip`, regular expressions, leave out.
 
-    own: where there is no `spec`, that of each, by its name when packed.
+    own: where there is no `spec`, that of each, by its name when packed; not known yet: those that have codes, in the
+    format of these.
     tensors: given the names of a checkpoint's tensors, which are packed: {name when packed: the tensor that has the
     weight}. The two differ where a head shares its weight with the embedding. Only a model knows: see `coterie.hf`.
+    codes: those of a tensor in a format, or in any, if it has them elsewhere: in a GGUF file.
     """
 
     spec: Format | None
     skip: tuple[str, ...]
     tensors: Callable[[Collection[str]], dict[str, str]]
     own: Mapping[str, Format] = field(default_factory=dict)
+    codes: Callable[[str, Format | None], Codes | None] | None = None
 
     @property
     def name(self) -> str:
@@ -54,19 +58,34 @@ class Dense:
     def spec_of(self, name: str) -> Format:
         return self.spec or self.own[name]
 
+    def codes_of(self, weight: Written, folder: Folder, spec: Format | None) -> Codes | None:
+        return self.codes(weight.source, spec) if self.codes else weight.codes(folder, spec)
+
+    def with_own(self, weights: Mapping[str, Written], folder: Folder) -> Dense:
+        """The same where `own` is known: of those `weights` that have codes, which are read for it."""
+        if self.spec is not None or self.own:
+            return self
+        own = {}
+        for name, weight in weights.items():
+            if codes := self.codes_of(weight, folder, None):
+                own[name] = codes.spec
+                weight.release(folder)
+        return replace(self, own=own)
+
 
 class LinearPacking:
-    """Linear layers of a checkpoint, {name when packed: tensor}, packed as `specs` say one at a time, and what that
+    """Linear layers of a checkpoint, {name when packed: tensor}, packed as `dense` says one at a time, and what that
     cost. Those that are quantised so already keep their codes."""
 
-    def __init__(self, folder: Folder, specs: Mapping[str, Format], weights: Mapping[str, Written]):
+    def __init__(self, folder: Folder, dense: Dense, weights: Mapping[str, Written]):
         for name, weight in weights.items():
             if len(weight.shape) != 2:
                 raise CheckpointError(f"{folder.path}, tensor {name}: shape {list(weight.shape)}, expected a matrix")
         self._shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
-        self.nbytes = sum(PackedLinears(specs[name], self._shapes).nbytes(name) for name in weights)
+        self._specs = {name: dense.spec_of(name) for name in weights}
+        self.nbytes = sum(PackedLinears(self._specs[name], self._shapes).nbytes(name) for name in weights)
         self.errors = LinearErrors()
-        self._folder, self._specs, self._weights = folder, specs, weights
+        self._folder, self._dense, self._weights = folder, dense, weights
 
     def write(self, file: Callable[[str], Path]) -> dict[str, str]:
         """Writes them, and returns the file of each. Raises CheckpointError for a weight that no format can hold."""
@@ -75,7 +94,7 @@ class LinearPacking:
     def _pack(self, name: str) -> Tensor:
         spec, weight = self._specs[name], self._weights[name]
         linear = Linear.empty(*self._shapes[name], format=spec)
-        codes = weight.codes(self._folder, spec)
+        codes = self._dense.codes_of(weight, self._folder, spec)
         try:
             error = linear.pack_codes(codes) if codes else linear.pack_weight(weight.tensor(self._folder))
         except ArgumentError as problem:

@@ -27,7 +27,7 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 class Rest:
     """Everything of a checkpoint but the tensors named in `experts`; what is stored by one of `schemes` is dequantised,
-    and linear layers are packed as `dense` says. linears: those; None where there are none.
+    and linear layers are packed as `dense` says. linears: those; None where there are none, and then so is `dense`.
 
     Every shard is opened, so a broken one raises CheckpointError here, before anything is written.
     """
@@ -35,14 +35,17 @@ class Rest:
     def __init__(
         self, folder: Folder, experts: Collection[str], schemes: Sequence[Scheme], dense: Dense | None = None
     ):
-        self._folder, self._dense = folder, dense
+        self._folder = folder
         names = [name for name in folder.shard_of if name not in experts]
         tensors = {tensor.name: tensor for tensor in written_tensors(folder, names, schemes)}
         self.linears = None
         if dense is not None:
             weights = {name: tensors[source] for name, source in dense.tensors(tensors.keys()).items()}
-            self.linears = LinearPacking(folder, {name: dense.spec_of(name) for name in weights}, weights)
+            dense = dense.with_own(weights, folder)
+            weights = {name: weight for name, weight in weights.items() if dense.spec or name in dense.own}
+            self.linears = LinearPacking(folder, dense, weights) if weights else None
             tensors = {name: tensor for name, tensor in tensors.items() if name not in weights}
+        self.dense = dense if self.linears else None
         self._tensors = list(tensors.values())
         self._files = list(other_files(folder.root))
         self.source_bytes = sum(folder.nbytes(name) for name in names)
@@ -66,7 +69,7 @@ class Rest:
             total_size += layer.nbytes
         copy_files(self._folder.root, self._files, file)
         config = without_quantisation(self._folder.config) | {
-            "quantization_config": quantization_config(formats, self._dense)
+            "quantization_config": quantization_config(formats, self.dense)
         }
         write_json(file("config.json"), config)
         write_index(file(PACKED_INDEX), weight_map, total_size=total_size, dtype=self._dtype())

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from coterie.checkpoints.folder import read_json
+from coterie.checkpoints.gguf import GgufReader
 from coterie.checkpoints.gguf_file import GgufFile, find_gguf
 from coterie.checkpoints.packed_formats import OWN
 from coterie.checkpoints.packed_linears import LINEARS_FILE
@@ -47,14 +49,9 @@ def convert(
     Of a GGUF file Transformers makes config, tokenizer and all weights but the experts' first, in memory and in a
     temporary folder beside `output`.
     """
-    if dense == OWN:
-        raise ArgumentError(
-            '--dense own: a conversion packs linear layers in one format; open the checkpoint with dense="own", and '
-            "save_pretrained() that"
-        )
-    if dense is not None:
+    if dense not in (None, OWN):
         resolve(dense)
-    elif dense_skip:
+    if dense is None and dense_skip:
         raise ArgumentError("--dense-skip: expected --dense too, the format that the other layers are packed in")
     experts_alone = options.get("loose") or options.get("layers") is not None
     gguf = find_gguf(source)
@@ -62,10 +59,11 @@ def convert(
         if dense is not None:
             options["dense"] = dense_of(model_of(Path(source)), dense, dense_skip)
         return convert_cpu(source, output, **options)
-    model = model_of_gguf(GgufFile(gguf))
+    reader = GgufReader(GgufFile(gguf))
+    model = model_of_gguf(reader.file)
     if dense is not None:
-        options["dense"] = dense_of(model, dense, dense_skip)
-    with rest_of_gguf(GgufFile(gguf), model, Path(output)) as rest:
+        options["dense"] = replace(dense_of(model, dense, dense_skip), codes=reader.codes)
+    with rest_of_gguf(reader.file, model, Path(output)) as (rest, reader.parameters):
         return convert_cpu(source, output, rest=rest, **options)
 
 
@@ -80,7 +78,7 @@ def merge(
     if gguf is None:
         return merge_layers(inputs, output, original, max_tensors)
     file = GgufFile(gguf)
-    with rest_of_gguf(file, model_of_gguf(file), Path(output)) as rest:
+    with rest_of_gguf(file, model_of_gguf(file), Path(output)) as (rest, _):
         return merge_layers(inputs, output, original, max_tensors, rest)
 
 
@@ -92,7 +90,7 @@ def verify_linears(packed: str | os.PathLike, source: str | os.PathLike) -> Line
     if gguf is None:
         return verify.verify_linears(Path(packed), Path(source), tied)
     file = GgufFile(gguf)
-    with rest_of_gguf(file, model_of_gguf(file), Path(packed)) as rest:
+    with rest_of_gguf(file, model_of_gguf(file), Path(packed)) as (rest, _):
         return verify.verify_linears(Path(packed), Path(source), tied, rest)
 
 
@@ -105,9 +103,10 @@ def model_of_gguf(file: GgufFile) -> PreTrainedModel:
 
 
 @contextmanager
-def rest_of_gguf(file: GgufFile, model: PreTrainedModel, beside: Path) -> Iterator[Path]:
-    """A folder with all of a GGUF file but its experts, as Transformers has it; gone afterwards."""
-    weights, _ = read_rest(file, model)
+def rest_of_gguf(file: GgufFile, model: PreTrainedModel, beside: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A folder with all of a GGUF file but its experts, as Transformers has it; gone afterwards. And `read_rest`'s
+    tensors by parameter."""
+    weights, kept = read_rest(file, model)
     parent = beside.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{beside.name}-", dir=parent) as rest:
@@ -115,7 +114,7 @@ def rest_of_gguf(file: GgufFile, model: PreTrainedModel, beside: Path) -> Iterat
         model.config.save_pretrained(rest)
         save_tokenizer(file, rest)
         del weights
-        yield Path(rest)
+        yield Path(rest), kept
 
 
 def model_of(folder: Path) -> PreTrainedModel:
@@ -126,7 +125,7 @@ def model_of(folder: Path) -> PreTrainedModel:
 
 def dense_of(model: PreTrainedModel, dense: str, skip: Sequence[str] | str) -> Dense:
     """How a conversion packs the linear layers of a model. Raises ArgumentError for what does not fit the model."""
-    spec, patterns = resolve(dense), check_skip(skip)
+    spec, patterns = None if dense == OWN else resolve(dense), check_skip(skip)
     names = chosen_linears(model, spec, patterns)
     return Dense(spec, tuple(patterns), partial(linear_tensors, model, names))
 
