@@ -20,6 +20,7 @@ inline Layout layout_from(const LayoutTuple& t) { return std::apply([](auto... p
 
 void bind_attention(nanobind::module_& m);
 void bind_decode(nanobind::module_& m);
+void bind_delta(nanobind::module_& m);
 void bind_layer(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_stream_call(nanobind::module_& m);

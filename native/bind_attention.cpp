@@ -135,7 +135,7 @@ class AttentionStep {
   using Norm = std::optional<std::tuple<float, bool, bool>>;
 
   AttentionStep(nb::object queries, nb::object keys, nb::object values, nb::object output, Norm norm, Norm query_norm, Norm key_norm, bool whole, int64_t key_dim,
-                int64_t value_dim, float scale, bool halved)
+                int64_t value_dim, float scale, bool halved, bool gated)
       : owners_{std::move(queries), std::move(keys), std::move(values), std::move(output)},
         norm_(norm),
         query_norm_(query_norm),
@@ -144,13 +144,14 @@ class AttentionStep {
         key_dim_(key_dim),
         value_dim_(value_dim),
         scale_(scale),
-        halved_(halved) {}
+        halved_(halved),
+        gated_(gated) {}
 
   // x [B,1,H], the norms' weights or None, cos and sin [B or 1,1,turned], or half of that, a cache [B,G,room,D] and [B,G,room,V] whose first `cached` positions are in use,
   // mask [B or 1,1,1,cached + 1] or None, sinks [Q] or None. To [B,1,outputs]; the cache's next position is written.
   nb::object operator()(nb::handle x, nb::handle weight, nb::handle query_weight, nb::handle key_weight, nb::handle cos, nb::handle sin, nb::handle keys, nb::handle values,
                         int64_t cached, nb::handle mask, nb::handle sinks, bool integer, bool output_integer) {
-    StepWeights w{{}, &layer(0), &layer(1), &layer(2), &layer(3), {}, {}, whole_, integer, output_integer};
+    StepWeights w{{}, &layer(0), &layer(1), &layer(2), &layer(3), {}, {}, whole_, gated_, integer, output_integer};
     const auto rows = borrow_rows(x), c = borrow_rows(cos), s = borrow_rows(sin);
     const auto k = borrow_heads(keys), v = borrow_heads(values);
     if (!rows || !c || !s || !k || !v || !is_float(rows->element)) return nb::none();
@@ -164,7 +165,8 @@ class AttentionStep {
                      v->shape[2] == room && cached >= 0 && cached < room && n[3] == key_dim_ && v->shape[3] == value_dim_ &&
                      w.keys->layout.rows == kv_heads * key_dim_ && w.values->layout.rows == kv_heads * value_dim_;
     if (!fit) return nb::none();
-    const int64_t heads = w.queries->layout.rows / key_dim_;
+    const int64_t heads = w.queries->layout.rows / key_dim_ / (gated_ ? 2 : 1);
+    if (gated_ && (key_dim_ != value_dim_ || whole_)) return nb::none();
     const bool normed = norm_of(norm_, weight, rows->cols, w.norm) && norm_of(query_norm_, query_weight, (whole_ ? heads : 1) * key_dim_, w.query_norm) &&
                         norm_of(key_norm_, key_weight, (whole_ ? kv_heads : 1) * key_dim_, w.key_norm);
     if (!normed || (norm_ && w.output->layout.rows != rows->cols)) return nb::none();
@@ -206,7 +208,7 @@ class AttentionStep {
   bool whole_;
   int64_t key_dim_, value_dim_;
   float scale_;
-  bool halved_;
+  bool halved_, gated_;
   double attending_ = 0;
 };
 
@@ -218,7 +220,7 @@ void bind_attention(nb::module_& m) {
   m.def("attend_prompt", &attend_to_prompt, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("mask").none(), nb::arg("scale"),
         nb::arg("sinks") = nb::none());
   nb::class_<AttentionStep>(m, "AttentionStep")
-      .def(nb::init<nb::object, nb::object, nb::object, nb::object, AttentionStep::Norm, AttentionStep::Norm, AttentionStep::Norm, bool, int64_t, int64_t, float, bool>())
+      .def(nb::init<nb::object, nb::object, nb::object, nb::object, AttentionStep::Norm, AttentionStep::Norm, AttentionStep::Norm, bool, int64_t, int64_t, float, bool, bool>())
       .def_prop_ro("attending", &AttentionStep::attending)
       .def("__call__", &AttentionStep::operator(), nb::arg("x"), nb::arg("weight").none(), nb::arg("query_weight").none(), nb::arg("key_weight").none(), nb::arg("cos"), nb::arg("sin"),
            nb::arg("keys"), nb::arg("values"), nb::arg("cached"), nb::arg("mask").none(), nb::arg("sinks").none(), nb::arg("integer"),

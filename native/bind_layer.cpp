@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "bind.h"
+#include "bind_linear.h"
 #include "bind_stream_call.h"
 #include "bind_tickets.h"
 #include "formats/bfloat16.h"
@@ -48,6 +49,21 @@ Batch batch_of(const BatchTuple& t) {
   const auto [tokens, top_k, x, x_dtype, x_stride, ids, weights, out, out_dtype, integer] = t;
   return {tokens,          top_k,          at<void>(x), static_cast<DType>(x_dtype),    x_stride,
           at<int64_t>(ids), at<float>(weights), at<void>(out), static_cast<DType>(out_dtype), integer};
+}
+
+// A shared expert's matrices, activation, whether with int8 activations, and its score's weight [H] or None
+using SharedTuple = std::tuple<nb::handle, nb::handle, nb::handle, std::tuple<int, float, float, float>, bool, nb::handle>;
+
+// Nothing where it is no such expert, of so many columns.
+std::optional<SharedExpert> shared_of(const SharedTuple& t, int64_t hidden, Element element) {
+  const auto [gate, up, down, activation, integer, score] = t;
+  const auto matrix = [](nb::handle h) -> const PackedLinear& { return nb::cast<const PackedLinear&>(h); };
+  auto layer = gated_of(matrix(gate), matrix(up), matrix(down), activation);
+  if (!layer || layer->hidden != hidden) return std::nullopt;
+  if (score.is_none()) return SharedExpert{std::move(*layer), integer, nullptr};
+  const auto weight = borrow_rows(score);
+  if (!weight || weight->element != element || weight->rows != 1 || weight->cols != hidden) return std::nullopt;
+  return SharedExpert{std::move(*layer), integer, weight->data};
 }
 
 // Projections are numbered gate, up, down.
@@ -114,9 +130,9 @@ class Layer {
   }
 
   // x [..., H] after norm, router and experts, and x itself (see ExpertsStep), for tensors that the kernels take as they are; None for any other. `norm`: as
-  // `rms_norm` takes it, router [E,H] of the type of x.
+  // `rms_norm` takes it, router [E,H] of the type of x; shared: None, or a shared expert: its matrices, activation, integer, and score [H] or None.
   nb::object step(nb::handle x, nb::handle norm_weight, std::tuple<float, bool, bool> norm, nb::handle router, nb::handle router_bias, int64_t top_k,
-                  bool normalised, bool rounded_weights, bool integer) const {
+                  bool normalised, bool rounded_weights, bool integer, const std::optional<SharedTuple>& shared) const {
     const auto rows = borrow_rows(x), w = borrow_rows(norm_weight), r = borrow_rows(router);
     const bool fit = rows && w && r && is_float(rows->element) && is_float(w->element) && r->element == rows->element && rows->cols == layer_.hidden &&
                      w->rows == 1 && w->cols == layer_.hidden && r->shape.size() == 2 && r->rows == layer_.count && r->cols == layer_.hidden &&
@@ -124,12 +140,14 @@ class Layer {
     if (!fit) return nb::none();
     std::optional<std::vector<float>> bias;
     if (!router_bias.is_none() && !(bias = borrow_floats(router_bias, layer_.count))) return nb::none();
+    std::optional<SharedExpert> beside;
+    if (shared && !(beside = shared_of(*shared, layer_.hidden, rows->element))) return nb::none();
     check_complete();
     auto made = new_tensor(rows->element, rows->shape);
     if (!made) return nb::none();
     const auto [epsilon, rounded, from_one] = norm;
     const ExpertsStep step{{w->data, static_cast<DType>(w->element), epsilon, rounded, from_one},
-                           {r->data, bias ? bias->data() : nullptr, layer_.count, layer_.hidden, top_k, normalised}, rounded_weights, integer};
+                           {r->data, bias ? bias->data() : nullptr, layer_.count, layer_.hidden, top_k, normalised}, rounded_weights, integer, beside ? &*beside : nullptr};
     {
       nb::gil_scoped_release released;
       experts_step(kernels(), layer_, step, rows->data, static_cast<DType>(rows->element), rows->rows, made->second);
@@ -224,7 +242,7 @@ void bind_layer(nb::module_& m) {
       .def("handle", &Layer::handle)
       .def("compute", &Layer::compute)
       .def("step", &Layer::step, nb::arg("x"), nb::arg("norm_weight"), nb::arg("norm"), nb::arg("router"), nb::arg("router_bias").none(), nb::arg("top_k"),
-           nb::arg("normalised"), nb::arg("rounded_weights"), nb::arg("integer"))
+           nb::arg("normalised"), nb::arg("rounded_weights"), nb::arg("integer"), nb::arg("shared") = nb::none())
       .def("forward", &Layer::forward, nb::arg("batch"), nb::arg("lora").none(), nb::arg("gate"), nb::arg("up"), nb::arg("owners").none())
       .def("on_stream", &Layer::on_stream, nb::arg("batch"), nb::arg("lora").none(), nb::arg("owners"))
       .def("backward", &Layer::backward);

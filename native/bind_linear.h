@@ -3,6 +3,8 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <optional>
+#include <tuple>
 #include <utility>
 
 #include "bind.h"
@@ -58,5 +60,8 @@ class PackedLinear {
   Linear layer_;
   nb::object owners_;
 };
+
+// One expert of three matrices, down(act(gate x) * (up x)); nothing for matrices that are not such an expert's.
+std::optional<Experts> gated_of(const PackedLinear& gate, const PackedLinear& up, const PackedLinear& down, const std::tuple<int, float, float, float>& activation);
 
 }  // namespace coterie

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <mutex>
 
+#include "layer/values.h"
 #include "layer/workspace.h"
 #include "runtime/threads.h"
 
@@ -62,7 +63,7 @@ void attend(const Kernels& kernels, const Attention& a, void* out) {
     keys.total = keys.largest + heads;
     kernels.attend(keys, scratch + thread * scratch_floats);
   });
-  const int64_t row_bytes = a.value_dim * (a.dtype == DType::f32 ? 4 : 2);
+  const int64_t row_bytes = a.value_dim * element_bytes(a.dtype);
   for (int64_t h = 0; h < heads; h++) {
     const float* largest = partial + heads * a.value_dim + h;
     join(largest, largest + heads, partial + h * a.value_dim, a.sinks ? a.sinks + h % (a.kv_heads * a.group) : nullptr, parts, part_floats, part_floats, a.value_dim, scratch);

@@ -4,8 +4,8 @@
 #include <cstring>
 #include <utility>
 
-#include "formats/bfloat16.h"
 #include "layer/products.h"
+#include "layer/values.h"
 #include "layer/workspace.h"
 #include "runtime/threads.h"
 
@@ -18,10 +18,6 @@ Staged columns(const Staged& s, int64_t begin, int64_t count) {
   part.data += begin * (s.row_bytes / s.cols);
   part.cols = count;
   return part;
-}
-
-float value_at(const void* values, DType dtype, int64_t i) {
-  return dtype == DType::f32 ? static_cast<const float*>(values)[i] : bf16_to_float(static_cast<const uint16_t*>(values)[i]);
 }
 
 // d weights[t, k] = <grad_out[t], y>: the shares of the blocks of hidden columns, in order, and that of the down bias.
@@ -44,7 +40,7 @@ void zero_gradients(const Experts& layer, const Routing& routing, const Lora& lo
   std::vector<bool> has_tokens(layer.count, false);
   for (int32_t e : routing.experts) has_tokens[e] = true;
   auto zero = [&](void* grad, DType dtype, int64_t values, int64_t e) {
-    const int64_t bytes = values * (dtype == DType::f32 ? 4 : 2);
+    const int64_t bytes = values * element_bytes(dtype);
     if (grad) memset(static_cast<uint8_t*>(grad) + e * bytes, 0, bytes);
   };
   for (int64_t e = 0; e < layer.count; e++) {

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "formats/bfloat16.h"
+#include "layer/values.h"
 #include "runtime/threads.h"
 
 namespace coterie {
@@ -13,14 +13,6 @@ namespace {
 
 constexpr int64_t kBlock = 64;  // tokens at a time: their channels as floats, and what a thread has of a head, stay in L2
 
-int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
-float value_at(const uint8_t* from, DType dtype, int64_t i) {
-  return dtype == DType::f32 ? reinterpret_cast<const float*>(from)[i] : bf16_to_float(reinterpret_cast<const uint16_t*>(from)[i]);
-}
-
-float rounded(float value, DType dtype) { return dtype == DType::f32 ? value : bf16_to_float(float_to_bf16(value)); }
-float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 
 // A head's queries, keys or values: its first channel, and where it is in a row of `mixed`.
@@ -49,12 +41,12 @@ struct Span {
   int64_t begin, count;
   float* channels;  // [sequences][heads of queries | of keys | of values][count][dim]: rows of one head lie together, or they share few sets of a cache
 
-  const uint8_t* row(int64_t sequence) const { return d.mixed + (sequence * d.tokens + begin) * d.width() * bytes_of(d.dtype); }
+  const uint8_t* row(int64_t sequence) const { return d.mixed + (sequence * d.tokens + begin) * d.width() * element_bytes(d.dtype); }
   float* channels_at(int64_t sequence, int64_t first) const { return channels + (sequence * d.channels() + first) * count; }
 
   void convolve(int64_t sequence, int64_t number) const {
     const Channels c(d, number);
-    const int64_t element = bytes_of(d.dtype), before = d.taps - 1, seen = std::min(before, begin);
+    const int64_t element = element_bytes(d.dtype), before = d.taps - 1, seen = std::min(before, begin);
     std::vector<float> rows((before + count) * c.dim), weights(d.taps * c.dim);
     uint8_t* const window = d.window + (sequence * d.channels() + c.first) * d.positions * element;
     for (int64_t t = 0; t < before - seen; t++)
@@ -69,7 +61,7 @@ struct Span {
 
   // The last block's: a window of what came in last. `from`: these channels of the block's first token.
   void slide(uint8_t* window, const Channels& c, const uint8_t* from) const {
-    const int64_t element = bytes_of(d.dtype), fresh = std::min(d.positions, d.tokens), kept = d.positions - fresh;
+    const int64_t element = element_bytes(d.dtype), fresh = std::min(d.positions, d.tokens), kept = d.positions - fresh;
     for (int64_t i = 0; i < c.dim; i++, window += d.positions * element) {
       memmove(window, window + fresh * element, kept * element);
       for (int64_t p = 0; p < fresh; p++) memcpy(window + (kept + p) * element, from + ((count - fresh + p) * d.width() + i) * element, element);
@@ -77,7 +69,7 @@ struct Span {
   }
 
   void recur(int64_t sequence, int64_t head, uint8_t* out) const {
-    const int64_t each = d.value_heads / d.key_heads, key_head = head / each, element = bytes_of(d.dtype);
+    const int64_t each = d.value_heads / d.key_heads, key_head = head / each, element = element_bytes(d.dtype);
     const int64_t width = (d.by_head ? 2 : 1) * d.value_heads, beta_at = d.by_head ? key_head * 2 * each + head % each : head;
     const int64_t step_at = d.by_head ? beta_at + each : head;
     std::vector<float> decays(count), betas(count);
@@ -85,12 +77,15 @@ struct Span {
       const int64_t at = (sequence * d.tokens + begin + t) * width;
       const float step = value_at(d.by_head ? d.betas : d.steps, d.dtype, at + step_at) + d.step_bias[head];
       decays[t] = std::exp(-std::exp(d.log_rates[head]) * softplus(step));
-      betas[t] = rounded(sigmoid(value_at(d.betas, d.dtype, at + beta_at)), d.dtype);
+      betas[t] = sigmoid_of(value_at(d.betas, d.dtype, at + beta_at), d.dtype);
     }
     std::vector<float> results(count * d.value_dim);
-    DeltaHead h{count, d.key_dim, d.value_dim, channels_at(sequence, key_head * d.key_dim), channels_at(sequence, d.keys() + key_head * d.key_dim),
-                channels_at(sequence, 2 * d.keys() + head * d.value_dim), decays.data(), betas.data(),
-                d.state + (sequence * d.value_heads + head) * d.key_dim * d.value_dim, results.data(), d.dtype};
+    DeltaHead h{};
+    h.tokens = count, h.key_dim = d.key_dim, h.value_dim = d.value_dim, h.dtype = d.dtype;
+    h.queries = channels_at(sequence, key_head * d.key_dim), h.keys = channels_at(sequence, d.keys() + key_head * d.key_dim);
+    h.values = channels_at(sequence, 2 * d.keys() + head * d.value_dim);
+    h.decays = decays.data(), h.betas = betas.data(), h.out = results.data();
+    h.state = d.state + (sequence * d.value_heads + head) * d.key_dim * d.value_dim;
     const int64_t first_gate = d.by_head ? Channels(d, 2 * d.key_heads + head).at + each * d.value_dim : head * d.value_dim;
     h.gate_stride = d.by_head ? d.width() : d.values();
     h.gates = (d.by_head ? d.mixed : d.gates) + ((sequence * d.tokens + begin) * h.gate_stride + first_gate) * element;

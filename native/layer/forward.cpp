@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "layer/products.h"
+#include "layer/values.h"
 #include "layer/workspace.h"
 #include "runtime/threads.h"
 
@@ -93,7 +94,7 @@ void forward_chunk(Workspace& w, const Experts& layer, const Kernels& kernels, c
 void forward(const Experts& layer, const Kernels& kernels, const Batch& batch, const Training* training) {
   Workspace& w = workspace();
   std::lock_guard<std::mutex> lock(w.turn);
-  const int64_t x_size = batch.x_dtype == DType::f32 ? 4 : 2, out_size = batch.out_dtype == DType::f32 ? 4 : 2;
+  const int64_t x_size = element_bytes(batch.x_dtype), out_size = element_bytes(batch.out_dtype);
   for (int64_t begin = 0; begin < batch.tokens; begin += kChunkTokens) {
     Batch chunk = batch;
     chunk.tokens = std::min(kChunkTokens, batch.tokens - begin);

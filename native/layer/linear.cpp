@@ -6,13 +6,12 @@
 #include <vector>
 
 #include "layer/products.h"
+#include "layer/values.h"
 #include "layer/workspace.h"
 #include "runtime/threads.h"
 
 namespace coterie {
 namespace {
-
-int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // Row i of the input makes row i of the result.
 Tokens each_row(Workspace& w, int64_t rows) {

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "layer/shares.h"
+#include "layer/values.h"
 #include "runtime/threads.h"
 
 namespace coterie {
@@ -61,7 +62,7 @@ void multiply_sums(const Kernels& kernels, const std::vector<Sum>& sums, Buffer&
       const uint8_t* next = products[std::min(i + 1, count - 1)].matrix[0] + product.layout->block_start(begin);
       kernels.multiply(product, begin, end, next, scratch + thread * scratch_bytes);
     }
-    const int64_t size = target.dtype == DType::f32 ? 4 : 2;
+    const int64_t size = element_bytes(target.dtype);
     for (int64_t t = 0; t < target.tokens; t++)
       kernels.store(part + t * width, there, static_cast<uint8_t*>(target.out) + (t * target.hidden + first) * size, target.dtype);
   });

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "formats/bfloat16.h"
+#include "layer/values.h"
 #include "layer/workspace.h"
 #include "runtime/threads.h"
 
@@ -38,7 +39,7 @@ void choose(const Router& router, float* score, std::vector<int64_t>& order, flo
 void route(const Kernels& kernels, const Router& router, const uint8_t* x, DType dtype, int64_t tokens, void* logits, float* weights, int64_t* ids) {
   Workspace& w = workspace();
   std::lock_guard<std::mutex> lock(w.turn);
-  const int64_t size = dtype == DType::f32 ? 4 : 2, row_bytes = router.cols * size, experts = router.experts;
+  const int64_t size = element_bytes(dtype), row_bytes = router.cols * size, experts = router.experts;
   auto* scores = reinterpret_cast<float*>(w.result.at_least(tokens * experts * 4));
   const int64_t scratch_floats = 8 * (router.cols + 2 * kRows);
   auto* scratch = reinterpret_cast<float*>(w.scratch.at_least(thread_count() * scratch_floats * 4));

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "formats/bfloat16.h"
+#include "layer/values.h"
 
 namespace coterie {
 namespace {
@@ -14,22 +14,20 @@ std::vector<float> weight_of(const RmsNorm& norm, int64_t count) {
   if (!norm.weight) return {};
   std::vector<float> values(count);
   for (int64_t i = 0; i < count; i++)
-    values[i] = (norm.weight_dtype == DType::bf16 ? bf16_to_float(static_cast<const uint16_t*>(norm.weight)[i]) : static_cast<const float*>(norm.weight)[i]) +
-                (norm.from_one ? 1.0f : 0.0f);
+    values[i] = value_at(norm.weight, norm.weight_dtype, i) + (norm.from_one ? 1.0f : 0.0f);
   return values;
 }
 
-// All heads of one kind, of every sequence, in rows one behind the other, to where `place` says.
+// All heads of one kind, of every sequence, in rows `stride` bytes apart, to where `place` says.
 template <class Place>
-void turn_heads(const Kernels& kernels, const Step& s, const RmsNorm& norm, bool whole, const uint8_t* rows, int64_t heads, const Place& place) {
-  const int64_t head_bytes = s.key_dim * (s.dtype == DType::f32 ? 4 : 2);
+void turn_heads(const Kernels& kernels, const Step& s, const RmsNorm& norm, bool whole, const uint8_t* rows, int64_t heads, int64_t stride, const Place& place) {
   const std::vector<float> weight = weight_of(norm, whole ? heads * s.key_dim : s.key_dim);
   std::vector<float> scratch(2 * s.key_dim);
   for (int64_t b = 0; b < s.sequences; b++) {
-    const uint8_t* row = rows + b * heads * head_bytes;
+    const uint8_t* row = rows + b * heads * stride;
     float scale = norm.weight && whole ? inverse_rms(norm.epsilon, row, s.dtype, heads * s.key_dim) : 1.0f;
     for (int64_t h = 0; h < heads; h++) {
-      const uint8_t* from = row + h * head_bytes;
+      const uint8_t* from = row + h * stride;
       if (norm.weight && !whole) scale = inverse_rms(norm.epsilon, from, s.dtype, s.key_dim);
       const float* own = weight.empty() ? nullptr : weight.data() + (whole ? h * s.key_dim : 0);
       kernels.turn({from, place(b, h), s.dtype, s.key_dim, s.turned, scale, own, s.cos + b * s.angle_bytes, s.sin + b * s.angle_bytes, s.twin}, scratch.data());
@@ -43,22 +41,32 @@ uint8_t* place_in(const CacheMemory& cache, int64_t sequence, int64_t head, int6
 
 // to += x
 void add(const void* x, DType dtype, int64_t count, void* to) {
-  if (dtype == DType::f32) {
-    for (int64_t i = 0; i < count; i++) static_cast<float*>(to)[i] += static_cast<const float*>(x)[i];
-    return;
-  }
-  const auto* from = static_cast<const uint16_t*>(x);
-  auto* sum = static_cast<uint16_t*>(to);
-  for (int64_t i = 0; i < count; i++) sum[i] = float_to_bf16(bf16_to_float(from[i]) + bf16_to_float(sum[i]));
+  for (int64_t i = 0; i < count; i++) put_value(to, dtype, i, value_at(to, dtype, i) + value_at(x, dtype, i));
 }
 
 Heads heads_of(const CacheMemory& cache) { return {cache.data, cache.sequence, cache.head, cache.position}; }
 
+// x *= sigmoid(gates)
+void gate(const void* gates, DType dtype, int64_t count, void* x) {
+  for (int64_t i = 0; i < count; i++) put_value(x, dtype, i, value_at(x, dtype, i) * sigmoid_of(value_at(gates, dtype, i), dtype));
+}
+
+float dot(const void* a, const void* b, DType dtype, int64_t count) {
+  float sums[kPanelRows] = {}, sum = 0.0f;
+  int64_t i = 0;
+  for (; i + kPanelRows <= count; i += kPanelRows)
+    for (int64_t k = i; k < i + kPanelRows; k++) sums[k - i] += value_at(a, dtype, k) * value_at(b, dtype, k);
+  for (; i < count; i++) sum += value_at(a, dtype, i) * value_at(b, dtype, i);
+  for (const float s : sums) sum += s;
+  return sum;
+}
+
 }  // namespace
 
 double attention_step(const Kernels& kernels, const StepWeights& weights, const Step& s, void* out) {
-  const int64_t size = s.dtype == DType::f32 ? 4 : 2, heads = s.kv_heads * s.group, key_bytes = s.key_dim * size, value_bytes = s.value_dim * size;
-  std::vector<uint8_t> queries(s.sequences * heads * key_bytes), keys(s.sequences * s.kv_heads * key_bytes), values(s.sequences * s.kv_heads * value_bytes),
+  const int64_t size = element_bytes(s.dtype), heads = s.kv_heads * s.group, key_bytes = s.key_dim * size, value_bytes = s.value_dim * size;
+  const int64_t query_bytes = weights.gated ? 2 * key_bytes : key_bytes;
+  std::vector<uint8_t> queries(s.sequences * heads * query_bytes), keys(s.sequences * s.kv_heads * key_bytes), values(s.sequences * s.kv_heads * value_bytes),
       attended(s.sequences * heads * value_bytes);
   const int64_t inputs = weights.queries->layout.cols;
   std::vector<uint8_t> normed(weights.norm.weight ? s.sequences * inputs * size : 0);
@@ -68,23 +76,40 @@ double attention_step(const Kernels& kernels, const StepWeights& weights, const 
     x = {normed.data(), s.dtype, inputs};
   }
   linears({weights.queries, weights.keys, weights.values}, kernels, s.sequences, x, {queries.data(), keys.data(), values.data()}, s.dtype, weights.integer);
-  turn_heads(kernels, s, weights.query_norm, weights.whole, queries.data(), heads,
-             [&](int64_t b, int64_t h) { return queries.data() + (b * heads + h) * key_bytes; });
-  turn_heads(kernels, s, weights.key_norm, weights.whole, keys.data(), s.kv_heads, [&](int64_t b, int64_t h) { return place_in(s.keys, b, h, s.cached); });
+  turn_heads(kernels, s, weights.query_norm, weights.whole, queries.data(), heads, query_bytes,
+             [&](int64_t b, int64_t h) { return queries.data() + (b * heads + h) * query_bytes; });
+  turn_heads(kernels, s, weights.key_norm, weights.whole, keys.data(), s.kv_heads, key_bytes, [&](int64_t b, int64_t h) { return place_in(s.keys, b, h, s.cached); });
   for (int64_t b = 0; b < s.sequences; b++)
     for (int64_t h = 0; h < s.kv_heads; h++) memcpy(place_in(s.values, b, h, s.cached), values.data() + (b * s.kv_heads + h) * value_bytes, value_bytes);
-  const Attention attention{s.sequences,   s.kv_heads, s.group, s.cached + 1, s.key_dim, s.value_dim, s.dtype, {queries.data(), heads * key_bytes, key_bytes, 0},
+  const Attention attention{s.sequences,   s.kv_heads, s.group, s.cached + 1, s.key_dim, s.value_dim, s.dtype, {queries.data(), heads * query_bytes, query_bytes, 0},
                             heads_of(s.keys), heads_of(s.values), s.mask, s.mask_stride, s.scale, s.sinks};
   const auto begun = std::chrono::steady_clock::now();
   attend(kernels, attention, attended.data());
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begun;
+  for (int64_t i = 0; weights.gated && i < s.sequences * heads; i++)
+    gate(queries.data() + i * query_bytes + key_bytes, s.dtype, s.value_dim, attended.data() + i * value_bytes);
   linear(*weights.output, kernels, s.sequences, {attended.data(), s.dtype, heads * s.value_dim}, out, s.dtype, weights.output_integer);
   if (weights.norm.weight) add(s.x.data, s.dtype, s.sequences * inputs, out);
   return took.count();
 }
 
+void delta_step(const Kernels& kernels, const DeltaStep& step, DeltaTokens d, const void* x, void* out) {
+  const int64_t size = element_bytes(d.dtype), hidden = step.projections[0]->layout.cols;
+  std::vector<uint8_t> normed(d.sequences * hidden * size), attended(d.sequences * d.values() * size);
+  rms_norm(step.norm, x, d.dtype, d.sequences, hidden, normed.data());
+  std::vector<std::vector<uint8_t>> made;
+  std::vector<void*> to;
+  for (const Linear* projection : step.projections) to.push_back(made.emplace_back(d.sequences * projection->layout.rows * size).data());
+  linears(step.projections, kernels, d.sequences, {normed.data(), d.dtype, hidden}, to, d.dtype, step.integer);
+  d.mixed = made[0].data(), d.betas = made[d.by_head ? 1 : 2].data();
+  if (!d.by_head) d.gates = made[1].data(), d.steps = made[3].data();
+  delta_rule(kernels, d, attended.data());
+  linear(*step.output, kernels, d.sequences, {attended.data(), d.dtype, d.values()}, out, d.dtype, step.output_integer);
+  add(x, d.dtype, d.sequences * hidden, out);
+}
+
 void experts_step(const Kernels& kernels, const Experts& layer, const ExpertsStep& step, const void* x, DType dtype, int64_t tokens, void* out) {
-  const int64_t size = dtype == DType::f32 ? 4 : 2, chosen = tokens * step.router.top_k;
+  const int64_t size = element_bytes(dtype), chosen = tokens * step.router.top_k;
   std::vector<uint8_t> normed(tokens * layer.hidden * size), logits(tokens * step.router.experts * size);
   std::vector<float> weights(chosen);
   std::vector<int64_t> ids(chosen);
@@ -93,6 +118,14 @@ void experts_step(const Kernels& kernels, const Experts& layer, const ExpertsSte
   if (step.rounded_weights && dtype == DType::bf16)
     for (float& weight : weights) weight = bf16_to_float(float_to_bf16(weight));
   forward(layer, kernels, {tokens, step.router.top_k, normed.data(), dtype, layer.hidden, ids.data(), weights.data(), out, dtype, step.integer}, nullptr);
+  if (const SharedExpert* shared = step.shared) {
+    std::vector<uint8_t> beside(normed.size());
+    weights.assign(tokens, 1.0f), ids.assign(tokens, 0);
+    for (int64_t t = 0; shared->score && t < tokens; t++)
+      weights[t] = sigmoid_of(rounded(dot(normed.data() + t * layer.hidden * size, shared->score, dtype, layer.hidden), dtype), dtype);
+    forward(shared->layer, kernels, {tokens, 1, normed.data(), dtype, layer.hidden, ids.data(), weights.data(), beside.data(), dtype, shared->integer}, nullptr);
+    add(beside.data(), dtype, tokens * layer.hidden, out);
+  }
   add(x, dtype, tokens * layer.hidden, out);
 }
 

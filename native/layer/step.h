@@ -1,7 +1,9 @@
 // What a decoded token of each of a few sequences does in a layer of a model: attention (its norm, queries, keys and values, their norms, their turn to the
-// token's position, the cache, attention to it, the product that follows) and experts (their norm, the router, the experts), each added to what came in.
+// token's position, the cache, attention to it, the product that follows) or linear attention; and experts (their norm, the router, the experts, a shared
+// expert), each added to what came in.
 #pragma once
 #include "layer/attention.h"
+#include "layer/delta.h"
 #include "layer/forward.h"
 #include "layer/linear.h"
 #include "layer/norm.h"
@@ -14,6 +16,7 @@ struct StepWeights {
   const Linear *queries, *keys, *values, *output;
   RmsNorm query_norm, key_norm;                    // without a weight: none; `rounded` is not looked at
   bool whole;                                      // these are norms of all heads together
+  bool gated;                                      // behind each head of queries a gate of as many columns, whose sigmoid what it attends to is multiplied by
   bool integer, output_integer;                    // activations are rounded to int8
 };
 
@@ -40,11 +43,29 @@ struct Step {
 // `out` [sequences][outputs]; with a norm, the input's size. To how many seconds attention itself took.
 double attention_step(const Kernels& kernels, const StepWeights& weights, const Step& step, void* out);
 
+struct DeltaStep {
+  RmsNorm norm;
+  std::vector<const Linear*> projections;  // to mixed, gates, betas and steps of DeltaTokens, or to mixed and betas
+  const Linear* output;
+  bool integer, output_integer;
+};
+
+// x and `out` [sequences][hidden], of the tokens' type; what the projections make is filled in.
+void delta_step(const Kernels& kernels, const DeltaStep& step, DeltaTokens tokens, const void* x, void* out);
+
+// An expert that every token goes to.
+struct SharedExpert {
+  Experts layer;       // one
+  bool integer;
+  const void* score;   // [hidden], of the type of x: its result is multiplied by the sigmoid of their product; null: it is not
+};
+
 struct ExpertsStep {
   RmsNorm norm;
   Router router;
   bool rounded_weights;  // routing weights are rounded to the type of x
   bool integer;
+  const SharedExpert* shared;  // or null
 };
 
 // x [tokens, hidden], contiguous, and `out` of its type, bf16 or f32.

@@ -39,8 +39,11 @@ def linear(model) -> list[QuickDelta]:
 
 
 def counted(monkeypatch) -> list:
-    calls, rule = [], _native.delta_rule
-    monkeypatch.setattr(_native, "delta_rule", lambda *given: calls.append(given[0].shape[1]) or rule(*given))
+    """The tokens of each call of the engine, of a module or of a layer."""
+    calls = []
+    for name in ("delta_rule", "delta_step"):
+        call = getattr(_native, name)
+        monkeypatch.setattr(_native, name, lambda *given, call=call: calls.append(given[0].shape[1]) or call(*given))
     return calls
 
 
@@ -70,8 +73,10 @@ def test_families(family, dtype, sequences, opened, float32_products, monkeypatc
         expected = decode(model, sequences)
     if dtype == torch.float32:
         assert_same(found, expected)
-    else:
-        assert (found - expected).norm() < 0.02 * expected.norm()
+    else:  # a rounding may choose another expert
+        exact = decode(opened(family), sequences)
+        found, expected = ((logits.float() - exact).norm() / exact.norm() for logits in (found, expected))
+        assert found < 1.25 * expected < 0.1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,12 +15,13 @@ from transformers import AutoTokenizer, DynamicCache
 import coterie
 from coterie import tiny
 from coterie.hf.clock import Clock
-from coterie.hf.inference.step import LayerStep, QuickLayer
+from coterie.hf.inference.mixers import AttentionMixer
+from coterie.hf.inference.step import QuickLayer
 
 EXPERTS, BLOCK = "experts", "block"
 # What each layer of a family becomes: attention and experts by the engine, or attention alone; None: neither.
 FAMILIES = {
-    "qwen2_moe": [BLOCK, BLOCK],  # shared experts
+    "qwen2_moe": [EXPERTS, EXPERTS],
     "qwen3_moe": [EXPERTS, EXPERTS],
     "mixtral": [EXPERTS, EXPERTS],
     "olmoe": [EXPERTS, EXPERTS],
@@ -31,7 +32,8 @@ FAMILIES = {
     "hunyuan_v1_moe": [None, None],  # norms behind the rotary embedding
     "phimoe": [None, None],  # layer norms
     "granitemoe": [EXPERTS, EXPERTS],
-    "qwen3_next": [None, None],
+    "qwen3_next": [EXPERTS, EXPERTS],
+    "qwen3_5_moe_text": [EXPERTS, EXPERTS],
     "deepseek_v3": [None, None, None],
 }
 TOKENS = 5
@@ -79,9 +81,9 @@ def by_own_code(model) -> Iterator[None]:
 def counted(monkeypatch) -> Iterator[list]:
     """Tokens that layers attend to by the engine's steps."""
     calls = []
-    attend = LayerStep.attend
+    attend = AttentionMixer.__call__
     with monkeypatch.context() as patch:
-        patch.setattr(LayerStep, "attend", lambda *given: calls.append(1) or attend(*given))
+        patch.setattr(AttentionMixer, "__call__", lambda *given: calls.append(1) or attend(*given))
         yield calls
 
 

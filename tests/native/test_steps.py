@@ -34,6 +34,7 @@ class Shape:
     sinks: bool = False
     masked: bool = False
     bias: bool = False
+    gated: bool = False
 
 
 SHAPES = {
@@ -45,6 +46,8 @@ SHAPES = {
     "few columns turned, long": Shape(turned=8, cached=300, sequences=2),
     "nothing cached": Shape(cached=0, width=16, turned=16, value_width=16),
     "queries wider than the input": Shape(heads=8, shared=8, width=48, turned=48),
+    "gates": Shape(gated=True, sequences=3, turned=16, masked=True),
+    "gates, no norms": Shape(gated=True, norms=None, heads=6, shared=1),
 }
 
 
@@ -55,7 +58,8 @@ class Attention:
         self.shape, self.dtype = shape, dtype
         self.random = torch.Generator().manual_seed(0)
         s, q, k = shape, shape.heads * shape.width, shape.shared * shape.width
-        sizes = [(q, HIDDEN), (k, HIDDEN), (s.shared * s.value_width, HIDDEN), (HIDDEN, s.heads * s.value_width)]
+        queries, values = 2 * q if s.gated else q, s.shared * s.value_width
+        sizes = [(queries, HIDDEN), (k, HIDDEN), (values, HIDDEN), (HIDDEN, s.heads * s.value_width)]
         self.linears = [
             Linear.pack(self.normal(*size) * size[1] ** -0.5, self.normal(size[0]) if s.bias else None, format=format)
             for size in sizes
@@ -85,7 +89,7 @@ class Attention:
         s = self.shape
         option = (EPSILON, True, False)
         norms = [None if norm is None else option for norm in (self.norm, *self.head_norms)]
-        weights, shape = (linear.weight for linear in self.linears), (s.width, s.value_width, 0.3, s.halved)
+        weights, shape = (linear.weight for linear in self.linears), (s.width, s.value_width, 0.3, s.halved, s.gated)
         step = _native.AttentionStep(*weights, *norms, s.norms == "whole", *shape)
         before = self.norm, *self.head_norms, self.cos, self.sin
         return lambda x, keys, values: step(x, *before, keys, values, s.cached, self.mask, self.sinks, False, False)
@@ -99,9 +103,11 @@ class Attention:
         """The output, and the keys and values that are appended."""
         s = self.shape
         x = self.x[:, 0] if self.norm is None else reference.rms_norm(self.x[:, 0], self.norm, EPSILON).to(self.dtype)
-        heads = []
+        heads, gates = [], None
         for i, norm in enumerate(self.head_norms):
             rows = self.product(i, x)
+            if s.gated and i == 0:
+                rows, gates = (part.flatten(1) for part in rows.view(s.sequences, s.heads, 2, -1).unbind(2))
             if norm is not None and s.norms == "whole":
                 rows = reference.rms_norm(rows, norm, EPSILON)
             rows = rows.view(s.sequences, -1, 1, s.width)
@@ -112,7 +118,8 @@ class Attention:
         keys = torch.cat([self.keys[:, :, : s.cached], key], 2)
         values = torch.cat([self.values[:, :, : s.cached], value], 2)
         attended = reference.attend(query, keys, values, self.mask, 0.3, self.sinks)
-        out = self.product(3, attended.reshape(s.sequences, -1))
+        attended = attended.reshape(s.sequences, -1)
+        out = self.product(3, attended if gates is None else attended * gates.sigmoid())
         return (out if self.norm is None else out + self.x[:, 0].double())[:, None], key, value
 
 
@@ -205,6 +212,47 @@ def test_experts(normalised, dtype, each_isa):
         assert torch.equal(rounded[:, 0], x[:, 0] + exact), isa
         if dtype == torch.bfloat16:  # routing weights as bf16 are what models round to
             assert torch.equal(found[:, 0], x[:, 0] + expected), isa
+
+
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_shared_expert(scored, dtype, each_isa):
+    random = torch.Generator().manual_seed(1)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random)
+
+    sizes = [(6, 64, HIDDEN), (6, 64, HIDDEN), (6, HIDDEN, 64)]
+    experts = Experts.pack(*(normal(*size) * 0.1 for size in sizes), format="int8")
+    linears = [Linear.pack(normal(*size) * 0.1, format="q4_0") for size in ((32, HIDDEN), (32, HIDDEN), (HIDDEN, 32))]
+    x, norm, router, score = (
+        t.to(dtype) for t in (normal(3, 1, HIDDEN), normal(HIDDEN), normal(6, HIDDEN) * 0.3, normal(1, HIDDEN))
+    )
+    given = x, norm, (EPSILON, True, False), router, None, 2, True, True, True
+    weights, kind = [linear.weight for linear in linears], (1, 1.0, 0.0, 0.0)  # gelu
+    for isa in each_isa:
+        normed = _native.rms_norm(x, norm, EPSILON, True, False)
+        beside = _native.gated(*weights, normed, kind, False)
+        if scored:
+            beside = beside * (normed.double() @ score[0].double()).sigmoid()[..., None]
+        expected = experts.in_ram.step(*given, None).double() + beside.double()
+        found = experts.in_ram.step(*given, (*weights, kind, False, score if scored else None))
+        assert found.dtype == dtype and relative(found, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-5), isa
+
+
+def test_other_shared_experts_are_not_taken():
+    experts = Experts.pack(*(torch.randn(4, 32, 32) for _ in range(3)), format="int8")
+    gate, up, down, narrow = (Linear.pack(torch.randn(*s)).weight for s in ((64, 32), (64, 32), (32, 64), (64, 16)))
+    given = torch.randn(2, 1, 32), torch.ones(32), (0.1, True, False), torch.randn(4, 32), None, 2, True, False, False
+    kind = 0, 1.0, 0.0, 0.0
+
+    def step(gate=gate, up=up, down=down, score=None):
+        return experts.in_ram.step(*given, (gate, up, down, kind, False, score))
+
+    assert step() is not None and step(score=torch.ones(1, 32)) is not None
+    for other in ({"up": narrow}, {"down": up}, {"gate": narrow, "up": narrow}, {"score": torch.ones(1, 16)}):
+        assert step(**other) is None
+    assert step(score=torch.ones(1, 32, dtype=torch.bfloat16)) is None and step(score=torch.ones(2, 32)) is None
 
 
 def test_other_tensors_are_not_taken_by_experts():

@@ -58,12 +58,14 @@ class Clock:
                 self._around(layer, self._begin_layer, self._end_layer)
             else:
                 layer.quick_step = TimedStep(step, self)
-                at_once.update(step.parts.modules())
+                at_once.update(step.modules())
         for module in self.model.modules():
+            if module in at_once:
+                continue
             if isinstance(module, QuickGated) and module.quick_kind is not None:
                 at_once.update(module.children())
                 self._around(module, self._begin, self._end_product)
-            elif module not in at_once and (isinstance(module, nn.Linear) or packed_module(module) is not None):
+            elif isinstance(module, nn.Linear) or packed_module(module) is not None:
                 self._around(module, self._begin, self._end_product)
         name = self.model.config._attn_implementation
         if name in ALL_ATTENTION_FUNCTIONS:
@@ -134,9 +136,10 @@ class TimedStep:
 
     def attend(self, *args: Any) -> Tensor | None:
         """See LayerStep."""
-        before, begun = self.step.attending, time.perf_counter()
-        out = self.step.attend(*args)
-        seconds, attention = time.perf_counter() - begun, self.step.attending - before
+        mixer = self.step.attend
+        before, begun = mixer.attending, time.perf_counter()
+        out = mixer(*args)
+        seconds, attention = time.perf_counter() - begun, mixer.attending - before
         part = self.clock._now
         part.attention += attention
         part.products += seconds - attention
@@ -149,8 +152,10 @@ class TimedStep:
         out = self.step.finish(x)
         if self.step.with_experts:
             self.clock._now.products += time.perf_counter() - begun
-            packed, top_k = packed_module(self.step.parts.experts), self.step.parts.router.quick[0]
+            parts = self.step.parts
+            packed, top_k = packed_module(parts.experts), parts.router.quick[0]
             self.clock._now.nbytes += len(x) * top_k * packed.experts.nbytes / packed.layout.num_experts
+            self.clock._now.nbytes += 0 if parts.shared is None else _read_nbytes(parts.shared, ())
         self.clock._end_layer()
         return out
 

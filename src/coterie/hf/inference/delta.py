@@ -78,31 +78,36 @@ class QuickDelta(nn.Module):
             return None
         if has_global_hooks() or not all(map(is_silent, (self.conv1d, self.norm))):
             return None
-        layer = self._layer(next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None))
-        return None if layer is None or getattr(layer, "record_past", False) else layer
+        return remembered(next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None), self)
 
-    def _layer(self, cache: Any) -> Any:
-        """This module's part of a cache, if it is one as the engine knows them."""
-        layers = getattr(cache, "layers", ())
-        found = layers[self.layer_idx] if self.layer_idx < len(layers) else None
-        return found if all(isinstance(getattr(found, name, None), dict) for name in STATES) else None
+    def projections(self) -> list[nn.Module]:
+        """Those before the rule, and the one behind it."""
+        names = BY_HEAD if hasattr(self, BY_HEAD[0]) else BY_KIND
+        return [self._modules[name] for name in (*names, "out_proj")]
+
+    def is_proved(self) -> bool:
+        """Whether the engine computes what this module does, with the parts that it has."""
+        return bool(self.is_quick) and self.proved_parts == (self._modules["conv1d"], self._modules["norm"])
+
+    def own_parts(self, layer: Any) -> tuple[Any, ...]:
+        """What the engine takes beside the projections; `layer`: this module's part of a cache, which it writes to."""
+        convolution, norm, own = self._modules["conv1d"], self._modules["norm"], self._parameters
+        return (
+            layer.conv_states[0], convolution.weight, convolution.bias, layer.recurrent_states[0], own["A_log"],
+            own["dt_bias"], norm.weight, norm.variance_epsilon, self.num_k_heads,
+        )  # fmt: skip
 
     def _attend(self, x: Tensor, mask: Tensor | None, layer: Any) -> Tensor | None:
         """What goes into the last projection; the cache's states are those behind x then. None: nothing was done."""
         if mask is not None:
             x = (x * mask[..., None]).to(x.dtype)
-        names = BY_HEAD if hasattr(self, BY_HEAD[0]) else BY_KIND
-        made = [getattr(self, name)(x) for name in names]
-        mixed_rows, gates, betas, steps = made if names is BY_KIND else (made[0], None, made[1], None)
-        convolution, norm = self.conv1d, self.norm
+        made = [projection(x) for projection in self.projections()[:-1]]
+        mixed_rows, gates, betas, steps = made if len(made) == len(BY_KIND) else (made[0], None, made[1], None)
         if not layer.has_previous_state[0]:
-            window = made[0].new_zeros(len(x), len(convolution.weight), convolution.weight.shape[-1])
-            layer.update_conv_state(window)
-            layer.update_recurrent_state(torch.zeros(len(x), len(self.A_log), self.head_k_dim, len(norm.weight)))
-        return _native.delta_rule(
-            mixed_rows, gates, betas, steps, layer.conv_states[0], convolution.weight, convolution.bias,
-            layer.recurrent_states[0], self.A_log, self.dt_bias, norm.weight, norm.variance_epsilon, self.num_k_heads,
-        )  # fmt: skip
+            weight = self.conv1d.weight
+            layer.update_conv_state(made[0].new_zeros(len(x), len(weight), weight.shape[-1]))
+            layer.update_recurrent_state(torch.zeros(len(x), len(self.A_log), self.head_k_dim, len(self.norm.weight)))
+        return _native.delta_rule(mixed_rows, gates, betas, steps, self.own_parts(layer))
 
     def _proved(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether the engine answers as the module does, and leaves the same states."""
@@ -110,8 +115,8 @@ class QuickDelta(nn.Module):
             return False
         random = torch.randn(len(x), sum(TRIED), x.shape[-1], generator=torch.Generator().manual_seed(0)).to(x.dtype)
         name = next(name for name in CACHES if kwargs.get(name) is not None)
-        mine, theirs = (_alone(kwargs[name], self.layer_idx) for _ in range(2))
-        layer, other = self._layer(mine), self._layer(theirs)
+        mine, theirs = (alone(kwargs[name], self.layer_idx) for _ in range(2))
+        layer, other = remembered(mine, self), remembered(theirs, self)
         padding = torch.ones(len(x), TRIED[0], dtype=torch.int64)
         padding[0, 0] = 0
         try:
@@ -127,7 +132,16 @@ class QuickDelta(nn.Module):
         return True
 
 
-def _alone(cache: Any, index: int) -> Any:
+def remembered(cache: Any, module: Any) -> Any:
+    """A module's part of a cache, if it is one as the engine knows them, of which nothing is to be taken back."""
+    layers = getattr(cache, "layers", ())
+    found = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+    if not all(isinstance(getattr(found, name, None), dict) for name in STATES) or getattr(found, "record_past", False):
+        return None
+    return found
+
+
+def alone(cache: Any, index: int) -> Any:
     """A cache whose layer of that number is a copy."""
     found = copy.copy(cache)
     found.layers = list(cache.layers)

@@ -48,7 +48,7 @@ class QuickGated(nn.Module):
         if not args and not kwargs and self._decodes(x):
             if not self.kind_tried:
                 self.quick_kind, self.kind_tried = self._found(x), True
-            out = None if self.quick_kind is None else self._at_once(x, self.quick_kind)
+            out = self._computed(x)
             if out is not None:
                 return out
         return super().forward(x, *args, **kwargs)
@@ -66,14 +66,19 @@ class QuickGated(nn.Module):
         decoded = x.dim() == 2 or (x.dim() == 3 and x.shape[1] == 1)
         return x.dtype in TOLERANCE and decoded and x.shape[:-1].numel() <= FEW
 
-    def _at_once(self, x: Tensor, kind: tuple[int, float, float, float]) -> Tensor | None:
-        """None where a part is no longer what it was, somebody listens to it, or they do not compute alike."""
-        parts = [self._modules[name] for name in PROJECTIONS]
-        if not all(type(part).forward is PackedLinear.forward and is_silent(part) for part in parts):
+    def at_once(self, kind: tuple[int, float, float, float] | None = None) -> tuple[Any, ...] | None:
+        """What the engine is to be given: three weights, the activation that was found or `kind`, and whether it rounds
+        to int8. None where a part is no longer what it was, somebody listens to it, or they do not compute alike."""
+        parts, kind = [self._modules[name] for name in PROJECTIONS], kind or self.quick_kind
+        if kind is None or not all(type(part).forward is PackedLinear.forward and is_silent(part) for part in parts):
             return None
         weights = [part.packed.linear.weight for part in parts]  # type: ignore[union-attr]
         integer = {weight.uses_int8() for weight in weights}
-        return _native.gated(*weights, x, kind, integer.pop()) if len(integer) == 1 else None
+        return (*weights, kind, integer.pop()) if len(integer) == 1 else None
+
+    def _computed(self, x: Tensor, kind: tuple[int, float, float, float] | None = None) -> Tensor | None:
+        given = self.at_once(kind)
+        return None if given is None else _native.gated(*given[:3], x, *given[3:])
 
     def _found(self, x: Tensor) -> tuple[int, float, float, float] | None:
         """The activation with which the engine answers as the module does."""
@@ -85,7 +90,7 @@ class QuickGated(nn.Module):
         except Exception:
             return None
         kinds = [Activation(name).native() for name in KINDS]
-        errors = {kind: _error(self._at_once(rows, kind), expected) for kind in kinds}
+        errors = {kind: _error(self._computed(rows, kind), expected) for kind in kinds}
         best = min(errors, key=errors.__getitem__)
         return best if errors[best] <= TOLERANCE[x.dtype] else None
 
