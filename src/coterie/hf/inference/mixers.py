@@ -4,7 +4,7 @@ it is added to: a decoded token's way through it as one call of the engine."""
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from coterie.hf.inference.growing import ARGUMENTS, Growing
 from coterie.hf.inference.proving import same
 from coterie.hf.inference.quick import QuickNorm
 
-if TYPE_CHECKING:
-    from coterie.hf.inference.step import LayerParts
-
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 HEAD_NORMS = ("q_norm", "k_norm")
 SINKS = "sinks"
@@ -29,15 +26,15 @@ LARGE = 64.0
 
 
 def mixer_of(layer: nn.Module) -> type[AttentionMixer] | type[DeltaMixer] | None:
-    """What computes what mixes the tokens of a layer, if that is built as such; its name there is `NAME`."""
-    return next((kind for kind in (AttentionMixer, DeltaMixer) if kind.fits(layer._modules.get(kind.NAME))), None)
+    """What computes what mixes the tokens of a layer, if that is built as such; its name there is its `PLACE`."""
+    return next((kind for kind in (AttentionMixer, DeltaMixer) if kind.fits(layer._modules.get(kind.PLACE))), None)
 
 
 class AttentionMixer:
     """Attention. `halved`: embeddings of positions are of half the columns that turn; without a `norm` alone, not added
     to its input."""
 
-    NAME = "self_attn"
+    PLACE = "self_attn"
 
     @staticmethod
     def fits(module: nn.Module | None) -> bool:
@@ -77,9 +74,9 @@ class AttentionMixer:
 
     @classmethod
     def found(
-        cls, parts: LayerParts, random: Tensor, kwargs: dict[str, Any], memory: Growing
+        cls, module: Any, norm: QuickNorm, random: Tensor, kwargs: dict[str, Any], memory: Growing
     ) -> AttentionMixer | None:
-        """The one that answers as the module does; None for neither.
+        """The one that answers as the module does, with the norm before it; None for neither.
 
         Rows as large as the second's show whether the module limits them. All but the token itself would drown there.
         """
@@ -87,20 +84,19 @@ class AttentionMixer:
         itself = random.new_full((len(random), 1, 1, memory.keys.shape[-2] + 1), least)
         itself[..., -1] = 0
         trials = [(random, kwargs), (random * LARGE, {**kwargs, MASK: itself})]
-        answers = [parts.mixing(hidden_states=x, **cls.on_trial(parts.mixing, given, memory)) for x, given in trials]
+        answers = [module(hidden_states=x, **cls.on_trial(module, given, memory)) for x, given in trials]
         for halved in (False, True):
-            mixer = cls(parts, halved)
+            mixer = cls(module, None, halved)
             found = [mixer.tried(x, given, memory) for x, given in trials]
             if all(same(f, a[0]) and a[1] is None for f, a in zip(found, answers, strict=True)):
-                return cls(parts, halved, parts.norm)
+                return cls(module, norm, halved)
         return None
 
-    def __init__(self, parts: LayerParts, halved: bool, norm: Any = None) -> None:
-        module = parts.mixing
+    def __init__(self, module: Any, norm: QuickNorm | None, halved: bool) -> None:
         self._norm, self._module = norm, module
         self._head_norms = [module._modules[name] for name in HEAD_NORMS if name in module._modules]
-        self._weights = [p.packed.linear.weight for p in parts.projections]
-        _, k, v, _ = parts.projections
+        _, k, v, _ = projections = self.projections(module)
+        self._weights = [p.packed.linear.weight for p in projections]
         head = module.head_dim
         options = [None if norm is None else norm.quick, *([n.quick for n in self._head_norms] or [None, None])]
         whole = bool(self._head_norms) and self._head_norms[0].weight.numel() != head
@@ -164,7 +160,7 @@ class TrialCache:
 class DeltaMixer:
     """Linear attention by the gated delta rule, of a module that the engine has answered for before."""
 
-    NAME = "linear_attn"
+    PLACE = "linear_attn"
     attending = 0.0
 
     @staticmethod
@@ -184,13 +180,13 @@ class DeltaMixer:
         return found if found is not None and found.has_previous_state[0] else None
 
     @classmethod
-    def found(cls, parts: LayerParts, random: Tensor, kwargs: dict[str, Any], memory: Any) -> DeltaMixer:
-        """The one for a layer."""
-        return cls(parts)
+    def found(cls, module: Any, norm: QuickNorm, random: Tensor, kwargs: dict[str, Any], memory: Any) -> DeltaMixer:
+        """The one with the norm before it."""
+        return cls(module, norm)
 
-    def __init__(self, parts: LayerParts) -> None:
-        self._norm, self._module = parts.norm, parts.mixing
-        *self._projections, self._output = [p.packed.linear.weight for p in parts.projections]
+    def __init__(self, module: Any, norm: QuickNorm) -> None:
+        self._norm, self._module = norm, module
+        *self._projections, self._output = [p.packed.linear.weight for p in module.projections()]
 
     def __call__(self, x: Tensor, kwargs: dict[str, Any], memory: Any) -> Tensor | None:
         """x [B, 1, H] -> what attention makes of it; the cache is what it is behind it then. None: nothing was done."""

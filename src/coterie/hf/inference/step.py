@@ -64,7 +64,7 @@ def _step(layer: QuickLayer, x: Any, kwargs: dict[str, Any]) -> Tensor | None:
     if any(value is not None and value is not False for name, value in kwargs.items() if name not in KNOWN):
         return None
     cache = next((kwargs[name] for name in ARGUMENTS if kwargs.get(name) is not None), None)
-    memory = None if cache is None else layer.mixer.memory(layer._modules[layer.mixer.NAME], cache)
+    memory = None if cache is None else layer.mixer.memory(layer._modules[layer.mixer.PLACE], cache)
     if memory is None:
         return None
     if step is None:
@@ -88,7 +88,7 @@ class LayerParts:
         """Those of a module; None for what is not such a layer."""
         mixer = mixer_of(layer)
         children = dict(layer.named_children())
-        mixing = None if mixer is None else children.get(mixer.NAME)
+        mixing = None if mixer is None else children.get(mixer.PLACE)
         norms = [child for child in children.values() if isinstance(child, QuickNorm)]
         others = [child for child in children.values() if child is not mixing and child not in norms]
         own = any(True for _ in layer.parameters(recurse=False))
@@ -187,7 +187,7 @@ def _proved(layer: QuickLayer, x: Tensor, kwargs: dict[str, Any], memory: Any) -
     seen: list[Tensor] = []
     hook = parts.second_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
-        mixer = parts.mixer.found(parts, random, kwargs, memory)
+        mixer = parts.mixer.found(parts.mixing, parts.norm, random, kwargs, memory)
         if mixer is None:
             return None
         expected = type(layer).forward(layer, random, **mixer.on_trial(parts.mixing, kwargs, memory))
