@@ -14,7 +14,7 @@ from coterie.checkpoints.packed_formats import ModelFormats
 from coterie.checkpoints.packed_write import write_layer
 from coterie.errors import ArgumentError
 from coterie.hf.dense import packed_linears
-from coterie.hf.inference import cache, graphs
+from coterie.hf.inference import cache, graphs, sampling
 from coterie.hf.inference.attention import attend_as_before, attend_here
 from coterie.hf.inference.delta import attend_linearly
 from coterie.hf.inference.gated import join_gates
@@ -87,6 +87,14 @@ class PackedModel:
         if compile_config is None and graphs.usable(self):
             return graphs.GraphedForward(self)
         return super().get_compiled_call(compile_config)
+
+    def _sample(
+        self, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+    ) -> Any:
+        """As Transformers has it, drawing tokens faster."""
+        found = sampling.draw_instead(logits_processor, generation_config, input_ids)
+        processors, settings = found or (logits_processor, generation_config)
+        return super()._sample(input_ids, processors, stopping_criteria, settings, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As Transformers has it, which knows its own kinds of attention only."""

@@ -6,11 +6,15 @@ import copy
 import uuid
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cli.serving.utils import CBGenerateManager
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.utils import logging
 
 from coterie.errors import UnsupportedModelError
+from coterie.hf.inference.sampling import alone, draw
 
 PAGE = 256  # tokens
 STEP = 256  # tokens of a forward pass at most, of all requests: a long prompt is read in pieces
@@ -49,6 +53,8 @@ class Batches(CBGenerateManager):
         """Starts the thread; the handlers, which ask for it with each request, find it started."""
         if self._cb is None:
             self._cb = model.init_continuous_batching(generation_config=gen_config, continuous_batching_config=config)
+            self._cb.logit_processor.__class__ = DrawnTogether
+            self._cb.generation_config.do_sample = False  # what is left of the scores is what was drawn
             self._cb.start()
 
     def _try(self) -> None:
@@ -86,6 +92,16 @@ class Batches(CBGenerateManager):
         request = copy.copy(self)
         request._cb = Sampled(self._cb, sampling)
         return request
+
+
+class DrawnTogether(ContinuousBatchingLogitsProcessorList):
+    """The processors of SETTABLE, as one that draws a token for each request by its own options."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
+        rows = len(scores)
+        temperature, top_k, top_p = logits_processor_args[:, :rows]
+        scores = scores / temperature.view(torch.float32)[:, None]
+        return alone(scores, draw(scores, top_k.long(), top_p.view(torch.float32), torch.zeros(rows)))
 
 
 class Sampled:
