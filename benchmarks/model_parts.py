@@ -40,7 +40,7 @@ def allow(model: torch.nn.Module, without: str) -> None:
         if isinstance(module, QuickDelta):
             module.is_quick = False if without == "linear attention" else None
         elif isinstance(module, QuickGated):
-            module.quick_kind, module.kind_tried = None, without == "gated MLPs"
+            module.quick_kind, module.kind_parts = None, tuple(module.children()) if without == "gated MLPs" else None
 
 
 def main() -> None:

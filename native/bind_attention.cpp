@@ -154,7 +154,7 @@ class AttentionStep {
     StepWeights w{{}, &layer(0), &layer(1), &layer(2), &layer(3), {}, {}, whole_, gated_, integer, output_integer};
     const auto rows = borrow_rows(x), c = borrow_rows(cos), s = borrow_rows(sin);
     const auto k = borrow_heads(keys), v = borrow_heads(values);
-    if (!rows || !c || !s || !k || !v || !is_float(rows->element)) return nb::none();
+    if (!rows || !c || !s || !k || !v || !is_float(rows->element) || key_dim_ % kPanelRows || value_dim_ % kPanelRows || !k->shape[1]) return nb::none();
     const Element element = rows->element;
     const auto *n = k->shape;
     const int64_t sequences = rows->rows, kv_heads = n[1], room = n[2];
@@ -165,7 +165,8 @@ class AttentionStep {
                      v->shape[2] == room && cached >= 0 && cached < room && n[3] == key_dim_ && v->shape[3] == value_dim_ &&
                      w.keys->layout.rows == kv_heads * key_dim_ && w.values->layout.rows == kv_heads * value_dim_;
     if (!fit) return nb::none();
-    const int64_t heads = w.queries->layout.rows / key_dim_ / (gated_ ? 2 : 1);
+    const int64_t columns = key_dim_ * (gated_ ? 2 : 1), heads = w.queries->layout.rows / columns;
+    if (w.queries->layout.rows != heads * columns || heads % kv_heads || w.output->layout.cols != heads * value_dim_) return nb::none();
     if (gated_ && (key_dim_ != value_dim_ || whole_)) return nb::none();
     const bool normed = norm_of(norm_, weight, rows->cols, w.norm) && norm_of(query_norm_, query_weight, (whole_ ? heads : 1) * key_dim_, w.query_norm) &&
                         norm_of(key_norm_, key_weight, (whole_ ? kv_heads : 1) * key_dim_, w.key_norm);

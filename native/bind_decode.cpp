@@ -1,4 +1,4 @@
-// Norms and routers of a step of decoding, for torch's tensors as they are. Each gives None for tensors that it does not take.
+// Norms, routers and plain linear layers of a step of decoding, for torch's tensors as they are. Each gives None for tensors that it does not take.
 #include <nanobind/nanobind.h>
 
 #include <optional>
@@ -6,6 +6,7 @@
 
 #include "bind.h"
 #include "layer/norm.h"
+#include "layer/plain.h"
 #include "layer/router.h"
 #include "runtime/dispatch.h"
 #include "tensors.h"
@@ -23,6 +24,24 @@ nb::object rms_norm_of(nb::handle x, nb::handle weight, float epsilon, bool roun
   if (!made) return nb::none();
   const auto dtype = static_cast<DType>(rows->element);
   rms_norm({w->data, static_cast<DType>(w->element), epsilon, rounded, from_one}, rows->data, dtype, rows->rows, rows->cols, made->second);
+  return made->first;
+}
+
+// x [..., cols] and weight [rows, cols] of one dtype, bf16 or f32, columns a multiple of 16, bias [rows] or None: [..., rows].
+nb::object plain_linear_of(nb::handle x, nb::handle weight, nb::handle bias) {
+  const auto rows = borrow_rows(x), w = borrow_rows(weight);
+  const bool fit = rows && w && rows->element == w->element && is_float(w->element) && w->shape.size() == 2 && rows->cols == w->cols && w->cols % kPanelRows == 0;
+  if (!fit) return nb::none();
+  std::optional<std::vector<float>> added;
+  if (!bias.is_none() && !(added = borrow_floats(bias, w->rows))) return nb::none();
+  std::vector<int64_t> shape = rows->shape;
+  shape.back() = w->rows;
+  auto made = new_tensor(rows->element, shape);
+  if (!made) return nb::none();
+  {
+    nb::gil_scoped_release released;
+    plain_linear(kernels(), w->data, static_cast<DType>(w->element), w->rows, w->cols, rows->data, rows->rows, added ? added->data() : nullptr, made->second);
+  }
   return made->first;
 }
 
@@ -50,6 +69,7 @@ nb::object route_of(nb::handle x, nb::handle weight, nb::handle bias, int64_t to
 
 void bind_decode(nb::module_& m) {
   m.def("rms_norm", &rms_norm_of, nb::arg("x"), nb::arg("weight"), nb::arg("epsilon"), nb::arg("rounded"), nb::arg("from_one"));
+  m.def("plain_linear", &plain_linear_of, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none());
   m.def("route", &route_of, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("top_k"), nb::arg("normalised"));
 }
 

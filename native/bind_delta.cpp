@@ -76,7 +76,7 @@ nb::object delta_rule_of(nb::handle mixed, nb::handle gates, nb::handle betas, n
 }
 
 // x [B,1,H] after norm, linear attention and the product that follows, and x itself (see DeltaStep): projections to mixed, gates, betas and steps, or to mixed
-// and betas; `norm`: as `rms_norm` takes it.
+// and betas; `norm`: as `rms_norm` takes it. And how many seconds it took between the products.
 nb::object delta_step_of(nb::handle x, nb::handle norm_weight, std::tuple<float, bool, bool> norm, nb::list projections, const PackedLinear& output,
                          const DeltaTuple& module, bool integer, bool output_integer) {
   const auto rows = borrow_rows(x), w = borrow_rows(norm_weight);
@@ -97,11 +97,12 @@ nb::object delta_step_of(nb::handle x, nb::handle norm_weight, std::tuple<float,
   if (step.output->layout.cols != d.values() || step.output->layout.rows != rows->cols) return nb::none();
   auto made = new_tensor(rows->element, rows->shape);
   if (!made) return nb::none();
+  double seconds;
   {
     nb::gil_scoped_release released;
-    delta_step(kernels(), step, d, rows->data, made->second);
+    seconds = delta_step(kernels(), step, d, rows->data, made->second);
   }
-  return made->first;
+  return nb::make_tuple(made->first, seconds);
 }
 
 }  // namespace

@@ -193,14 +193,6 @@ struct Attend {
   static void attend(const KeysPart& part, float* scratch) {
     in_groups(part.heads, [&](auto group, int64_t first) { heads<group()>(part, first, scratch); });
   }
-
-  static void rows(const KeysPart& part, float* to, int64_t stride, float* scratch) {
-    in_groups(part.heads, [&](auto group, int64_t first) {
-      const float* found = products<group()>(part, first, scratch);
-      for (int64_t s = 0; s < part.count; s++)
-        for (int h = 0; h < group(); h++) to[(first + h) * stride + s] = found[s * group() + h];
-    });
-  }
 };
 
 }  // namespace

@@ -132,6 +132,15 @@ struct KeysPart {
   float *largest, *total;      // [heads]: the largest score, or -kNoScore; the sum of e^(score - largest)
 };
 
+// Rows of a plain matrix, and tokens: to[token * stride + row] is the product of the two. All contiguous.
+struct PlainRows {
+  int64_t rows, cols, tokens;  // cols: a multiple of 16
+  DType dtype;                 // of weight [rows][cols] and x [tokens][cols]: bf16 or f32
+  const uint8_t *weight, *x;
+  float* to;
+  int64_t stride;
+};
+
 // Keys or values of one head, bf16; stride in bytes.
 struct HeadRows {
   const uint8_t* data;
@@ -237,8 +246,7 @@ struct Kernels {
 
   // Fills in the results of a part; scratch: 8 (key_dim + 2 (count rounded up to 16)) floats.
   void (*attend)(const KeysPart&, float* scratch);
-  // to[head * stride + position]: the product of a query and a key alone; a part without values.
-  void (*products)(const KeysPart&, float* to, int64_t stride, float* scratch);
+  void (*plain_rows)(const PlainRows&, float* scratch);  // scratch: tokens * cols floats
 
   void (*turn)(const Head&, float* scratch);  // scratch: 2 dim floats
   // Block `number` of keys, or of values, as `attend_rows` reads them.

@@ -6,6 +6,7 @@
 #include "isa/delta.h"
 #include "isa/generic.h"
 #include "isa/heads.h"
+#include "isa/plain.h"
 #include "isa/train.h"
 
 namespace coterie {
@@ -26,7 +27,7 @@ constexpr Kernels kernels_of(const char* name) {
           T::low_rank,
           T::lora_gradient,
           Attend<Isa>::attend,
-          Attend<Isa>::rows,
+          Plain<Isa>::multiply,
           turn<Isa>,
           AttendRows<Isa>::pack,
           AttendRows<Isa>::attend,

@@ -6,15 +6,12 @@
 #include <numeric>
 #include <vector>
 
-#include "formats/bfloat16.h"
+#include "layer/plain.h"
 #include "layer/values.h"
 #include "layer/workspace.h"
-#include "runtime/threads.h"
 
 namespace coterie {
 namespace {
-
-constexpr int64_t kRows = 16;  // experts of one item of work
 
 // One token's: softmax over `score`, which it changes.
 void choose(const Router& router, float* score, std::vector<int64_t>& order, float* weights, int64_t* ids) {
@@ -39,21 +36,9 @@ void choose(const Router& router, float* score, std::vector<int64_t>& order, flo
 void route(const Kernels& kernels, const Router& router, const uint8_t* x, DType dtype, int64_t tokens, void* logits, float* weights, int64_t* ids) {
   Workspace& w = workspace();
   std::lock_guard<std::mutex> lock(w.turn);
-  const int64_t size = element_bytes(dtype), row_bytes = router.cols * size, experts = router.experts;
+  const int64_t experts = router.experts;
   auto* scores = reinterpret_cast<float*>(w.result.at_least(tokens * experts * 4));
-  const int64_t scratch_floats = 8 * (router.cols + 2 * kRows);
-  auto* scratch = reinterpret_cast<float*>(w.scratch.at_least(thread_count() * scratch_floats * 4));
-  parallel((experts + kRows - 1) / kRows, [&](int64_t item, int thread) {
-    KeysPart rows{};
-    rows.heads = tokens;
-    rows.count = std::min(kRows, experts - item * kRows);
-    rows.key_dim = router.cols;
-    rows.dtype = dtype;
-    rows.queries = x;
-    rows.keys = router.weight + item * kRows * row_bytes;
-    rows.query_stride = rows.key_stride = row_bytes;
-    kernels.products(rows, scores + item * kRows, experts, scratch + thread * scratch_floats);
-  });
+  plain_products(kernels, router.weight, dtype, experts, router.cols, x, tokens, scores);
   if (router.bias)
     for (int64_t t = 0; t < tokens; t++)
       for (int64_t e = 0; e < experts; e++) scores[t * experts + e] += router.bias[e];
@@ -62,7 +47,7 @@ void route(const Kernels& kernels, const Router& router, const uint8_t* x, DType
   for (int64_t t = 0; t < tokens; t++) {
     float* score = scores + t * experts;
     if (dtype == DType::bf16)  // the choice is made from logits as they are given back
-      for (int64_t e = 0; e < experts; e++) score[e] = bf16_to_float(static_cast<const uint16_t*>(logits)[t * experts + e]);
+      for (int64_t e = 0; e < experts; e++) score[e] = value_at(logits, dtype, t * experts + e);
     choose(router, score, order, weights + t * router.top_k, ids + t * router.top_k);
   }
 }

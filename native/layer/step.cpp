@@ -93,7 +93,7 @@ double attention_step(const Kernels& kernels, const StepWeights& weights, const 
   return took.count();
 }
 
-void delta_step(const Kernels& kernels, const DeltaStep& step, DeltaTokens d, const void* x, void* out) {
+double delta_step(const Kernels& kernels, const DeltaStep& step, DeltaTokens d, const void* x, void* out) {
   const int64_t size = element_bytes(d.dtype), hidden = step.projections[0]->layout.cols;
   std::vector<uint8_t> normed(d.sequences * hidden * size), attended(d.sequences * d.values() * size);
   rms_norm(step.norm, x, d.dtype, d.sequences, hidden, normed.data());
@@ -103,9 +103,12 @@ void delta_step(const Kernels& kernels, const DeltaStep& step, DeltaTokens d, co
   linears(step.projections, kernels, d.sequences, {normed.data(), d.dtype, hidden}, to, d.dtype, step.integer);
   d.mixed = made[0].data(), d.betas = made[d.by_head ? 1 : 2].data();
   if (!d.by_head) d.gates = made[1].data(), d.steps = made[3].data();
+  const auto begun = std::chrono::steady_clock::now();
   delta_rule(kernels, d, attended.data());
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begun;
   linear(*step.output, kernels, d.sequences, {attended.data(), d.dtype, d.values()}, out, d.dtype, step.output_integer);
   add(x, d.dtype, d.sequences * hidden, out);
+  return took.count();
 }
 
 void experts_step(const Kernels& kernels, const Experts& layer, const ExpertsStep& step, const void* x, DType dtype, int64_t tokens, void* out) {

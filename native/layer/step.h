@@ -50,8 +50,8 @@ struct DeltaStep {
   bool integer, output_integer;
 };
 
-// x and `out` [sequences][hidden], of the tokens' type; what the projections make is filled in.
-void delta_step(const Kernels& kernels, const DeltaStep& step, DeltaTokens tokens, const void* x, void* out);
+// x and `out` [sequences][hidden], of the tokens' type; what the projections make is filled in. To how many seconds it took between the products.
+double delta_step(const Kernels& kernels, const DeltaStep& step, DeltaTokens tokens, const void* x, void* out);
 
 // An expert that every token goes to.
 struct SharedExpert {

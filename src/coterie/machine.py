@@ -48,10 +48,11 @@ def attention_rate(seconds: float = 0.2) -> float:
 
 
 def row_rate(seconds: float = 0.2) -> float:
-    """Bytes of bf16 weights per second that torch multiplies with one row, as in decoding with layers of its own."""
+    """Bytes of plain bf16 weights per second that are multiplied with one row, as in decoding with layers that are not
+    packed."""
     weight = torch.ones(ROW_WEIGHT, dtype=torch.bfloat16, device="cpu")
     row = torch.ones(1, ROW_WEIGHT[1], dtype=torch.bfloat16, device="cpu")
-    return weight.nbytes * _calls_per_second(partial(F.linear, row, weight), seconds)
+    return weight.nbytes * _calls_per_second(partial(_native.plain_linear, row, weight, None), seconds)
 
 
 def _calls_per_second(call: Callable[[], object], seconds: float) -> float:

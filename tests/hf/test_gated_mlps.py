@@ -50,11 +50,11 @@ class Own:
 
     def __enter__(self):
         for module in self.modules:
-            module.quick_kind, module.kind_tried = None, True
+            module.quick_kind, module.kind_parts = None, tuple(module.children())
 
     def __exit__(self, *_):
         for module in self.modules:
-            module.kind_tried = False
+            module.kind_parts = None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,7 +105,7 @@ def test_another_gate_is_left_alone(act, opened, float32_products):
     x = torch.randn(3, 64)
     with torch.no_grad():
         first = module(x)
-        assert module.kind_tried and module.quick_kind is None
+        assert module.kind_parts and module.quick_kind is None
         assert torch.equal(module(x), first)
 
 
@@ -133,6 +133,19 @@ def test_training_and_prompts_are_the_modules_own(opened, monkeypatch):
     with torch.no_grad():
         model(torch.arange(3, 40)[None])
     assert not calls
+
+
+def test_another_activation_is_tried(opened):
+    model = copy.deepcopy(opened("qwen2_moe", "int8", torch.bfloat16))
+    mlp, x = gated(model)[0], torch.randn(1, 1, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        before = mlp(x)
+        assert mlp.quick_kind is not None
+        mlp.act_fn = torch.nn.ReLU()
+        found = mlp(x)
+        mlp.quick_kind, mlp.kind_parts = None, tuple(mlp.children())
+        expected = mlp(x)
+    assert (found - expected).norm() < 0.02 * expected.norm() < (before - expected).norm()
 
 
 def test_a_clock_counts_them_as_products(opened):

@@ -1,4 +1,4 @@
-"""Linear attention of decoded tokens by the engine, beside the modules' own code."""
+"""Linear attention by the engine, of prompts and of decoded tokens, beside the modules' own code."""
 
 from __future__ import annotations
 
@@ -125,6 +125,49 @@ def test_hooks_are_heard_and_parts_that_change_are_tried_anew(opened, float32_pr
     assert module.proved_parts[1] is module.norm and not torch.allclose(found, plain)
     with Own(model):
         assert_same(found, decode(model))
+
+
+def test_another_default_dtype(opened, monkeypatch):
+    model = copy.deepcopy(opened("qwen3_next"))
+    expected, calls = decode(model), counted(monkeypatch)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = decode(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert calls == [12, 1, 1, 1, 1, 1] and torch.equal(found, expected)
+
+
+def test_what_failed_is_tried_anew_with_other_parts(opened, monkeypatch):
+    model, calls = copy.deepcopy(opened("qwen3_next")), counted(monkeypatch)
+    (module,) = linear(model)
+    norm = module.norm
+    module.norm = copy.deepcopy(norm)
+    module.norm.forward = lambda x, gate: 2 * type(norm).forward(norm, x, gate)
+    decode(model)  # it is not silent: nothing is tried
+    assert module.is_quick is None
+    own = type(norm).forward
+    monkeypatch.setattr(type(norm), "forward", lambda self, *given: 2 * own(self, *given))
+    module.norm = copy.deepcopy(norm)
+    decode(model)
+    assert module.is_quick is False
+    monkeypatch.undo()
+    decode(model)
+    assert module.is_quick is False  # with these parts
+    module.norm = norm
+    decode(model)
+    assert module.is_quick and not calls[20:]
+
+
+def test_who_listens_to_projections_hears_the_tokens_alone(opened):
+    model, heard = copy.deepcopy(opened("qwen3_next")), []
+    (module,) = linear(model)
+    hook = module.in_proj_qkvz.register_forward_hook(lambda _, args, __: heard.append(args[0].shape[1]))
+    decode(model)
+    assert heard == [12, 1, 1, 1, 1, 1]
+    hook.remove()
+    decode(model)
+    assert module.is_quick
 
 
 def test_training_and_what_has_no_cache_are_the_modules_own(opened, monkeypatch):

@@ -1,4 +1,4 @@
-"""Norms and routers by the engine, beside the same modules by torch."""
+"""Norms, routers and plain linear layers by the engine, beside the same modules by torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeTopKRouter
 
+from coterie import _native
 from coterie.hf.inference.quick import FEW, QuickNorm, QuickRouter, quicken
 
 WIDTH, EXPERTS, TOP_K = 64, 24, 3
@@ -134,3 +135,33 @@ def test_training_and_prompts_go_through_torch(monkeypatch):
             with pytest.raises(AssertionError, match="was asked"):
                 module(x)
             module.train()(x)  # as checkpointing does, and a reference in the place of the policy
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_plain_linear_layers(bias, monkeypatch):
+    """Those of a model whose linear layers are not packed."""
+    calls, call = [], _native.plain_linear
+    monkeypatch.setattr(_native, "plain_linear", lambda *given: calls.append(1) or call(*given))
+    model = nn.Sequential(nn.Linear(64, 48, bias=bias), nn.Linear(48, 16, bias=bias)).to(torch.bfloat16)
+    rows = torch.randn(3, 5, 64).bfloat16()
+    with torch.no_grad():
+        expected = [model(x) for x in (rows[:, :1], rows, rows[:1, 0])]
+    quicken(model)
+    assert all(isinstance(part, nn.Linear) and "Linear(in_features" in repr(part) for part in model)
+    for x, before in zip((rows[:, :1], rows, rows[:1, 0]), expected, strict=True):
+        with torch.no_grad():
+            found = model.eval()(x)
+        assert found.dtype == torch.bfloat16 and (found - before).abs().max() < 2**-6 * before.abs().max()
+    assert len(calls) == 4  # of three rows and of one, not of fifteen
+    model(rows[:, :1]).sum().backward()
+    with torch.no_grad():
+        model.train()(rows[:, :1])
+        model.eval().float()(rows[:, :1].float())
+        model.half()(rows[:, :1].half())
+    assert len(calls) == 4 and model[0].weight.grad is not None
+
+
+def test_plain_linear_layers_of_other_types_are_left_alone():
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 16, dtype=torch.float16), nn.Linear(16, 8, device="meta"))
+    quicken(model)
+    assert all(type(part) is nn.Linear for part in model)

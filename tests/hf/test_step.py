@@ -143,6 +143,65 @@ def test_another_layer_is_left_alone(opened, float32_products):
         assert torch.equal(found, decode(model))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.03])
+def test_a_block_that_adds_little_is_proved_too(scale, tmp_path, float32_products, monkeypatch):
+    """With another score than a sigmoid, of shared experts that may be small beside what they are added to."""
+    model = tiny_models.make("qwen2_moe")
+    for layer in layers(model):
+        layer.mlp.shared_expert.down_proj.weight.data *= scale
+        layer.mlp.experts.down_proj.data *= scale
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    right = coterie.from_pretrained(tmp_path, experts="bf16", dense="bf16")
+    decode(right)
+    assert taken(right) == [EXPERTS, EXPERTS]
+    monkeypatch.setattr("torch.nn.functional.sigmoid", lambda x: 3 * torch.tanh(x))
+    wrong = coterie.from_pretrained(tmp_path, experts="bf16", dense="bf16")
+    decode(wrong)
+    assert taken(wrong) == [BLOCK, BLOCK]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
+def test_heads_that_are_no_multiple_of_16_columns(family, opened, float32_products):
+    model = opened(family, head_dim=24)
+    found = decode(model)
+    assert not any(step == EXPERTS for step in taken(model)) or family == "qwen3_next"
+    with by_own_code(model):
+        assert_same(found, decode(model))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
+def test_what_is_wrapped_is_called(family, opened, float32_products):
+    class Wrapped(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            called.append(1)
+            return self.module(*args, **kwargs)
+
+    model, called = copy.deepcopy(opened(family)), []
+    expected = decode(model)
+    assert taken(model) == [EXPERTS, EXPERTS]
+    for layer in layers(model):
+        name = layer.quick_mixer.PLACE
+        setattr(layer, name, Wrapped(getattr(layer, name)))
+    assert_same(decode(model), expected)
+    assert len(called) == 2 * (TOKENS + 1)
+    other = copy.deepcopy(model)  # and where nothing was tried before
+    assert_same(decode(other), expected)
+
+
+def test_another_scale_of_attention(opened, float32_products):
+    model = copy.deepcopy(opened("qwen3_moe"))
+    decode(model)
+    for layer in layers(model):
+        layer.self_attn.scaling *= 2
+    found = decode(model)
+    with by_own_code(model):
+        assert_same(found, decode(model))
+
+
 def test_who_listens_is_told(opened, monkeypatch, float32_products):
     model = opened("qwen3_moe")
     expected = decode(model)

@@ -149,7 +149,8 @@ def test_a_step_is_its_parts(dtype, together, each_isa):
         made = {name: linear(normed) for name, linear in zip(names, projections, strict=True)}
         expected = x + output(call(given | made | kept, key_heads))
         weights, module = [linear.weight for linear in projections], own_parts(given | again, key_heads)
-        found = _native.delta_step(x, norm, options, weights, output.weight, module, False, False)
+        found, seconds = _native.delta_step(x, norm, options, weights, output.weight, module, False, False)
+        assert 0 < seconds < 1
         assert torch.equal(found, expected) and all(torch.equal(kept[name], again[name]) for name in kept), isa
     step = functools.partial(_native.delta_step, module=module, integer=False, output_integer=False)
     whole = {"x": x, "norm_weight": norm, "norm": options, "projections": weights, "output": output.weight}

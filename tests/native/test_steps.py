@@ -190,6 +190,23 @@ def test_other_tensors_are_not_taken(change):
     assert torch.equal(given["keys"], before)
 
 
+@pytest.mark.parametrize("shape", [Shape(width=24, turned=24, value_width=32), Shape(value_width=24)], ids=str)
+def test_heads_that_lanes_do_not_divide_are_not_taken(shape):
+    case = Attention(shape, torch.bfloat16, "int8")
+    assert case.engine()(case.x, case.keys, case.values) is None
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_projections_of_other_sizes_are_not_taken(gated):
+    case = Attention(Shape(gated=gated), torch.bfloat16, "int8")
+    whole = list(case.linears)
+    rows = whole[0].out_features
+    for place, size in ((0, (rows + 8, HIDDEN)), (0, (rows // 4 * 3, HIDDEN)), (3, (HIDDEN, 96)), (1, (32, HIDDEN))):
+        case.linears = list(whole)
+        case.linears[place] = Linear.pack(case.normal(*size))
+        assert case.engine()(case.x, case.keys, case.values) is None, (place, size)
+
+
 @pytest.mark.parametrize("dtype", ERROR)
 @pytest.mark.parametrize("normalised", [True, False])
 def test_experts(normalised, dtype, each_isa):

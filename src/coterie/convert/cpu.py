@@ -64,8 +64,6 @@ def convert_cpu(
     """
     started = time.perf_counter()
     source, output = Path(source), Path(output)
-    if dense is not None and (loose or layers is not None):
-        raise ArgumentError("--dense packs linear layers outside the experts, and loose layers are experts alone")
     if quant_method is not None:
         resolve(quant_method, group_size, zero_point)
     reader = open_source(source)

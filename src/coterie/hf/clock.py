@@ -22,7 +22,8 @@ from coterie.hf.modules import packed_module
 class Part:
     """A layer, or all that is outside of the layers, in one forward; times in seconds.
 
-    products: in linear layers and experts, which read `nbytes` of weights. attention: of queries to keys and values.
+    products: in linear layers and experts, which read `nbytes` of weights. attention: of queries to keys and values,
+    or the recurrence of linear attention, where a layer decodes at once.
     """
 
     seconds: float = 0.0

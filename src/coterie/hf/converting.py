@@ -55,6 +55,8 @@ def convert(
         raise ArgumentError("--dense-skip: expected --dense too, the format that the other layers are packed in")
     experts_alone = options.get("loose") or options.get("layers") is not None
     gguf = find_gguf(source)
+    if experts_alone and dense is not None:
+        raise ArgumentError("--dense packs linear layers outside the experts, and loose layers are experts alone")
     if experts_alone or gguf is None:
         if dense is not None:
             options["dense"] = dense_of(model_of(Path(source)), dense, dense_skip)
@@ -127,11 +129,14 @@ def dense_of(model: PreTrainedModel, dense: str, skip: Sequence[str] | str) -> D
     """How a conversion packs the linear layers of a model. Raises ArgumentError for what does not fit the model."""
     spec, patterns = None if dense == OWN else resolve(dense), check_skip(skip)
     names = chosen_linears(model, spec, patterns)
-    return Dense(spec, tuple(patterns), partial(linear_tensors, model, names))
+    return Dense(spec, tuple(patterns), partial(linear_tensors, model, names, spec is None))
 
 
-def linear_tensors(model: PreTrainedModel, names: Sequence[str], tensors: Collection[str]) -> dict[str, str]:
-    """The linear layers `names` of a model in a checkpoint: {name when packed: the tensor that has the weight}.
+def linear_tensors(
+    model: PreTrainedModel, names: Sequence[str], single: bool, tensors: Collection[str]
+) -> dict[str, str]:
+    """The linear layers `names` of a model in a checkpoint: {name when packed: the tensor that has the weight}. single:
+    of those that are one tensor there.
 
     Raises ArgumentError for a weight that is made of several tensors, CheckpointError for one that is not there.
     """
@@ -147,6 +152,8 @@ def linear_tensors(model: PreTrainedModel, names: Sequence[str], tensors: Collec
             found[plain[weight]] = plain[weight]
         elif shared is not None:
             found[stored_name(model, weight)] = shared
+        elif weight in made and single:
+            continue
         elif weight in made:
             raise ArgumentError(
                 f"{weight} is made of several tensors ({made[weight]}), which a conversion does not join: leave it out "

@@ -45,17 +45,17 @@ def _projections(module: nn.Module) -> tuple[str, ...] | None:
 
 class QuickDelta(nn.Module):
     """Mixed into the class of a module of linear attention. is_quick: whether the engine computes what it does, with
-    those parts; None: not tried yet."""
+    those parts and of rows of that dtype; None: not tried yet."""
 
     is_quick: bool | None = None
-    proved_parts: tuple[nn.Module, nn.Module] | None = None
+    proved_parts: tuple[nn.Module, nn.Module, torch.dtype] | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """x [B, T, H] and what else the module's own forward takes -> [B, T, H]."""
         layer = None if args else self._asked(hidden_states, kwargs)
         if layer is not None:
-            parts = self.conv1d, self.norm
-            if self.is_quick is None or parts != self.proved_parts:
+            parts = self.conv1d, self.norm, hidden_states.dtype
+            if self.is_quick is None or self.proved_parts != parts:
                 self.is_quick, self.proved_parts = self._proved(hidden_states, kwargs), parts
             out = self._attend(hidden_states, kwargs.get(MASK), layer) if self.is_quick else None
             if out is not None:
@@ -67,16 +67,20 @@ class QuickDelta(nn.Module):
 
     def _asked(self, x: Tensor, kwargs: dict[str, Any]) -> Any:
         """This module's part of the cache of a call that the engine may answer; None for other calls."""
-        if self.is_quick is False or self.training or torch.is_grad_enabled() or not runs_now():
+        if self.training or torch.is_grad_enabled() or not runs_now():
             return None
         if type(x) is not Tensor or x.dim() != 3 or not x.numel() or not x.is_cpu:
+            return None
+        tried = self.proved_parts == (self.conv1d, self.norm, x.dtype)
+        if self.is_quick is False and (tried or self.proved_parts is None):
             return None
         if any(value is not None and value is not False for name, value in kwargs.items() if name not in KNOWN):
             return None
         mask = kwargs.get(MASK)
         if mask is not None and (type(mask) is not Tensor or mask.shape != x.shape[:2]):
             return None
-        if has_global_hooks() or not all(map(is_silent, (self.conv1d, self.norm))):
+        heard = (self.conv1d, self.norm) if tried else self.children()  # projections are called, when tried in vain too
+        if has_global_hooks() or not all(map(is_silent, heard)):
             return None
         return remembered(next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None), self)
 
@@ -87,7 +91,8 @@ class QuickDelta(nn.Module):
 
     def is_proved(self) -> bool:
         """Whether the engine computes what this module does, with the parts that it has."""
-        return bool(self.is_quick) and self.proved_parts == (self._modules["conv1d"], self._modules["norm"])
+        own = self._modules["conv1d"], self._modules["norm"]
+        return bool(self.is_quick) and self.proved_parts is not None and self.proved_parts[:2] == own
 
     def own_parts(self, layer: Any) -> tuple[Any, ...]:
         """What the engine takes beside the projections; `layer`: this module's part of a cache, which it writes to."""
@@ -98,7 +103,8 @@ class QuickDelta(nn.Module):
         )  # fmt: skip
 
     def _attend(self, x: Tensor, mask: Tensor | None, layer: Any) -> Tensor | None:
-        """What goes into the last projection; the cache's states are those behind x then. None: nothing was done."""
+        """What goes into the last projection; the cache's states are those behind x then. None: they are as before, or
+        zeros where there were none."""
         if mask is not None:
             x = (x * mask[..., None]).to(x.dtype)
         made = [projection(x) for projection in self.projections()[:-1]]
@@ -106,7 +112,8 @@ class QuickDelta(nn.Module):
         if not layer.has_previous_state[0]:
             weight = self.conv1d.weight
             layer.update_conv_state(made[0].new_zeros(len(x), len(weight), weight.shape[-1]))
-            layer.update_recurrent_state(torch.zeros(len(x), len(self.A_log), self.head_k_dim, len(self.norm.weight)))
+            state = len(x), len(self.A_log), self.head_k_dim, len(self.norm.weight)
+            layer.update_recurrent_state(made[0].new_zeros(state, dtype=torch.float32))
         return _native.delta_rule(mixed_rows, gates, betas, steps, self.own_parts(layer))
 
     def _proved(self, x: Tensor, kwargs: dict[str, Any]) -> bool:

@@ -38,26 +38,32 @@ def join_gates(model: nn.Module) -> None:
 
 class QuickGated(nn.Module):
     """Mixed into the class of a gated MLP. quick_kind: the activation that the engine computes, as it takes it; None:
-    not tried yet, or tried and found to be something else."""
+    not tried yet, or tried with those parts and found to be something else."""
 
     quick_kind: tuple[int, float, float, float] | None = None
-    kind_tried = False
+    kind_parts: tuple[nn.Module, ...] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """x [B, T, H] or [T, H] -> the same shape."""
         if not args and not kwargs and self._decodes(x):
-            if not self.kind_tried:
-                self.quick_kind, self.kind_tried = self._found(x), True
+            if self.kind_parts is None or not self._stands():
+                self.kind_parts = tuple(self.children())
+                self.quick_kind = None
+                self.quick_kind = self._found(x)
             out = self._computed(x)
             if out is not None:
                 return out
         return super().forward(x, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("quick_kind", "kind_tried")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("quick_kind", "kind_parts")}
+
+    def _stands(self) -> bool:
+        """Whether its parts are those that were tried: another activation is another kind."""
+        return self.kind_parts == tuple(self._modules.values())
 
     def _decodes(self, x: Any) -> bool:
-        if self.kind_tried and self.quick_kind is None:
+        if self.quick_kind is None and self.kind_parts is not None and self._stands():
             return False
         if type(x) is not Tensor or self.training or torch.is_grad_enabled() or not runs_now() or x.is_neg():
             return False
@@ -70,7 +76,9 @@ class QuickGated(nn.Module):
         """What the engine is to be given: three weights, the activation that was found or `kind`, and whether it rounds
         to int8. None where a part is no longer what it was, somebody listens to it, or they do not compute alike."""
         parts, kind = [self._modules[name] for name in PROJECTIONS], kind or self.quick_kind
-        if kind is None or not all(type(part).forward is PackedLinear.forward and is_silent(part) for part in parts):
+        if kind is None or not self._stands():
+            return None
+        if not all(type(part).forward is PackedLinear.forward and is_silent(part) for part in parts):
             return None
         weights = [part.packed.linear.weight for part in parts]  # type: ignore[union-attr]
         integer = {weight.uses_int8() for weight in weights}

@@ -23,6 +23,7 @@ SINKS = "sinks"
 POSITIONS, MASK = "position_embeddings", "attention_mask"
 IMPLEMENTATION = "_attn_implementation_internal"
 LARGE = 64.0
+LANES = 16  # columns of a head, and of its values, are a multiple of
 
 
 def mixer_of(layer: nn.Module) -> type[AttentionMixer] | type[DeltaMixer] | None:
@@ -53,6 +54,7 @@ class AttentionMixer:
             and len(norms) in (0, len(HEAD_NORMS))
             and isinstance(head, int)
             and head > 0
+            and head % LANES == 0
             and all(hasattr(module, name) for name in ("scaling", "layer_idx", "config"))
             and k.out_features % head == 0
             and _gates(module) is not None
@@ -97,7 +99,7 @@ class AttentionMixer:
         self._head_norms = [module._modules[name] for name in HEAD_NORMS if name in module._modules]
         _, k, v, _ = projections = self.projections(module)
         self._weights = [p.packed.linear.weight for p in projections]
-        head = module.head_dim
+        head, self._scaling = module.head_dim, module.scaling
         options = [None if norm is None else norm.quick, *([n.quick for n in self._head_norms] or [None, None])]
         whole = bool(self._head_norms) and self._head_norms[0].weight.numel() != head
         value_dim = v.out_features // (k.out_features // head)
@@ -131,7 +133,7 @@ class AttentionMixer:
     def _attend(self, x: Tensor, angles: Any, keys: Tensor, values: Tensor, used: int, mask: Any) -> Tensor | None:
         """Keys and values [B, heads, room, D] get position `used`."""
         q, k, v, o = [weight.uses_int8() for weight in self._weights]
-        if not q == k == v or type(angles) is not tuple:
+        if not q == k == v or type(angles) is not tuple or self._module.scaling != self._scaling:
             return None
         norm = None if self._norm is None else self._norm._parameters["weight"]
         head_norms = [n._parameters["weight"] for n in self._head_norms] or (None, None)
@@ -161,7 +163,6 @@ class DeltaMixer:
     """Linear attention by the gated delta rule, of a module that the engine has answered for before."""
 
     PLACE = "linear_attn"
-    attending = 0.0
 
     @staticmethod
     def fits(module: nn.Module | None) -> bool:
@@ -187,6 +188,7 @@ class DeltaMixer:
     def __init__(self, module: Any, norm: QuickNorm) -> None:
         self._norm, self._module = norm, module
         *self._projections, self._output = [p.packed.linear.weight for p in module.projections()]
+        self.attending = 0.0  # seconds that the recurrence has taken in all calls
 
     def __call__(self, x: Tensor, kwargs: dict[str, Any], memory: Any) -> Tensor | None:
         """x [B, 1, H] -> what attention makes of it; the cache is what it is behind it then. None: nothing was done."""
@@ -195,9 +197,13 @@ class DeltaMixer:
             return None
         norm, own = self._norm, self._module.own_parts(memory)
         weight, output = norm._parameters["weight"], self._output
-        return _native.delta_step(
+        found = _native.delta_step(
             x, weight, norm.quick, self._projections, output, own, integer.pop(), output.uses_int8()
         )
+        if found is None:
+            return None
+        self.attending += found[1]
+        return found[0]
 
     def tried(self, x: Tensor, kwargs: dict[str, Any], memory: Any) -> Tensor | None:
         """The same with a copy of the cache."""

@@ -10,6 +10,7 @@ from transformers.utils import output_capturing
 
 COLLECTOR = "_active_collector"
 TOLERANCE = {torch.bfloat16: 2**-5, torch.float32: 1e-4}  # what roundings on the way leave open
+ROUNDING = {torch.bfloat16: 2**-8, torch.float32: 2**-21}  # of a sum
 
 
 def same(found: Tensor | None, expected: Tensor) -> bool:
@@ -18,6 +19,14 @@ def same(found: Tensor | None, expected: Tensor) -> bool:
         return False
     difference = (found.float() - expected.float()).abs().max()
     return bool(difference <= TOLERANCE[found.dtype] * expected.float().abs().max())
+
+
+def adds_same(found: Tensor | None, expected: Tensor, x: Tensor) -> bool:
+    """The same for sums with x, by what is added to it: that may be small beside x."""
+    if found is None or (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        return False
+    added, difference = (expected.float() - x.float()).abs().max(), (found.float() - expected.float()).abs().max()
+    return bool(difference <= TOLERANCE[found.dtype] * added + ROUNDING[found.dtype] * expected.float().abs().max())
 
 
 def is_silent(module: Any) -> bool:

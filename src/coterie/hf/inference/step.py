@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from coterie.border import runs_now
+from coterie.hf.dense import PackedLinear
 from coterie.hf.inference.gated import QuickGated
 from coterie.hf.inference.growing import ARGUMENTS
 from coterie.hf.inference.mixers import MASK, POSITIONS, AttentionMixer, DeltaMixer, mixer_of
-from coterie.hf.inference.proving import TOLERANCE, is_silent, same
+from coterie.hf.inference.proving import TOLERANCE, adds_same, is_silent
 from coterie.hf.inference.quick import FEW, QuickNorm, QuickRouter
 from coterie.hf.mixed import mixed
 from coterie.hf.modules import packed_module
@@ -25,6 +26,7 @@ from coterie.hf.modules import packed_module
 # What a layer may be called with beside its rows; position_ids say nothing where there are embeddings of positions.
 KNOWN = {POSITIONS, MASK, *ARGUMENTS, "position_ids", "use_cache", "cache_position"}
 Mixer = AttentionMixer | DeltaMixer
+TRIALS = 3
 
 
 def step_at_once(model: nn.Module) -> None:
@@ -32,16 +34,16 @@ def step_at_once(model: nn.Module) -> None:
     for module in list(model.modules()):
         if (parts := LayerParts.find(module)) is not None:
             module.__class__ = mixed(QuickLayer, type(module))
-            module.mixer = parts.mixer
+            module.quick_mixer = parts.mixer
 
 
 class QuickLayer(nn.Module):
-    """Mixed into the class of a layer, of whose kind `mixer` is.
+    """Mixed into the class of a layer, of whose kind `quick_mixer` is.
 
     quick_step: what computes its tokens; None: not tried yet, or tried and found to be something else.
     """
 
-    mixer: type[Mixer]
+    quick_mixer: type[Mixer]
     quick_step: LayerStep | None = None
     step_tried = False
 
@@ -64,14 +66,18 @@ def _step(layer: QuickLayer, x: Any, kwargs: dict[str, Any]) -> Tensor | None:
     if any(value is not None and value is not False for name, value in kwargs.items() if name not in KNOWN):
         return None
     cache = next((kwargs[name] for name in ARGUMENTS if kwargs.get(name) is not None), None)
-    memory = None if cache is None else layer.mixer.memory(layer._modules[layer.mixer.PLACE], cache)
+    mixer, mixing = layer.quick_mixer, layer._modules[layer.quick_mixer.PLACE]
+    # Whatever stands in a part's place may be something else.
+    if cache is None or not (mixer.fits(mixing) if step is None else step.stands()):
+        return None
+    memory = mixer.memory(mixing, cache)
     if memory is None:
         return None
     if step is None:
         step = layer.quick_step = _proved(layer, x, kwargs, memory)
         layer.step_tried = True
-    if step is None or not step.stands():
-        return None
+        if step is None:
+            return None
     found = step.attend(x, kwargs, memory)
     return None if found is None else step.finish(found)
 
@@ -131,7 +137,8 @@ def _places(owner: nn.Module) -> list[tuple[dict, str, nn.Module]]:
 
 
 def _is_score(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and module.out_features == 1 and module.bias is None
+    plain = isinstance(module, nn.Linear) and not isinstance(module, PackedLinear)
+    return plain and module.out_features == 1 and module.bias is None
 
 
 class LayerStep:
@@ -167,6 +174,8 @@ class LayerStep:
             if shared is None:
                 return None
             shared = (*shared, None if parts.score is None else parts.score._parameters["weight"])
+        if x.dtype != router.quick_dtype:
+            return None
         top_k, normalised, dtype = router.quick
         own = router._parameters
         return layer.step(
@@ -179,11 +188,23 @@ class LayerStep:
 
 
 def _proved(layer: QuickLayer, x: Tensor, kwargs: dict[str, Any], memory: Any) -> LayerStep | None:
-    """What computes a layer's tokens as the layer does; None where that is not found."""
-    parts = LayerParts.find(layer)
+    """What computes a layer's tokens as the layer does; None where that is not found. Rows between two experts, which a
+    rounding may send to either, say nothing: so several are tried."""
+    parts, best = LayerParts.find(layer), None
     if parts is None or x.dtype not in TOLERANCE or not parts.stand():
         return None
-    random = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.dtype)
+    for seed in range(TRIALS):
+        step = _proved_by(seed, layer, parts, x, kwargs, memory)
+        best = step or best
+        if best is not None and (best.with_experts or parts.experts is None):
+            break
+    return best
+
+
+def _proved_by(
+    seed: int, layer: QuickLayer, parts: LayerParts, x: Tensor, kwargs: dict[str, Any], memory: Any
+) -> LayerStep | None:
+    random = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.dtype)
     seen: list[Tensor] = []
     hook = parts.second_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
@@ -195,10 +216,10 @@ def _proved(layer: QuickLayer, x: Tensor, kwargs: dict[str, Any], memory: Any) -
         return None
     finally:
         hook.remove()
-    if len(seen) != 1 or not same(mixer.tried(random, kwargs, memory), seen[0]):
+    if len(seen) != 1 or not adds_same(mixer.tried(random, kwargs, memory), seen[0], random):
         return None
     for with_experts in (False,) if parts.experts is None else (True, False):
         step = LayerStep(parts, mixer, with_experts)
-        if same(step.finish(seen[0]), expected):
+        if adds_same(step.finish(seen[0]), expected, seen[0]):
             return step
     return None
