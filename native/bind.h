@@ -18,6 +18,9 @@ using LayoutTuple = std::tuple<int, int64_t, int64_t, int64_t, bool>;  // encodi
 
 inline Layout layout_from(const LayoutTuple& t) { return std::apply([](auto... part) { return layout_of(part...); }, t); }
 
+// How a router chooses from sigmoids: correction [E], groups of experts, how many of them are kept, scale of the weights, whether logits are float32
+using ScoresTuple = std::tuple<nanobind::handle, int64_t, int64_t, float, bool>;
+
 void bind_attention(nanobind::module_& m);
 void bind_decode(nanobind::module_& m);
 void bind_delta(nanobind::module_& m);

@@ -1,10 +1,14 @@
 // Norms, routers and plain linear layers of a step of decoding, for torch's tensors as they are. Each gives None for tensors that it does not take.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "bind.h"
+#include "bind_router.h"
 #include "layer/norm.h"
 #include "layer/plain.h"
 #include "layer/router.h"
@@ -47,20 +51,23 @@ nb::object plain_linear_of(nb::handle x, nb::handle weight, nb::handle bias) {
 
 // x [T,H] and weight [E,H] of one dtype, bf16 or f32, H a multiple of 16, bias [E] or None: logits [T,E] of that dtype, weights f32 [T,K] and experts i64 [T,K], the
 // largest first.
-nb::object route_of(nb::handle x, nb::handle weight, nb::handle bias, int64_t top_k, bool normalised) {
+nb::object route_of(nb::handle x, nb::handle weight, nb::handle bias, int64_t top_k, bool normalised, const std::optional<ScoresTuple>& scores) {
   const auto rows = borrow_rows(x), w = borrow_rows(weight);
   const bool fit = rows && w && rows->element == w->element && is_float(w->element) && rows->shape.size() == 2 && w->shape.size() == 2 &&
                    rows->cols == w->cols && w->cols % 16 == 0 && top_k >= 1 && top_k <= w->rows;
   if (!fit) return nb::none();
   std::optional<std::vector<float>> added;
   if (!bias.is_none() && !(added = borrow_floats(bias, w->rows))) return nb::none();
-  auto logits = new_tensor(rows->element, {rows->rows, w->rows}), weights = new_tensor(Element::f32, {rows->rows, top_k}),
+  Router router{w->data, added ? added->data() : nullptr, w->rows, w->cols, top_k, normalised, nullptr, 1, 1, 1.0f, false};
+  std::vector<float> correction;
+  if (scores && !scored(*scores, correction, router)) return nb::none();
+  auto logits = new_tensor(router.wide ? Element::f32 : rows->element, {rows->rows, w->rows}), weights = new_tensor(Element::f32, {rows->rows, top_k}),
        ids = new_tensor(Element::i64, {rows->rows, top_k});
   if (!logits || !weights || !ids) return nb::none();
   {
     nb::gil_scoped_release released;
-    route(kernels(), {w->data, added ? added->data() : nullptr, w->rows, w->cols, top_k, normalised}, rows->data, static_cast<DType>(rows->element), rows->rows, logits->second,
-          static_cast<float*>(weights->second), static_cast<int64_t*>(ids->second));
+    route(kernels(), router, rows->data, static_cast<DType>(rows->element), rows->rows, logits->second, static_cast<float*>(weights->second),
+          static_cast<int64_t*>(ids->second));
   }
   return nb::make_tuple(logits->first, weights->first, ids->first);
 }
@@ -70,7 +77,8 @@ nb::object route_of(nb::handle x, nb::handle weight, nb::handle bias, int64_t to
 void bind_decode(nb::module_& m) {
   m.def("rms_norm", &rms_norm_of, nb::arg("x"), nb::arg("weight"), nb::arg("epsilon"), nb::arg("rounded"), nb::arg("from_one"));
   m.def("plain_linear", &plain_linear_of, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none());
-  m.def("route", &route_of, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("top_k"), nb::arg("normalised"));
+  m.def("route", &route_of, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("top_k"), nb::arg("normalised"),
+        nb::arg("scores") = nb::none());
 }
 
 }  // namespace coterie

@@ -16,6 +16,7 @@
 
 #include "bind.h"
 #include "bind_linear.h"
+#include "bind_router.h"
 #include "bind_stream_call.h"
 #include "bind_tickets.h"
 #include "formats/bfloat16.h"
@@ -130,9 +131,10 @@ class Layer {
   }
 
   // x [..., H] after norm, router and experts, and x itself (see ExpertsStep), for tensors that the kernels take as they are; None for any other. `norm`: as
-  // `rms_norm` takes it, router [E,H] of the type of x; shared: None, or a shared expert: its matrices, activation, integer, and score [H] or None.
+  // `rms_norm` takes it, router [E,H] of the type of x; scores: None, or see ScoresTuple; shared: None, or a shared expert: its matrices, activation, integer, and score [H] or None.
   nb::object step(nb::handle x, nb::handle norm_weight, std::tuple<float, bool, bool> norm, nb::handle router, nb::handle router_bias, int64_t top_k,
-                  bool normalised, bool rounded_weights, bool integer, const std::optional<SharedTuple>& shared) const {
+                  bool normalised, bool rounded_weights, bool integer, const std::optional<SharedTuple>& shared,
+                  const std::optional<ScoresTuple>& scores) const {
     const auto rows = borrow_rows(x), w = borrow_rows(norm_weight), r = borrow_rows(router);
     const bool fit = rows && w && r && is_float(rows->element) && is_float(w->element) && r->element == rows->element && rows->cols == layer_.hidden &&
                      w->rows == 1 && w->cols == layer_.hidden && r->shape.size() == 2 && r->rows == layer_.count && r->cols == layer_.hidden &&
@@ -140,6 +142,9 @@ class Layer {
     if (!fit) return nb::none();
     std::optional<std::vector<float>> bias;
     if (!router_bias.is_none() && !(bias = borrow_floats(router_bias, layer_.count))) return nb::none();
+    Router chooser{r->data, bias ? bias->data() : nullptr, layer_.count, layer_.hidden, top_k, normalised, nullptr, 1, 1, 1.0f, false};
+    std::vector<float> correction;
+    if (scores && !scored(*scores, correction, chooser)) return nb::none();
     std::optional<SharedExpert> beside;
     if (shared && !(beside = shared_of(*shared, layer_.hidden, rows->element))) return nb::none();
     check_complete();
@@ -147,7 +152,7 @@ class Layer {
     if (!made) return nb::none();
     const auto [epsilon, rounded, from_one] = norm;
     const ExpertsStep step{{w->data, static_cast<DType>(w->element), epsilon, rounded, from_one},
-                           {r->data, bias ? bias->data() : nullptr, layer_.count, layer_.hidden, top_k, normalised}, rounded_weights, integer, beside ? &*beside : nullptr};
+                           chooser, rounded_weights, integer, beside ? &*beside : nullptr};
     {
       nb::gil_scoped_release released;
       experts_step(kernels(), layer_, step, rows->data, static_cast<DType>(rows->element), rows->rows, made->second);
@@ -242,7 +247,8 @@ void bind_layer(nb::module_& m) {
       .def("handle", &Layer::handle)
       .def("compute", &Layer::compute)
       .def("step", &Layer::step, nb::arg("x"), nb::arg("norm_weight"), nb::arg("norm"), nb::arg("router"), nb::arg("router_bias").none(), nb::arg("top_k"),
-           nb::arg("normalised"), nb::arg("rounded_weights"), nb::arg("integer"), nb::arg("shared") = nb::none())
+           nb::arg("normalised"), nb::arg("rounded_weights"), nb::arg("integer"), nb::arg("shared") = nb::none(),
+           nb::arg("scores") = nb::none())
       .def("forward", &Layer::forward, nb::arg("batch"), nb::arg("lora").none(), nb::arg("gate"), nb::arg("up"), nb::arg("owners").none())
       .def("on_stream", &Layer::on_stream, nb::arg("batch"), nb::arg("lora").none(), nb::arg("owners"))
       .def("backward", &Layer::backward);

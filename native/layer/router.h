@@ -1,4 +1,4 @@
-// Which experts a few tokens go to: softmax of x W^T + bias, the k largest, for the rows of a plain matrix.
+// Which experts a few tokens go to: the k largest of a softmax of x W^T + bias, or of its sigmoids, for the rows of a plain matrix.
 #pragma once
 #include "isa/kernels.h"
 
@@ -10,9 +10,15 @@ struct Router {
   int64_t experts, cols;  // columns: a multiple of 16
   int64_t top_k;
   bool normalised;        // the weights of the k add up to 1
+  // Sigmoids instead of a softmax, null: the softmax. Added to them where experts are chosen, [experts]; then only those of the `kept` groups of experts are
+  // looked at whose best two have the largest sums. The weights are times `scale`.
+  const float* correction;
+  int64_t groups, kept;
+  float scale;
+  bool wide;              // logits are given back, and looked at, as float32
 };
 
-// x [tokens, cols], contiguous, bf16 or f32, to logits [tokens, experts] of its type, and by falling weight float32 weights and experts [tokens, top_k].
+// x [tokens, cols], contiguous, bf16 or f32, to logits [tokens, experts] of its type or float32, and by falling weight float32 weights and experts [tokens, top_k].
 void route(const Kernels& kernels, const Router& router, const uint8_t* x, DType dtype, int64_t tokens, void* logits, float* weights, int64_t* ids);
 
 }  // namespace coterie

@@ -113,7 +113,7 @@ double delta_step(const Kernels& kernels, const DeltaStep& step, DeltaTokens d, 
 
 void experts_step(const Kernels& kernels, const Experts& layer, const ExpertsStep& step, const void* x, DType dtype, int64_t tokens, void* out) {
   const int64_t size = element_bytes(dtype), chosen = tokens * step.router.top_k;
-  std::vector<uint8_t> normed(tokens * layer.hidden * size), logits(tokens * step.router.experts * size);
+  std::vector<uint8_t> normed(tokens * layer.hidden * size), logits(tokens * step.router.experts * (step.router.wide ? 4 : size));
   std::vector<float> weights(chosen);
   std::vector<int64_t> ids(chosen);
   rms_norm(step.norm, x, dtype, tokens, layer.hidden, normed.data());

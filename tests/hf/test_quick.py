@@ -7,13 +7,17 @@ import torch
 from torch import nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssTopKRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, OlmoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeTopKRouter
 
 from coterie import _native
-from coterie.hf.inference.quick import FEW, QuickNorm, QuickRouter, quicken
+from coterie.hf.inference.norms import QuickNorm
+from coterie.hf.inference.proving import FEW
+from coterie.hf.inference.quick import quicken
+from coterie.hf.inference.routers import QuickRouter
 
 WIDTH, EXPERTS, TOP_K = 64, 24, 3
 STEP = {torch.bfloat16: 2**-8, torch.float32: 1e-6}
@@ -84,6 +88,48 @@ def test_routers(kind, changed, dtype, each_isa):
             assert (taken - wanted).abs().max() <= STEP[dtype] * expected[0].abs().max(), isa
 
 
+@pytest.mark.parametrize("dtype", STEP)
+@pytest.mark.parametrize("groups", [(1, 1), (4, 2), (3, 3), (8, 1)], ids=str)
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("kind", [DeepseekV3TopkRouter, Glm4MoeTopkRouter])
+def test_routers_by_sigmoids(kind, normalised, groups, dtype, each_isa):
+    settings = {
+        "n_group": groups[0],
+        "topk_group": groups[1],
+        "norm_topk_prob": normalised,
+        "routed_scaling_factor": 2.5,
+    }
+    plain, quick = both(lambda: kind(Settings(**settings)), dtype)
+    assert isinstance(quick, QuickRouter) and quick.quick.scores is not None
+    correction = torch.randn(EXPERTS, generator=torch.Generator().manual_seed(3)) * 0.2
+    for module in (plain, quick):
+        module.e_score_correction_bias.copy_(correction)
+    for isa in each_isa:
+        for count in (1, 7):
+            x = rows(dtype, count)
+            with torch.no_grad():
+                (logits, weights, experts), expected = quick(x), plain(x)
+            assert [t.dtype for t in (logits, weights, experts)] == [t.dtype for t in expected], isa
+            assert (logits - expected[0]).abs().max() <= 1e-5 * expected[0].abs().max(), isa
+            order, wanted = (found.argsort(-1) for found in (experts, expected[2]))
+            assert torch.equal(experts.gather(1, order), expected[2].gather(1, wanted)), isa
+            assert torch.allclose(weights.gather(1, order), expected[1].gather(1, wanted), atol=1e-5), isa
+
+
+def test_scores_that_do_not_fit_are_not_taken():
+    x, weight, bias = torch.randn(2, 64), torch.randn(8, 64), torch.zeros(8)
+    route = lambda *scores, top_k=2: _native.route(x, weight, None, top_k, True, scores)  # noqa: E731
+    assert route(bias, 4, 2, 1.0, True) is not None
+    for scores in (
+        (bias[:7], 1, 1, 1.0, True),
+        (bias, 3, 1, 1.0, True),
+        (bias, 4, 5, 1.0, True),
+        (bias, 0, 0, 1.0, True),
+    ):
+        assert route(*scores) is None
+    assert route(bias, 4, 1, 1.0, True, top_k=3) is None
+
+
 def test_what_is_something_else_is_left_alone():
     class Scaled(Qwen3MoeRMSNorm):
         def forward(self, x):
@@ -100,7 +146,7 @@ def test_what_is_something_else_is_left_alone():
 
     settings = Settings()
     others = [Scaled(WIDTH), Gated(WIDTH), nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH, bias=False), nn.Embedding(9, WIDTH)]
-    for module in [*others, Least(settings), DeepseekV3TopkRouter(settings), nn.Linear(WIDTH, WIDTH, bias=False)]:
+    for module in [*others, Least(settings), nn.Linear(WIDTH, WIDTH, bias=False)]:
         kind = type(module)
         quicken(module)
         assert type(module) is kind
@@ -116,15 +162,13 @@ def test_the_weights_of_a_module_are_read_with_each_call():
 
 
 def test_training_and_prompts_go_through_torch(monkeypatch):
-    from coterie.hf.inference import quick as quick_module
-
     def refuse(*_):
         raise AssertionError("the engine was asked")
 
     _, norm = both(lambda: Qwen3MoeRMSNorm(WIDTH), torch.float32)
     _, router = both(lambda: Qwen3MoeTopKRouter(Settings()), torch.float32)
-    monkeypatch.setattr(quick_module._native, "rms_norm", refuse)
-    monkeypatch.setattr(quick_module._native, "route", refuse)
+    monkeypatch.setattr(_native, "rms_norm", refuse)
+    monkeypatch.setattr(_native, "route", refuse)
     for module, few, many in ((norm, (FEW, 1), (1, 2)), (router, (FEW,), (FEW + 1,))):
         x = rows(torch.float32, *few).requires_grad_()
         out = module(x)

@@ -25,7 +25,7 @@ FAMILIES = {
     "qwen3_moe": [EXPERTS, EXPERTS],
     "mixtral": [EXPERTS, EXPERTS],
     "olmoe": [EXPERTS, EXPERTS],
-    "glm4_moe": [BLOCK, BLOCK, BLOCK],
+    "glm4_moe": [BLOCK, EXPERTS, EXPERTS],  # the first has none
     "gpt_oss": [EXPERTS, EXPERTS],
     "minimax_m2": [BLOCK, BLOCK],
     "ernie4_5_moe": [None, None, None],  # turns neighbours

@@ -231,6 +231,24 @@ def test_experts(normalised, dtype, each_isa):
             assert torch.equal(found[:, 0], x[:, 0] + expected), isa
 
 
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("dtype", ERROR)
+def test_experts_chosen_by_sigmoids(dtype, wide, each_isa):
+    random = torch.Generator().manual_seed(1)
+    sizes = [(8, 64, HIDDEN), (8, 64, HIDDEN), (8, HIDDEN, 64)]
+    experts = Experts.pack(*(torch.randn(*size, generator=random) * 0.1 for size in sizes), format="int8")
+    x, norm, router = (
+        torch.randn(*size, generator=random).to(dtype) for size in ((3, 1, HIDDEN), (HIDDEN,), (8, HIDDEN))
+    )
+    scores = torch.randn(8, generator=random), 4, 2, 2.5, wide
+    for _ in each_isa:
+        normed = _native.rms_norm(x, norm, EPSILON, True, False)
+        logits, weights, ids = _native.route(normed[:, 0], router, None, 2, True, scores)
+        assert logits.dtype == (torch.float32 if wide else dtype) and torch.allclose(weights.sum(-1), torch.tensor(2.5))
+        found = experts.in_ram.step(x, norm, (EPSILON, True, False), router, None, 2, True, False, True, None, scores)
+        assert torch.equal(found[:, 0], x[:, 0] + experts(normed[:, 0], ids, weights))
+
+
 @pytest.mark.parametrize("dtype", ERROR)
 @pytest.mark.parametrize("scored", [True, False])
 def test_a_shared_expert(scored, dtype, each_isa):

@@ -154,7 +154,7 @@ class TimedStep:
         if self.step.with_experts:
             self.clock._now.products += time.perf_counter() - begun
             parts = self.step.parts
-            packed, top_k = packed_module(parts.experts), parts.router.quick[0]
+            packed, top_k = packed_module(parts.experts), parts.router.quick.top_k
             self.clock._now.nbytes += len(x) * top_k * packed.experts.nbytes / packed.layout.num_experts
             self.clock._now.nbytes += 0 if parts.shared is None else _read_nbytes(parts.shared, ())
         self.clock._end_layer()

@@ -17,8 +17,7 @@ from coterie import _native
 from coterie.activations import KINDS, Activation
 from coterie.border import runs_now
 from coterie.hf.dense import PackedLinear
-from coterie.hf.inference.proving import TOLERANCE, is_silent
-from coterie.hf.inference.quick import FEW
+from coterie.hf.inference.proving import FEW, TOLERANCE, is_silent
 from coterie.hf.mixed import mixed
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

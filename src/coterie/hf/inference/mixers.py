@@ -14,8 +14,8 @@ from coterie.hf.dense import PackedLinear
 from coterie.hf.inference.attention import NAME, NAME_EAGER
 from coterie.hf.inference.delta import QuickDelta, alone, remembered
 from coterie.hf.inference.growing import ARGUMENTS, Growing
+from coterie.hf.inference.norms import QuickNorm
 from coterie.hf.inference.proving import same
-from coterie.hf.inference.quick import QuickNorm
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 HEAD_NORMS = ("q_norm", "k_norm")

@@ -18,8 +18,9 @@ from coterie.hf.dense import PackedLinear
 from coterie.hf.inference.gated import QuickGated
 from coterie.hf.inference.growing import ARGUMENTS
 from coterie.hf.inference.mixers import MASK, POSITIONS, AttentionMixer, DeltaMixer, mixer_of
-from coterie.hf.inference.proving import TOLERANCE, adds_same, is_silent
-from coterie.hf.inference.quick import FEW, QuickNorm, QuickRouter
+from coterie.hf.inference.norms import QuickNorm
+from coterie.hf.inference.proving import FEW, TOLERANCE, adds_same, is_silent
+from coterie.hf.inference.routers import QuickRouter
 from coterie.hf.mixed import mixed
 from coterie.hf.modules import packed_module
 
@@ -176,11 +177,10 @@ class LayerStep:
             shared = (*shared, None if parts.score is None else parts.score._parameters["weight"])
         if x.dtype != router.quick_dtype:
             return None
-        top_k, normalised, dtype = router.quick
-        own = router._parameters
+        routing, norm = router.quick, parts.second_norm
         return layer.step(
-            x, parts.second_norm._parameters["weight"], parts.second_norm.quick, own["weight"], own.get("bias"),
-            top_k, normalised, dtype == torch.bfloat16, layer.uses_int8(), shared,
+            x, norm._parameters["weight"], norm.quick, router._parameters["weight"], router.bias_of(), routing.top_k,
+            routing.normalised, routing.dtype == torch.bfloat16, layer.uses_int8(), shared, router.native_scores(),
         )  # fmt: skip
 
     def _block(self, x: Tensor) -> Tensor:
