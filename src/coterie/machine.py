@@ -17,7 +17,7 @@ from coterie.experts import Experts
 
 NUMA_SIZES = 1, 4096, 14336  # experts, H and I of the layer that is looked at: its matrices are many huge pages
 HEADS, KEY_HEADS, TOKENS, WIDTH = 8, 2, 512, 128  # of the attention that is timed
-ROW_WEIGHT = 16384, 4096  # 134 MB: more than caches hold
+ROW_WEIGHT = 65536, 4096  # 537 MB: more than caches hold, of which some servers have 300
 LINK_NBYTES = 1 << 26  # of a copy to or from a GPU that is timed
 GPU_NBYTES = 1 << 28  # of a copy within its memory: more than its caches hold
 PACKING_ROWS, PACKING_COLUMNS = 1024, 2048  # of the matrix that the packing rate is measured with
