@@ -53,13 +53,13 @@ sanitize: $(BUILT)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=1 \
 	PYTHONPATH="$(SANITIZED)/site:$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-	  $(PY) -S -m pytest --capture=sys $(NATIVE_TESTS)
+	  $(PY) -S -m pytest --capture=sys -n 2 --dist worksteal $(NATIVE_TESTS)
 
 emulate: $(BUILT)
 	$(PIP) install -q --no-build-isolation --no-deps --upgrade --target $(EMULATED)/site \
 	  -C build-dir=$(EMULATED)/native -C cmake.define.COTERIE_EMULATE=ON .
-	PYTHONPATH="$(EMULATED)/site:$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-	  $(PY) -S -m pytest $(NATIVE_TESTS)
+	OMP_NUM_THREADS=1 PYTHONPATH="$(EMULATED)/site:$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  $(PY) -S -m pytest -n 2 --dist worksteal $(NATIVE_TESTS)
 
 lint: $(BUILT)
 	$(PY) -m ruff check
