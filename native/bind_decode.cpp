@@ -58,7 +58,7 @@ nb::object route_of(nb::handle x, nb::handle weight, nb::handle bias, int64_t to
   if (!fit) return nb::none();
   std::optional<std::vector<float>> added;
   if (!bias.is_none() && !(added = borrow_floats(bias, w->rows))) return nb::none();
-  Router router{w->data, added ? added->data() : nullptr, w->rows, w->cols, top_k, normalised, nullptr, 1, 1, 1.0f, false};
+  Router router{w->data, added ? added->data() : nullptr, w->rows, w->cols, top_k, normalised};
   std::vector<float> correction;
   if (scores && !scored(*scores, correction, router)) return nb::none();
   auto logits = new_tensor(router.wide ? Element::f32 : rows->element, {rows->rows, w->rows}), weights = new_tensor(Element::f32, {rows->rows, top_k}),

@@ -142,7 +142,7 @@ class Layer {
     if (!fit) return nb::none();
     std::optional<std::vector<float>> bias;
     if (!router_bias.is_none() && !(bias = borrow_floats(router_bias, layer_.count))) return nb::none();
-    Router chooser{r->data, bias ? bias->data() : nullptr, layer_.count, layer_.hidden, top_k, normalised, nullptr, 1, 1, 1.0f, false};
+    Router chooser{r->data, bias ? bias->data() : nullptr, layer_.count, layer_.hidden, top_k, normalised};
     std::vector<float> correction;
     if (scores && !scored(*scores, correction, chooser)) return nb::none();
     std::optional<SharedExpert> beside;

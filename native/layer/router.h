@@ -12,10 +12,10 @@ struct Router {
   bool normalised;        // the weights of the k add up to 1
   // Sigmoids instead of a softmax, null: the softmax. Added to them where experts are chosen, [experts]; then only those of the `kept` groups of experts are
   // looked at whose best two have the largest sums. The weights are times `scale`.
-  const float* correction;
-  int64_t groups, kept;
-  float scale;
-  bool wide;              // logits are given back, and looked at, as float32
+  const float* correction = nullptr;
+  int64_t groups = 1, kept = 1;
+  float scale = 1.0f;
+  bool wide = false;      // logits are given back, and looked at, as float32
 };
 
 // x [tokens, cols], contiguous, bf16 or f32, to logits [tokens, experts] of its type or float32, and by falling weight float32 weights and experts [tokens, top_k].

@@ -118,8 +118,7 @@ void experts_step(const Kernels& kernels, const Experts& layer, const ExpertsSte
   std::vector<int64_t> ids(chosen);
   rms_norm(step.norm, x, dtype, tokens, layer.hidden, normed.data());
   route(kernels, step.router, normed.data(), dtype, tokens, logits.data(), weights.data(), ids.data());
-  if (step.rounded_weights && dtype == DType::bf16)
-    for (float& weight : weights) weight = bf16_to_float(float_to_bf16(weight));
+  for (float& weight : weights) weight = step.rounded_weights ? rounded(weight, dtype) : weight;
   forward(layer, kernels, {tokens, step.router.top_k, normed.data(), dtype, layer.hidden, ids.data(), weights.data(), out, dtype, step.integer}, nullptr);
   if (const SharedExpert* shared = step.shared) {
     std::vector<uint8_t> beside(normed.size());

@@ -67,11 +67,14 @@ class AttentionMixer:
 
     @staticmethod
     def memory(module: Any, cache: Any) -> Growing | None:
-        """A module's part of a cache, if that has room and the engine attends."""
-        layers, index = getattr(cache, "layers", ()), module.layer_idx
+        """A module's part of a cache, if that has room and the engine attends; None for a module of another kind."""
+        layers = getattr(cache, "layers", ())
+        index, config = getattr(module, "layer_idx", None), getattr(module, "config", None)
+        if index is None or config is None:
+            return None
         found = layers[index] if index < len(layers) else None
         # Past the configuration's own look-up, which takes longer than all else that is asked here.
-        attends = object.__getattribute__(module.config, IMPLEMENTATION) in (NAME, NAME_EAGER)
+        attends = object.__getattribute__(config, IMPLEMENTATION) in (NAME, NAME_EAGER)
         return found if attends and isinstance(found, Growing) and found.has_room() else None
 
     @classmethod
@@ -177,7 +180,7 @@ class DeltaMixer:
     @staticmethod
     def memory(module: Any, cache: Any) -> Any:
         """A module's part of a cache, if that goes on from a token before and the engine computes it."""
-        found = remembered(cache, module) if module.is_proved() else None
+        found = remembered(cache, module) if isinstance(module, QuickDelta) and module.is_proved() else None
         return found if found is not None and found.has_previous_state[0] else None
 
     @classmethod

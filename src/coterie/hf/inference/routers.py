@@ -36,6 +36,10 @@ class Scores:
     scale: float
     wide: bool
 
+    def native(self, correction: Tensor) -> tuple[Any, ...]:
+        """As the engine takes it."""
+        return correction, self.groups, self.kept, self.scale, self.wide
+
 
 class QuickRouter(nn.Module):
     """Mixed into the class of a router; `quick`: what it computes, of rows of `quick_dtype`."""
@@ -58,9 +62,7 @@ class QuickRouter(nn.Module):
     def native_scores(self) -> tuple[Any, ...] | None:
         """How sigmoids are chosen from, as the engine takes it."""
         scores = self.quick.scores
-        if scores is None:
-            return None
-        return self._buffers[CORRECTION], scores.groups, scores.kept, scores.scale, scores.wide
+        return None if scores is None else scores.native(self._buffers[CORRECTION])
 
 
 def _routed(
@@ -103,7 +105,7 @@ def router_options(module: nn.Module) -> Routing | None:
         return None
     for normalised in (True, False):
         routing = Routing(top_k, normalised, weights.dtype, scores)
-        native = None if scores is None else (given[CORRECTION], groups, kept, scores.scale, scores.wide)
+        native = None if scores is None else scores.native(given[CORRECTION])
         if _answers(_native.route(x, weight, bias, top_k, normalised, native), logits, weights, experts, x.dtype):
             return routing
     return None

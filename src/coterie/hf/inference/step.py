@@ -67,12 +67,9 @@ def _step(layer: QuickLayer, x: Any, kwargs: dict[str, Any]) -> Tensor | None:
     if any(value is not None and value is not False for name, value in kwargs.items() if name not in KNOWN):
         return None
     cache = next((kwargs[name] for name in ARGUMENTS if kwargs.get(name) is not None), None)
-    mixer, mixing = layer.quick_mixer, layer._modules[layer.quick_mixer.PLACE]
-    # Whatever stands in a part's place may be something else.
-    if cache is None or not (mixer.fits(mixing) if step is None else step.stands()):
-        return None
-    memory = mixer.memory(mixing, cache)
-    if memory is None:
+    mixer = layer.quick_mixer
+    memory = None if cache is None else mixer.memory(layer._modules[mixer.PLACE], cache)
+    if memory is None or (step is not None and not step.stands()):
         return None
     if step is None:
         step = layer.quick_step = _proved(layer, x, kwargs, memory)
