@@ -1,7 +1,8 @@
-"""What a decoded token, or a prompt, gains where linear attention, windows and gated MLPs are one call of the engine: a
-model's first layers, random weights, with all of it and without a part, taking turns in one process.
+"""What a decoded token, or a prompt, gains where linear attention, attention to latents, windows and gated MLPs are one
+call of the engine: a model's first layers, random weights, with all of it and without a part, taking turns in one
+process.
 
-    python benchmarks/model_parts.py CONFIG.json --layers 4 --experts int4 --dense int4 [--prefill]
+    python benchmarks/model_parts.py CONFIG.json --layers 4 --experts int4 --dense int4 [--prompt 8192] [--prefill]
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from coterie.bench.timing import take_turns
 from coterie.formats import resolve
 from coterie.hf.inference.delta import QuickDelta
 from coterie.hf.inference.gated import QuickGated
+from coterie.hf.inference.latent import EXPANSION, QuickLatent
 from coterie.hf.inference.step import QuickLayer
 
-PROMPT, VOCABULARY = 512, 8192
-WITHOUT = ("nothing", "linear attention", "gated MLPs", "windows", "whole layers")
+VOCABULARY = 8192
+WITHOUT = ("nothing", "linear attention", "gated MLPs", "latents", "windows", "whole layers")
 OF_PROMPTS = WITHOUT[:2]
 
 
@@ -39,6 +41,10 @@ def allow(model: torch.nn.Module, without: str) -> None:
     for module in model.modules():
         if isinstance(module, QuickDelta):
             module.is_quick = False if without == "linear attention" else None
+        elif isinstance(module, QuickLatent):
+            expansion = module._modules[EXPANSION]
+            tried = expansion, expansion.__dict__.get("packed"), model.dtype
+            module.latent_proved, module.latent_weight = tried if without == "latents" else None, None
         elif isinstance(module, QuickGated):
             module.quick_kind, module.kind_parts = None, tuple(module.children()) if without == "gated MLPs" else None
 
@@ -49,13 +55,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", default="int4")
     parser.add_argument("--dense", default="int4")
-    parser.add_argument("--prefill", action="store_true", help=f"a prompt of {PROMPT} tokens, not a token after it")
+    parser.add_argument("--prefill", action="store_true", help="the prompt, not a token after it")
+    parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=4)
     asked = parser.parse_args()
     config, _ = config_like(str(asked.config), layers=asked.layers, vocabulary=VOCABULARY)
     model = random_model(config, "eager", resolve(asked.experts), resolve(asked.dense)).eval()
     contestants, work = (OF_PROMPTS, Prefill) if asked.prefill else (WITHOUT, Decoder)
-    call = work(model, torch.randint(VOCABULARY, (1, PROMPT)))
+    call = work(model, torch.randint(VOCABULARY, (1, asked.prompt)))
 
     def run(without: str, number: int) -> None:
         if number == 0:
@@ -63,7 +70,7 @@ def main() -> None:
         call(number)
 
     turns = take_turns({without: partial(run, without) for without in contestants}, 0.5, asked.rounds)
-    timed = f"{PROMPT} tokens" if asked.prefill else "a token"
+    timed = f"{asked.prompt} tokens" if asked.prefill else f"a token behind {asked.prompt}"
     print(f"ms of {timed}, {asked.layers} layers, {coterie.cpu.current_isa()}; medians of the rounds, and each")
     for without in contestants:
         rounds = ", ".join(f"{1e3 * seconds:.2f}" for seconds in turns.rounds[without])

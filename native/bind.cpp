@@ -230,6 +230,7 @@ NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // a model that lives until the interpreter exits is no leak
   bind_decode(m);
   bind_delta(m);
+  bind_latent(m);
   bind_stream_call(m);
   bind_tickets(m);
   bind_layer(m);

@@ -24,6 +24,7 @@ using ScoresTuple = std::tuple<nanobind::handle, int64_t, int64_t, float, bool>;
 void bind_attention(nanobind::module_& m);
 void bind_decode(nanobind::module_& m);
 void bind_delta(nanobind::module_& m);
+void bind_latent(nanobind::module_& m);
 void bind_layer(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
 void bind_stream_call(nanobind::module_& m);

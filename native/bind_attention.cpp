@@ -10,61 +10,15 @@
 #include <vector>
 
 #include "bind.h"
+#include "bind_attention.h"
 #include "bind_linear.h"
-#include "formats/bfloat16.h"
-#include "layer/attention.h"
 #include "layer/step.h"
 #include "runtime/dispatch.h"
-#include "tensors.h"
 
 namespace nb = nanobind;
 
 namespace coterie {
 namespace {
-
-Heads heads_of(const BorrowedHeads& t) {
-  const int64_t size = t.element == Element::f32 ? 4 : 2;
-  return {t.data, t.stride[0] * size, t.stride[1] * size, t.stride[2] * size};
-}
-
-// Which positions a mask [*,1,T,S] lets through, a byte each: bool, or what is added to scores, if that is 0 or as good as minus infinity.
-struct Mask {
-  const uint8_t* data = nullptr;
-  int64_t sequence = 0, token = 0;  // strides
-
-  // Of a tensor [B or 1,1,T,S], or None; false for any other.
-  bool of(nb::handle mask, int64_t sequences, int64_t tokens, int64_t positions) {
-    if (mask.is_none()) return true;
-    const auto m = borrow_heads(mask);
-    return m && (m->shape[0] == sequences || m->shape[0] == 1) && m->shape[1] == 1 && m->shape[2] == tokens && m->shape[3] == positions && read(*m);
-  }
-
- private:
-  std::vector<uint8_t> made;
-
-  bool read(const BorrowedHeads& m) {
-    const int64_t rows = m.shape[0], tokens = m.shape[2], positions = m.shape[3];
-    const auto set = [&](const uint8_t* from, int64_t sequence_stride, int64_t token_stride) {
-      data = from;
-      sequence = rows == 1 ? 0 : sequence_stride;
-      token = token_stride;
-      return true;
-    };
-    if (m.element == Element::boolean) return set(m.data, m.stride[0], m.stride[2]);
-    if (!is_float(m.element)) return false;
-    made.resize(rows * tokens * positions);
-    uint8_t* to = made.data();
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t t = 0; t < tokens; t++, to += positions)
-        for (int64_t s = 0; s < positions; s++) {
-          const int64_t at = r * m.stride[0] + t * m.stride[2] + s;
-          const float v = m.element == Element::bf16 ? bf16_to_float(reinterpret_cast<const uint16_t*>(m.data)[at]) : reinterpret_cast<const float*>(m.data)[at];
-          if (v != 0.0f && v > -1e30f) return false;
-          to[s] = v == 0.0f;
-        }
-    return set(made.data(), tokens * positions, positions);
-  }
-};
 
 // queries [B,Q,1,D], keys [B,G,S,D], values [B,G,S,V], of one dtype, bf16 or f32; mask [B or 1,1,1,S] or None; sinks [Q] or None. To [B,1,Q,V].
 // D and V are multiples of 16, Q one of G.
@@ -129,12 +83,10 @@ nb::object attend_to_prompt(nb::handle queries, nb::handle keys, nb::handle valu
   return made->first;
 }
 
-// A layer's attention while a model decodes (see StepWeights). Norms by their options, as `rms_norm` takes them, or None.
+// A layer's attention while a model decodes (see StepWeights). Norms by their options.
 class AttentionStep {
  public:
-  using Norm = std::optional<std::tuple<float, bool, bool>>;
-
-  AttentionStep(nb::object queries, nb::object keys, nb::object values, nb::object output, Norm norm, Norm query_norm, Norm key_norm, bool whole, int64_t key_dim,
+  AttentionStep(nb::object queries, nb::object keys, nb::object values, nb::object output, NormTuple norm, NormTuple query_norm, NormTuple key_norm, bool whole, int64_t key_dim,
                 int64_t value_dim, float scale, bool halved, bool gated)
       : owners_{std::move(queries), std::move(keys), std::move(values), std::move(output)},
         norm_(norm),
@@ -195,17 +147,8 @@ class AttentionStep {
  private:
   const Linear& layer(int i) const { return nb::cast<const PackedLinear&>(owners_[i]).layer(); }
 
-  static bool norm_of(const Norm& norm, nb::handle weight, int64_t cols, RmsNorm& to) {
-    if (!norm) return true;
-    const auto found = borrow_rows(weight);
-    if (!found || !is_float(found->element) || found->rows != 1 || found->cols != cols) return false;
-    const auto [epsilon, rounded, from_one] = *norm;
-    to = {found->data, static_cast<DType>(found->element), epsilon, rounded, from_one};
-    return true;
-  }
-
   nb::object owners_[4];
-  Norm norm_, query_norm_, key_norm_;
+  NormTuple norm_, query_norm_, key_norm_;
   bool whole_;
   int64_t key_dim_, value_dim_;
   float scale_;
@@ -221,7 +164,7 @@ void bind_attention(nb::module_& m) {
   m.def("attend_prompt", &attend_to_prompt, nb::arg("queries"), nb::arg("keys"), nb::arg("values"), nb::arg("mask").none(), nb::arg("scale"),
         nb::arg("sinks") = nb::none());
   nb::class_<AttentionStep>(m, "AttentionStep")
-      .def(nb::init<nb::object, nb::object, nb::object, nb::object, AttentionStep::Norm, AttentionStep::Norm, AttentionStep::Norm, bool, int64_t, int64_t, float, bool, bool>())
+      .def(nb::init<nb::object, nb::object, nb::object, nb::object, NormTuple, NormTuple, NormTuple, bool, int64_t, int64_t, float, bool, bool>())
       .def_prop_ro("attending", &AttentionStep::attending)
       .def("__call__", &AttentionStep::operator(), nb::arg("x"), nb::arg("weight").none(), nb::arg("query_weight").none(), nb::arg("key_weight").none(), nb::arg("cos"), nb::arg("sin"),
            nb::arg("keys"), nb::arg("values"), nb::arg("cached"), nb::arg("mask").none(), nb::arg("sinks").none(), nb::arg("integer"),

@@ -13,7 +13,7 @@ struct Attend {
   using F = typename Isa::F;
 
   // Where dot products take pairs of bf16, keys and queries of bf16 are multiplied as they are.
-  static bool in_pairs(const KeysPart& part) { return Isa::kFloatBytes == 2 && part.dtype == DType::bf16 && part.key_dim % 32 == 0; }
+  static bool in_pairs(const KeysPart& part) { return Isa::kFloatBytes == 2 && part.dtype == DType::bf16 && part.key_dim % 32 == 0 && part.more_dim % 32 == 0; }
 
   static F load(const uint8_t* row, int64_t i, DType dtype) {
     return dtype == DType::bf16 ? Isa::load_bf16(row + 2 * i) : Isa::load(reinterpret_cast<const float*>(row) + i);
@@ -22,31 +22,36 @@ struct Attend {
   // Sums of products that are under way at a time.
   static constexpr int kSums = Isa::kRegistersPerVector == 1 ? 16 : 8;
 
-  // to[i]: the product of key i / Heads and query i % Heads.
+  // to[i]: the product of key i / Heads and query i % Heads, of `key` and what stands behind it in `more`.
   template <int Heads>
-  static void products_of(const KeysPart& part, const uint8_t* const (&query)[Heads], const uint8_t* const (&key)[kSums / Heads], bool pairs, float* to) {
+  static void products_of(const KeysPart& part, const uint8_t* const (&query)[Heads], const uint8_t* const (&key)[kSums / Heads],
+                          const uint8_t* const (&more)[kSums / Heads], bool pairs, float* to) {
     F acc[kSums];
 #pragma GCC unroll 16
     for (F& a : acc) a = Isa::zero();
-    if (pairs) {
-      if constexpr (Isa::kFloatBytes == 2) {
-        for (int64_t i = 0; i < part.key_dim * 2; i += kLine) {
+    int64_t before = 0;
+    for (int64_t dim = part.key_dim; before < part.key_dim + part.more_dim; before += dim, dim = part.more_dim) {
+      const auto& row = before ? more : key;
+      if (pairs) {
+        if constexpr (Isa::kFloatBytes == 2) {
+          for (int64_t i = 0; i < dim * 2; i += kLine) {
 #pragma GCC unroll 16
-          for (int k = 0; k < kSums / Heads; k++) {
-            const auto line = Isa::pair(Isa::load_integers(key[k] + i));
+            for (int k = 0; k < kSums / Heads; k++) {
+              const auto line = Isa::pair(Isa::load_integers(row[k] + i));
 #pragma GCC unroll 8
-            for (int h = 0; h < Heads; h++) acc[k * Heads + h] = Isa::dot(acc[k * Heads + h], line, Isa::pair(Isa::load_integers(query[h] + i)));
+              for (int h = 0; h < Heads; h++) acc[k * Heads + h] = Isa::dot(acc[k * Heads + h], line, Isa::pair(Isa::load_integers(query[h] + before * 2 + i)));
+            }
           }
         }
-      }
-    } else {
-      for (int64_t i = 0; i < part.key_dim; i += kLanes) {
+      } else {
+        for (int64_t i = 0; i < dim; i += kLanes) {
 #pragma GCC unroll 16
-        for (int k = 0; k < kSums / Heads; k++) {
-          const F column = load(key[k], i, part.dtype);
+          for (int k = 0; k < kSums / Heads; k++) {
+            const F column = load(row[k], i, part.dtype);
 #pragma GCC unroll 8
-          for (int h = 0; h < Heads; h++)
-            acc[k * Heads + h] = Isa::fma(column, Isa::load(reinterpret_cast<const float*>(query[h]) + i), acc[k * Heads + h]);
+            for (int h = 0; h < Heads; h++)
+              acc[k * Heads + h] = Isa::fma(column, Isa::load(reinterpret_cast<const float*>(query[h]) + before + i), acc[k * Heads + h]);
+          }
         }
       }
     }
@@ -125,23 +130,25 @@ struct Attend {
     constexpr int kKeys = kSums / Heads;
     const int64_t value_bytes = part.value_dim * (part.dtype == DType::f32 ? 4 : 2);
     const bool pairs = in_pairs(part);
+    const int64_t columns = part.key_dim + part.more_dim;
     const uint8_t* query[Heads];
     for (int h = 0; h < Heads; h++) {
       query[h] = part.queries + (first + h) * part.query_stride;
       if (pairs) continue;
-      float* row = scratch + h * part.key_dim;
-      for (int64_t i = 0; i < part.key_dim; i += kLanes) Isa::store(row + i, load(query[h], i, part.dtype));
+      float* row = scratch + h * columns;
+      for (int64_t i = 0; i < columns; i += kLanes) Isa::store(row + i, load(query[h], i, part.dtype));
       query[h] = reinterpret_cast<const uint8_t*>(row);
     }
-    float* to = scratch + Heads * part.key_dim;
+    float* to = scratch + Heads * columns;
     for (int64_t s = 0; s < part.count; s += kKeys) {
-      const uint8_t* key[kKeys];
+      const uint8_t *key[kKeys], *more[kKeys];
       for (int k = 0; k < kKeys; k++) {
         const int64_t at = s + k < part.count ? s + k : part.count - 1;
         key[k] = part.keys + at * part.key_stride;
+        more[k] = part.more_keys + at * part.more_stride;
         for (int64_t byte = 0; byte < value_bytes; byte += kLine) Isa::prefetch(part.values + at * part.value_stride + byte);
       }
-      products_of<Heads>(part, query, key, pairs, to + s * Heads);
+      products_of<Heads>(part, query, key, more, pairs, to + s * Heads);
     }
     return to;
   }

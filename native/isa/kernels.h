@@ -127,6 +127,8 @@ struct KeysPart {
   float scale;
   const uint8_t *queries, *keys, *values;
   int64_t query_stride, key_stride, value_stride;
+  const uint8_t* more_keys;    // what stands behind key_dim columns of keys, as in queries
+  int64_t more_stride, more_dim;  // columns: a multiple of 16, or 0
   const uint8_t* mask;         // [count], 0: not looked at; null: all are
   float* sums;                 // [heads][value_dim]: of values, times e^(score - largest)
   float *largest, *total;      // [heads]: the largest score, or -kNoScore; the sum of e^(score - largest)
@@ -137,6 +139,16 @@ struct PlainRows {
   int64_t rows, cols, tokens;  // cols: a multiple of 16
   DType dtype;                 // of weight [rows][cols] and x [tokens][cols]: bf16 or f32
   const uint8_t *weight, *x;
+  float* to;
+  int64_t stride;
+};
+
+// to[token * stride + column] is the sum of a plain matrix's column, each row times the token's weight for it.
+struct PlainSums {
+  int64_t rows, cols, tokens;  // cols: a multiple of 16
+  DType dtype;                 // of weight [rows][cols]: bf16 or f32
+  const uint8_t* weight;
+  const float* x;              // [tokens][rows]
   float* to;
   int64_t stride;
 };
@@ -244,9 +256,10 @@ struct Kernels {
                    int64_t column);
   void (*lora_gradient)(const Experts&, int64_t expert, LoraGradient which, const Tokens&, const Backward&);
 
-  // Fills in the results of a part; scratch: 8 (key_dim + 2 (count rounded up to 16)) floats.
+  // Fills in the results of a part; scratch: 8 (key_dim + more_dim + 2 (count rounded up to 16)) floats.
   void (*attend)(const KeysPart&, float* scratch);
   void (*plain_rows)(const PlainRows&, float* scratch);  // scratch: tokens * cols floats
+  void (*plain_sums)(const PlainSums&);
 
   void (*turn)(const Head&, float* scratch);  // scratch: 2 dim floats
   // Block `number` of keys, or of values, as `attend_rows` reads them.

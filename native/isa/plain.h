@@ -1,4 +1,4 @@
-// A few tokens times the rows of a plain matrix, which is read once, row by row, as it lies (see PlainRows).
+// A few tokens times the rows of a plain matrix, or times its columns; it is read once, row by row, as it lies (see PlainRows, PlainSums).
 #pragma once
 #include "isa/kernels.h"
 
@@ -81,6 +81,30 @@ struct Plain {
     for (; t + 4 <= p.tokens; t += 4) tokens_of<4, Pairs>(p, t, wide);
     for (; t + 2 <= p.tokens; t += 2) tokens_of<2, Pairs>(p, t, wide);
     for (; t < p.tokens; t++) tokens_of<1, Pairs>(p, t, wide);
+  }
+
+  static void sum(const PlainSums& p) {
+    const int64_t element = p.dtype == DType::f32 ? 4 : 2, row_bytes = p.cols * element;
+    for (int64_t r = 0; r < p.rows; r += kRows)
+      for (int64_t t = 0; t < p.tokens; t++) {
+        const uint8_t* row[kRows];
+        F weight[kRows];
+        for (int64_t k = 0; k < kRows; k++) {
+          const bool there = r + k < p.rows;
+          row[k] = p.weight + (there ? r + k : r) * row_bytes;
+          weight[k] = Isa::set1(there ? p.x[t * p.rows + r + k] : 0.0f);
+        }
+        float* to = p.to + t * p.stride;
+        for (int64_t i = 0; i < p.cols; i += kLanes) {
+          F acc = r ? Isa::load(to + i) : Isa::zero();
+#pragma GCC unroll 8
+          for (int k = 0; k < kRows; k++) {
+            if (!t && i % (kLine / element) == 0) Isa::prefetch(row[k] + i * element + kRows * row_bytes);
+            acc = Isa::fma(weight[k], p.dtype == DType::bf16 ? Isa::load_bf16(row[k] + i * 2) : Isa::load(reinterpret_cast<const float*>(row[k]) + i), acc);
+          }
+          Isa::store(to + i, acc);
+        }
+      }
   }
 
   static void multiply(const PlainRows& p, float* scratch) {

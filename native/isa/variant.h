@@ -28,6 +28,7 @@ constexpr Kernels kernels_of(const char* name) {
           T::lora_gradient,
           Attend<Isa>::attend,
           Plain<Isa>::multiply,
+          Plain<Isa>::sum,
           turn<Isa>,
           AttendRows<Isa>::pack,
           AttendRows<Isa>::attend,

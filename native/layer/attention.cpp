@@ -13,6 +13,8 @@ namespace {
 
 // Positions of one item of work: with their queries' scores they stay in L2.
 constexpr int64_t kPositions = 256;
+// Heads of one item where positions alone are too few items: those that read keys together.
+constexpr int64_t kHeads = 8;
 
 // The parts of a head's sum, each over its own largest score, as one. `sink`: its score, or null.
 void join(const float* largest, const float* total, const float* sums, const float* sink, int64_t parts, int64_t stride, int64_t sum_stride, int64_t width,
@@ -39,27 +41,33 @@ void attend(const Kernels& kernels, const Attention& a, void* out) {
   // By part: the sums of all heads, their largest scores, their totals.
   const int64_t part_floats = heads * (a.value_dim + 2);
   auto* partial = reinterpret_cast<float*>(w.result.at_least(parts * part_floats * 4));
-  const int64_t scratch_floats = 8 * (a.key_dim + 2 * kPositions);
+  const int64_t scratch_floats = 8 * (a.key_dim + a.more_dim + 2 * kPositions);
   auto* scratch = reinterpret_cast<float*>(w.scratch.at_least(thread_count() * std::max(scratch_floats, a.value_dim) * 4));
-  parallel(pairs * parts, [&](int64_t item, int thread) {
-    const int64_t pair = item / parts, part = item % parts, sequence = pair / a.kv_heads, head = pair % a.kv_heads, first = part * kPositions;
+  const int64_t taken = pairs * parts < 2 * thread_count() ? std::min(kHeads, a.group) : a.group, groups = (a.group + taken - 1) / taken;
+  parallel(pairs * parts * groups, [&](int64_t item, int thread) {
+    const int64_t pair = item / groups / parts, part = item / groups % parts, sequence = pair / a.kv_heads, head = pair % a.kv_heads, first = part * kPositions;
+    const int64_t query = head * a.group + item % groups * taken;
     float* sums = partial + part * part_floats;
     KeysPart keys{};
     keys.count = std::min(kPositions, a.positions - first);
-    keys.heads = a.group;
+    keys.heads = std::min(taken, a.group - item % groups * taken);
     keys.key_dim = a.key_dim;
     keys.value_dim = a.value_dim;
     keys.dtype = a.dtype;
     keys.scale = a.scale;
-    keys.queries = a.queries.data + sequence * a.queries.sequence + head * a.group * a.queries.head;
+    keys.queries = a.queries.data + sequence * a.queries.sequence + query * a.queries.head;
     keys.query_stride = a.queries.head;
     keys.keys = a.keys.data + sequence * a.keys.sequence + head * a.keys.head + first * a.keys.position;
     keys.key_stride = a.keys.position;
     keys.values = a.values.data + sequence * a.values.sequence + head * a.values.head + first * a.values.position;
     keys.value_stride = a.values.position;
+    keys.more_keys = a.more_keys.data + sequence * a.more_keys.sequence + head * a.more_keys.head + first * a.more_keys.position;
+    keys.more_stride = a.more_keys.position;
+    keys.more_dim = a.more_dim;
     keys.mask = a.mask ? a.mask + sequence * a.mask_stride + first : nullptr;
-    keys.sums = sums + pair * a.group * a.value_dim;
-    keys.largest = sums + heads * a.value_dim + pair * a.group;
+    const int64_t row = sequence * a.kv_heads * a.group + query;
+    keys.sums = sums + row * a.value_dim;
+    keys.largest = sums + heads * a.value_dim + row;
     keys.total = keys.largest + heads;
     kernels.attend(keys, scratch + thread * scratch_floats);
   });

@@ -19,6 +19,8 @@ struct Attention {
   int64_t mask_stride;
   float scale;
   const float* sinks;                             // [query heads], scores of nothing, which take part in the softmax; null: none
+  Heads more_keys;                                // what stands behind `key_dim` columns of keys, as in queries
+  int64_t more_dim;                               // its columns: a multiple of 16, or 0
 };
 
 // `out` [sequences][query heads][value_dim], of the inputs' type. The same bits for any number of threads.

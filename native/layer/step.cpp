@@ -51,6 +51,22 @@ void gate(const void* gates, DType dtype, int64_t count, void* x) {
   for (int64_t i = 0; i < count; i++) put_value(x, dtype, i, value_at(x, dtype, i) * sigmoid_of(value_at(gates, dtype, i), dtype));
 }
 
+// A head, or what is beside a latent, to a position.
+void turn_to(const Kernels& kernels, const LatentStep& s, Halves halves, int64_t sequence, const uint8_t* from, uint8_t* to) {
+  const DType dtype = s.attention.dtype;
+  const int64_t dim = s.attention.turned_dim, half = dim / 2;
+  std::vector<uint8_t> apart(dim * element_bytes(dtype));
+  std::vector<float> scratch(2 * dim);
+  for (int64_t i = 0; i < half; i++)
+    for (int64_t second = 0; second < 2; second++)
+      put_value(apart.data(), dtype, i + second * half, value_at(from, dtype, halves == Halves::apart ? i + second * half : 2 * i + second));
+  const int64_t angles = sequence * s.angle_bytes;
+  kernels.turn({apart.data(), apart.data(), dtype, dim, dim, 1.0f, nullptr, s.cos + angles, s.sin + angles, s.twin}, scratch.data());
+  for (int64_t i = 0; i < half; i++)
+    for (int64_t second = 0; second < 2; second++)
+      put_value(to, dtype, halves == Halves::kept_pairs ? 2 * i + second : i + second * half, value_at(apart.data(), dtype, i + second * half));
+}
+
 float dot(const void* a, const void* b, DType dtype, int64_t count) {
   float sums[kPanelRows] = {}, sum = 0.0f;
   int64_t i = 0;
@@ -90,6 +106,46 @@ double attention_step(const Kernels& kernels, const StepWeights& weights, const 
     gate(queries.data() + i * query_bytes + key_bytes, s.dtype, s.value_dim, attended.data() + i * value_bytes);
   linear(*weights.output, kernels, s.sequences, {attended.data(), s.dtype, heads * s.value_dim}, out, s.dtype, weights.output_integer);
   if (weights.norm.weight) add(s.x.data, s.dtype, s.sequences * inputs, out);
+  return took.count();
+}
+
+double latent_step(const Kernels& kernels, const LatentWeights& weights, const LatentStep& s, void* out) {
+  LatentAttention a = s.attention;
+  const int64_t size = element_bytes(a.dtype), inputs = weights.latents->layout.cols, sequences = a.sequences;
+  const int64_t query_bytes = (a.key_dim + a.turned_dim) * size, latent_bytes = (a.rank + a.turned_dim) * size, attended_cols = a.heads * a.value_dim;
+  std::vector<uint8_t> queries(sequences * a.heads * query_bytes), latents(sequences * latent_bytes), attended(sequences * attended_cols * size);
+  std::vector<uint8_t> normed(weights.norm.weight ? sequences * inputs * size : 0);
+  Strided x = s.x;
+  if (weights.norm.weight) {
+    rms_norm(weights.norm, s.x.data, a.dtype, sequences, inputs, normed.data());
+    x = {normed.data(), a.dtype, inputs};
+  }
+  if (const Linear* first = weights.query_latents) {
+    const int64_t cols = first->layout.rows;
+    std::vector<uint8_t> made(sequences * cols * size), of_queries(made.size());
+    linears({first, weights.latents}, kernels, sequences, x, {made.data(), latents.data()}, a.dtype, weights.integer);
+    rms_norm(weights.query_norm, made.data(), a.dtype, sequences, cols, of_queries.data());
+    linear(*weights.queries, kernels, sequences, {of_queries.data(), a.dtype, cols}, queries.data(), a.dtype, weights.queries_integer);
+  } else {
+    linears({weights.queries, weights.latents}, kernels, sequences, x, {queries.data(), latents.data()}, a.dtype, weights.integer);
+  }
+  for (int64_t b = 0; b < sequences; b++) {
+    const uint8_t* row = latents.data() + b * latent_bytes;
+    rms_norm(weights.latent_norm, row, a.dtype, 1, a.rank, place_in(s.latents, b, 0, s.cached));
+    turn_to(kernels, s, weights.halves, b, row + a.rank * size, place_in(s.turned, b, 0, s.cached));
+    for (int64_t h = 0; h < a.heads; h++) {
+      uint8_t* query = queries.data() + (b * a.heads + h) * query_bytes + a.key_dim * size;
+      turn_to(kernels, s, weights.halves, b, query, query);
+    }
+  }
+  a.positions = s.cached + 1;
+  a.queries = {queries.data(), a.heads * query_bytes, query_bytes, 0};
+  a.latents = heads_of(s.latents), a.turned = heads_of(s.turned);
+  const auto begun = std::chrono::steady_clock::now();
+  attend_latents(kernels, a, attended.data());
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begun;
+  linear(*weights.output, kernels, sequences, {attended.data(), a.dtype, attended_cols}, out, a.dtype, weights.output_integer);
+  if (weights.norm.weight) add(s.x.data, a.dtype, sequences * inputs, out);
   return took.count();
 }
 

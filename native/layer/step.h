@@ -1,10 +1,11 @@
 // What a decoded token of each of a few sequences does in a layer of a model: attention (its norm, queries, keys and values, their norms, their turn to the
-// token's position, the cache, attention to it, the product that follows) or linear attention; and experts (their norm, the router, the experts, a shared
-// expert), each added to what came in.
+// token's position, the cache, attention to it, the product that follows), the same to latents, or linear attention; and experts (their norm, the router,
+// the experts, a shared expert), each added to what came in.
 #pragma once
 #include "layer/attention.h"
 #include "layer/delta.h"
 #include "layer/forward.h"
+#include "layer/latent.h"
 #include "layer/linear.h"
 #include "layer/norm.h"
 #include "layer/router.h"
@@ -42,6 +43,32 @@ struct Step {
 
 // `out` [sequences][outputs]; with a norm, the input's size. To how many seconds attention itself took.
 double attention_step(const Kernels& kernels, const StepWeights& weights, const Step& step, void* out);
+
+// In which columns of what is turned the two halves are that are turned against each other (see Head).
+enum class Halves : int { apart = 0, pairs = 1, kept_pairs = 2 };  // one behind the other; column by column, and apart then; column by column, then too
+
+struct LatentWeights {
+  RmsNorm norm;                                    // without a weight: none, and the input is not added
+  const Linear* query_latents;                     // what queries are made of, and its norm; null: of the input
+  RmsNorm query_norm;
+  const Linear *queries, *latents, *output;        // `latents` makes what is turned too, behind them
+  RmsNorm latent_norm;
+  Halves halves;
+  bool integer, queries_integer, output_integer;   // activations are rounded to int8: of the input, of query latents, behind attention
+};
+
+// What is not filled in of `attention`: queries, latents and turned, positions.
+struct LatentStep {
+  LatentAttention attention;
+  Strided x;                          // [sequences][inputs], rows one behind the other if there is a norm
+  const uint8_t *cos, *sin;           // of each sequence's position, angle_bytes apart
+  int64_t twin, angle_bytes;          // see Head
+  CacheMemory latents, turned;
+  int64_t cached;                     // positions before this token's
+};
+
+// `out` [sequences][outputs]; with a norm, the input's size. To how many seconds attention itself took.
+double latent_step(const Kernels& kernels, const LatentWeights& weights, const LatentStep& step, void* out);
 
 struct DeltaStep {
   RmsNorm norm;

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, DynamicCache
 import coterie
 from coterie import tiny
 from coterie.hf.clock import Clock
-from coterie.hf.inference.mixers import AttentionMixer
+from coterie.hf.inference.attention_mixer import AttentionMixer
 from coterie.hf.inference.step import QuickLayer
 
 EXPERTS, BLOCK = "experts", "block"
@@ -318,3 +318,13 @@ def test_a_clock_tells_the_parts_of_a_step(opened):
             assert part.nbytes == linears + 2 * experts.nbytes / experts.num_experts
             assert part.seconds > part.products > 0 and part.attention > 0 and part.rest > 0
     assert taken(model) == [EXPERTS] * 2
+
+
+def test_the_clock_sees_a_layer_without_experts(opened):
+    model = opened("glm4_moe")
+    decode(model, 1)
+    with Clock(model) as clock:
+        decode(model, 1)
+    for outside, *parts in clock.forwards[1:]:
+        assert outside.rest > 0 and all(part.seconds > part.products > 0 and part.attention > 0 for part in parts)
+    assert taken(model) == FAMILIES["glm4_moe"]

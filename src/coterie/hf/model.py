@@ -19,6 +19,7 @@ from coterie.hf.inference.attention import attend_as_before, attend_here
 from coterie.hf.inference.delta import attend_linearly
 from coterie.hf.inference.gated import join_gates
 from coterie.hf.inference.growing import grow_in_place
+from coterie.hf.inference.latent import attend_to_latents
 from coterie.hf.inference.quick import quicken
 from coterie.hf.inference.step import step_at_once
 from coterie.hf.linears import save_linears
@@ -156,5 +157,6 @@ def compute_here(model: PreTrainedModel) -> None:
     if model.device.type == "cpu":
         grow_in_place(model)
         attend_linearly(model)
+        attend_to_latents(model)
         join_gates(model)
         step_at_once(model)

@@ -18,6 +18,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from coterie import _native, cpu
 from coterie.border import runs_now
 from coterie.gpu import fast
+from coterie.hf.inference.latent import Expanded, made
 from coterie.hf.modules import packed_modules
 
 NAME, NAME_EAGER = "coterie", "coterie_eager"
@@ -70,6 +71,8 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not query.is_cpu:
         return _attend_on_gpu(query, key, value, mask, scale, options.get(SINKS))
+    if query.shape[2] == 1 and type(key) is Expanded:
+        return key.expansion.attend(query, mask, scale, options.get(SINKS))
     if query.shape[2] == 1:
         return _native.attend(query, key, value, mask, scale, options.get(SINKS))
     causal = options.get("is_causal")
@@ -77,7 +80,7 @@ def _attend(
     experts = getattr(module, EXPERTS, None)
     if (mask is None and not causal) or not cpu.attends_to_prompts() or (experts and experts.as_trained):
         return None
-    return _native.attend_prompt(query, key, value, mask, scale, options.get(SINKS))
+    return _native.attend_prompt(query, made(key), made(value), mask, scale, options.get(SINKS))
 
 
 def _attend_on_gpu(

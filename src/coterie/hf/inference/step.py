@@ -15,9 +15,11 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from coterie.border import runs_now
 from coterie.hf.dense import PackedLinear
+from coterie.hf.inference.attention_mixer import MASK, POSITIONS, AttentionMixer
+from coterie.hf.inference.delta_mixer import DeltaMixer
 from coterie.hf.inference.gated import QuickGated
 from coterie.hf.inference.growing import ARGUMENTS
-from coterie.hf.inference.mixers import MASK, POSITIONS, AttentionMixer, DeltaMixer, mixer_of
+from coterie.hf.inference.latent_mixer import LatentMixer
 from coterie.hf.inference.norms import QuickNorm
 from coterie.hf.inference.proving import FEW, TOLERANCE, adds_same, is_silent
 from coterie.hf.inference.routers import QuickRouter
@@ -27,6 +29,7 @@ from coterie.hf.modules import packed_module
 # What a layer may be called with beside its rows; position_ids say nothing where there are embeddings of positions.
 KNOWN = {POSITIONS, MASK, *ARGUMENTS, "position_ids", "use_cache", "cache_position"}
 Mixer = AttentionMixer | DeltaMixer
+MIXERS: tuple[type[Mixer], ...] = AttentionMixer, LatentMixer, DeltaMixer
 TRIALS = 3
 
 
@@ -120,14 +123,20 @@ class LayerParts:
         self.mixing_places = [({"": layer}, "", layer), *_places(layer), *_places(mixing)]
         self.block_places = [place for owner in (block, *shared) for place in _places(owner)] if only else []
 
-    def stand(self) -> bool:
-        """Whether they are still where they were, and nobody listens to them."""
+    def stand(self, with_experts: bool) -> bool:
+        """Whether they are still where they were, and nobody listens to those that a step takes the place of."""
         if has_global_hooks():
             return False
         for modules, name, part in (*self.mixing_places, *self.block_places):
-            if modules[name] is not part or not is_silent(part):
+            called = part is self.block and not with_experts
+            if modules[name] is not part or not (called or is_silent(part)):
                 return False
         return all(p.__dict__.get("packed") is q for p, q in zip(self.projections, self.packed, strict=True))
+
+
+def mixer_of(layer: nn.Module) -> type[Mixer] | None:
+    """What computes what mixes the tokens of a layer, if that is built as such; its name there is its `PLACE`."""
+    return next((kind for kind in MIXERS if kind.fits(layer._modules.get(kind.PLACE))), None)
 
 
 def _places(owner: nn.Module) -> list[tuple[dict, str, nn.Module]]:
@@ -153,7 +162,7 @@ class LayerStep:
 
     def stands(self) -> bool:
         """Whether the layer is still what was tried."""
-        return self.parts.stand()
+        return self.parts.stand(self.with_experts)
 
     def finish(self, x: Tensor) -> Tensor:
         """What the rest of the layer makes of x [B, 1, H]."""
@@ -188,7 +197,7 @@ def _proved(layer: QuickLayer, x: Tensor, kwargs: dict[str, Any], memory: Any) -
     """What computes a layer's tokens as the layer does; None where that is not found. Rows between two experts, which a
     rounding may send to either, say nothing: so several are tried."""
     parts, best = LayerParts.find(layer), None
-    if parts is None or x.dtype not in TOLERANCE or not parts.stand():
+    if parts is None or x.dtype not in TOLERANCE or not parts.stand(with_experts=True):
         return None
     for seed in range(TRIALS):
         step = _proved_by(seed, layer, parts, x, kwargs, memory)

@@ -1,0 +1,145 @@
+"""Attention to latents (DeepSeek-V2, arXiv:2405.04434) of a decoded token. Transformers caches latents, and makes the
+keys and values of all positions of them for each token; here the query meets the latents themselves.
+
+A module's keys and values are made when something asks for them: prompts, other attention. Modules are found by their
+structure and proved by trying them: what they make of random latents is what their matrix makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
+from torch.utils import _pytree as pytree
+
+from coterie import _native
+from coterie.border import runs_now
+from coterie.hf.dense import PackedLinear
+from coterie.hf.inference.plain import QuickLinear
+from coterie.hf.inference.proving import TOLERANCE, is_silent, same
+from coterie.hf.mixed import mixed
+
+EXPANSION = "kv_b_proj"  # latents to keys and values, of each head first the one, then the other
+OWN = "expand_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
+KINDS = "keys", "values"
+LANES = 16  # columns of a latent, and of what is cached beside it, are a multiple of
+
+
+def attend_to_latents(model: nn.Module) -> None:
+    """Has the attention modules of a model that cache latents become such."""
+    for module in list(model.modules()):
+        built = all(hasattr(module, name) for name in OWN)
+        if built and isinstance(module._modules.get(EXPANSION), nn.Linear):
+            module.__class__ = mixed(QuickLatent, type(module))
+
+
+class QuickLatent(nn.Module):
+    """Mixed into the class of an attention module that caches latents.
+
+    latent_proved: the layer that makes keys and values of them, its packed matrix, and the dtype that it was tried
+    with; latent_weight: its weight as the engine reads it, None where it does something else.
+    """
+
+    latent_proved: tuple[Any, ...] | None = None
+    latent_weight: Tensor | None = None
+
+    def expand_kv(self, latents: Tensor, turned: Tensor) -> Any:
+        """[B, 1, S, R] and [B, 1, S, D] -> keys and values [B, heads, S, K + D] and [B, heads, S, V]."""
+        weight = self.expansion_of(latents.dtype) if _is_taken(self, latents, turned) else None
+        if weight is None:
+            return super().expand_kv(latents, turned)
+        expansion = Expansion(super().expand_kv, weight, latents, turned)
+        heads = len(weight) // (self.qk_nope_head_dim + self.v_head_dim)
+        widths = self.qk_nope_head_dim + turned.shape[-1], self.v_head_dim
+        return tuple(Expanded(expansion, heads, width, kind) for width, kind in zip(widths, KINDS, strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("latent_proved", "latent_weight")}
+
+    def expansion_of(self, dtype: torch.dtype) -> Tensor | None:
+        """The matrix [heads (K + V), R] that makes keys and values; None where they are not made by that alone."""
+        layer = self._modules[EXPANSION]
+        tried = layer, layer.__dict__.get("packed"), dtype
+        if self.latent_proved is None or any(a is not b for a, b in zip(self.latent_proved, tried, strict=True)):
+            self.latent_proved, self.latent_weight = tried, self._proved(dtype)
+        if self.latent_weight is None or not is_silent(layer):
+            return None
+        return self.latent_weight if tried[1] is not None else layer._parameters["weight"]
+
+    def _proved(self, dtype: torch.dtype) -> Tensor | None:
+        layer = self._modules[EXPANSION]
+        if not isinstance(layer, PackedLinear | QuickLinear) and type(layer) is not nn.Linear:
+            return None
+        packed = isinstance(layer, PackedLinear)
+        weight = layer.packed.dense("weight", dtype) if packed else layer.weight
+        key_dim, value_dim = self.qk_nope_head_dim, self.v_head_dim
+        if layer.bias is not None or weight.dtype != dtype or dtype not in TOLERANCE:
+            return None
+        if not weight.is_contiguous() or len(weight) % (key_dim + value_dim):
+            return None
+        random = torch.Generator().manual_seed(0)
+        latents = torch.randn(1, 1, 3, weight.shape[1], generator=random).to(dtype)
+        turned = torch.randn(1, 1, 3, self.qk_rope_head_dim, generator=random).to(dtype)
+        by_head = latents @ weight.unflatten(0, (-1, key_dim + value_dim)).transpose(1, 2)
+        keys, values = by_head.split([key_dim, value_dim], dim=-1)
+        expected = torch.cat([keys, turned.expand(-1, keys.shape[1], -1, -1)], dim=-1), values
+        try:
+            found = super().expand_kv(latents, turned)
+        except Exception:
+            return None
+        return weight.detach() if all(same(e, f) for e, f in zip(expected, found, strict=True)) else None
+
+
+def _is_taken(module: nn.Module, latents: Any, turned: Any) -> bool:
+    """Whether the attention that follows may be the engine's."""
+    if module.training or torch.is_grad_enabled() or not runs_now() or has_global_hooks():
+        return False
+    if type(latents) is not Tensor or type(turned) is not Tensor or not latents.is_cpu or latents.dim() != 4:
+        return False
+    return latents.shape[-1] % LANES == 0 and turned.shape[-1] % LANES == 0 and latents.dtype == turned.dtype
+
+
+class Expansion:
+    """Latents and what is cached beside them, and the keys and values that are made of both once something asks."""
+
+    def __init__(self, expand: Callable, weight: Tensor, latents: Tensor, turned: Tensor) -> None:
+        self.weight, self.latents, self.turned = weight, latents, turned
+        self._expand, self._made = expand, None
+
+    def made(self) -> dict[str, Tensor]:
+        """Both, by name."""
+        if self._made is None:
+            self._made = dict(zip(KINDS, self._expand(self.latents, self.turned), strict=True))
+        return self._made
+
+    def attend(self, query: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None) -> Tensor | None:
+        """query [B, heads, 1, K + D] -> [B, 1, heads, V]; None for what the engine does not take."""
+        return _native.attend_latents(query, self.weight, self.latents, self.turned, mask, scale, sinks)
+
+
+class Expanded(Tensor):
+    """The keys or values of an expansion: shape, dtype and device are there before they are."""
+
+    expansion: Expansion
+    kind: str
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, expansion: Expansion, heads: int, width: int, kind: str) -> Expanded:
+        like = expansion.latents
+        shape = len(like), heads, like.shape[-2], width
+        found = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        found.expansion, found.kind = expansion, kind
+        return found
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(cls, made, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def made(states: Tensor) -> Tensor:
+    """Keys or values as an ordinary tensor."""
+    return states.expansion.made()[states.kind] if type(states) is Expanded else states
