@@ -11,6 +11,8 @@
 
 namespace coterie {
 
+constexpr int64_t kLeftOver = 8;  // one part in so many may be left over
+
 uint8_t* allocate_pages(int64_t bytes) {
   const int64_t size = round_up(bytes, kHugePage);
   void* raw = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -20,7 +22,9 @@ uint8_t* allocate_pages(int64_t bytes) {
   if (aligned > start) munmap(raw, aligned - start);
   if (const int64_t tail = static_cast<int64_t>(start + kHugePage - aligned)) munmap(reinterpret_cast<void*>(aligned + size), tail);
   auto* memory = reinterpret_cast<uint8_t*>(aligned);
-  madvise(memory, size, MADV_HUGEPAGE);
+  // What is beyond the last whole huge page takes one too where little of that is left over.
+  const bool whole = size - bytes <= bytes / kLeftOver;
+  madvise(memory, whole ? size : size - kHugePage, MADV_HUGEPAGE);
   interleave(memory, size);
   bound(memory, bytes, size);
   return memory;

@@ -186,7 +186,7 @@ def test_resumed(tmp_path):
     ("options", "message"),
     [
         ({"dense": "int3"}, "unknown format 'int3'"),
-        ({"dense_skip": "o_proj"}, "expected --dense too"),
+        ({"dense_skip": "o_proj"}, "dense_skip: expected dense="),
         ({"dense": "int8", "dense_skip": ["q_prj"]}, "'q_prj' matches none of the 17 .*; the nearest name is q_proj"),
         ({"dense": "int8", "dense_skip": "("}, "is not a regular expression"),
         ({"dense": "int8", "layers": [0]}, "loose layers are experts alone"),

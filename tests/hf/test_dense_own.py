@@ -156,7 +156,10 @@ def test_a_plain_checkpoint_has_none(tmp_path):
 
 def test_nothing_that_is_kept_and_layers_left_out(tmp_path):
     make("qwen3_moe").save_pretrained(tmp_path / "plain")
-    model = coterie.from_pretrained(tmp_path / "plain", dense="own", dense_skip=[HEAD])
+    with pytest.raises(ArgumentError, match="dense_skip: expected dense="):
+        coterie.from_pretrained(tmp_path / "plain", dense_skip=[HEAD])
+    model = coterie.from_pretrained(tmp_path / "plain", dense="own")
+    assert not formats(model) and model.config.quantization_config.dense is None
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(coterie.from_pretrained(tmp_path / "saved")), logits(model))
 

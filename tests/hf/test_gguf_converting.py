@@ -66,7 +66,7 @@ def test_resumed_by_the_command(tmp_path):
 
 def test_loose_layers(tmp_path):
     file = written(tmp_path / "model.gguf", "MXFP4")
-    convert(file, tmp_path / "whole")
+    convert(file, tmp_path / "whole", dense=None)
     report = convert(file, tmp_path / "loose", loose=True)
     assert report.rest_bytes == 0
     found = files(tmp_path / "loose")

@@ -44,7 +44,7 @@ def test_logits(tmp_path, float32_products, kind, files):
     stock = qwen3()
     file = write_qwen(tmp_path / "model.gguf", stock, experts=kind, files=files)
     asked = {"experts": "bf16"} if kind == "BF16" else {"activations": "bf16"}
-    model = coterie.from_pretrained(file, dtype=torch.float32, **asked)
+    model = coterie.from_pretrained(file, dtype=torch.float32, dense=None, **asked)
     assert difference(model, stock) < 4e-3
     assert model.config.quantization_config.gguf is None
 
@@ -52,7 +52,7 @@ def test_logits(tmp_path, float32_products, kind, files):
 def test_tied_embeddings(tmp_path, float32_products):
     stock = qwen3(tie_word_embeddings=True)
     model = coterie.from_pretrained(
-        write_qwen(tmp_path / "model.gguf", stock, experts="BF16"), dtype=torch.float32, experts="bf16"
+        write_qwen(tmp_path / "model.gguf", stock, experts="BF16"), dtype=torch.float32, experts="bf16", dense=None
     )
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert difference(model, stock) < 4e-3
@@ -60,7 +60,8 @@ def test_tied_embeddings(tmp_path, float32_products):
 
 def test_shared_experts_and_biases(tmp_path, float32_products):
     stock = make("qwen2_moe", torch.float32, rope_parameters=ROPE, rms_norm_eps=1e-5, qkv_bias=True)
-    model = coterie.from_pretrained(write_qwen(tmp_path / "model.gguf", stock), dtype=torch.float32, activations="bf16")
+    file = write_qwen(tmp_path / "model.gguf", stock)
+    model = coterie.from_pretrained(file, dtype=torch.float32, activations="bf16", dense=None)
     assert isinstance(model, type(stock)) and difference(model, stock) < 4e-3
 
 
@@ -120,7 +121,7 @@ Q4_K_M = {"gate": "Q4_K", "up": "Q4_K", "down": ["Q6_K", "Q4_K"]}
 def test_mixed_types_keep_their_bits(tmp_path, float32_products, recwarn):
     stock = qwen3(hidden_size=256, moe_intermediate_size=256)
     file = write_qwen(tmp_path / "model.gguf", stock, experts=Q4_K_M)
-    model = coterie.from_pretrained(file, dtype=torch.float32, activations="bf16")
+    model = coterie.from_pretrained(file, dtype=torch.float32, activations="bf16", dense=None)
     assert difference(model, stock) < 4e-3
     packed = [module for _, module in packed_modules(model)]
     assert [module.experts.format for module in packed] == ["q4_k/q6_k", "q4_k"]
@@ -145,7 +146,8 @@ def test_mixed_types_saved_and_converted(tmp_path):
         stored = json.loads((tmp_path / folder / "config.json").read_text())["quantization_config"]
         q4, q6 = ({"format": name, "group_size": 256, "zero_point": False} for name in ("q4_k", "q6_k"))
         formats = {"0": {"gate_up": q4, "down": q6}, "1": {"gate_up": q4, "down": q4}}
-        assert stored == {"quant_method": "coterie", "version": "2.0", "experts": "mixed", "formats": formats}
+        said = {"quant_method": "coterie", "version": "2.0", "dense": "own"}
+        assert stored == {**said, "experts": "mixed", "formats": formats}
         for mmap in (False, True):
             again = coterie.from_pretrained(tmp_path / folder, mmap=mmap)
             assert torch.equal(again(prompt()).logits, model(prompt()).logits)

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 import coterie
 from coterie import plan
 from coterie.cli import app
-from coterie.convert import convert_cpu
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
+from coterie.hf.converting import convert
 from coterie.hf.modules import packed_modules
 
 # Columns in every group size, rows in every number of an element.
@@ -49,8 +49,8 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def assert_opens_as_converted(folder, tmp_path, convert=(), **options):
-    convert_cpu(folder, tmp_path / "converted", *convert)
+def assert_opens_as_converted(folder, tmp_path, converted_as=None, **options):
+    convert(folder, tmp_path / "converted", **converted_as or {})
     converted = coterie.from_pretrained(tmp_path / "converted")
     opened, info = coterie.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
@@ -95,7 +95,7 @@ def test_draft_layers_and_heads_are_left_out(tmp_path, family):
     }
     save_file(tensors | copies, folder / "model.safetensors", {"format": "pt"})
     model = coterie.from_pretrained(folder)
-    convert_cpu(folder, tmp_path / "converted")
+    convert(folder, tmp_path / "converted")
     assert torch.equal(logits(model), logits(coterie.from_pretrained(tmp_path / "converted")))
 
 
@@ -115,7 +115,8 @@ def test_gpt_oss(tmp_path):
 
 def test_in_another_format(tmp_path):
     folder = write(tmp_path / "in", "qwen3_moe", *METHODS["fp8 by blocks"][:2])
-    model = assert_opens_as_converted(folder, tmp_path, ("int4", 64), experts="int4", group_size=64)
+    named = {"quant_method": "int4", "group_size": 64}
+    model = assert_opens_as_converted(folder, tmp_path, named, experts="int4", group_size=64)
     assert model.config.quantization_config.group_size == 64
 
 
@@ -168,7 +169,7 @@ def test_experts_in_several_formats(tmp_path):
     model = coterie.from_pretrained(folder)
     assert [module.experts.format for _, module in packed_modules(model)] == 2 * ["int4/fp8_channel"]
     assert_opens_as_converted(folder, tmp_path / "kept")
-    assert_opens_as_converted(folder, tmp_path, ("int4",), experts="int4")
+    assert_opens_as_converted(folder, tmp_path / "named", {"quant_method": "int4"}, experts="int4")
 
 
 def test_gate_and_up_in_two_formats_are_to_be_one(tmp_path):

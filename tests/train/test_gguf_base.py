@@ -91,7 +91,7 @@ def test_the_adapter_is_used(configure, train, tmp_path, data):
         before = model(prompt()).logits
         after = PeftModel.from_pretrained(model, output)(prompt()).logits
     assert not torch.equal(before, after)
-    served, tokenizers = open_model(str(file), {"tuned": output}, dense="none")
+    served, tokenizers = open_model(str(file), {"tuned": output}, dense="own")
     assert tokenizers[None].convert_tokens_to_ids("ab") == gguf_models.TOKENS.index("ab")
     with torch.no_grad():
         assert torch.equal(served(prompt()).logits, after)

@@ -38,12 +38,12 @@ def cpu(
         bool, typer.Option("--zero-point", help="int4 with zero points: more accurate, slightly larger.")
     ] = False,
     dense: Annotated[
-        str | None,
+        str,
         typer.Option(
             help="Pack the linear layers outside the experts too, in this format: attention, shared experts, dense "
-            "MLPs, the head. own: those that are quantised, as they are. [default: they keep their dtype]"
+            "MLPs, the head. own: those that are quantised, as they are; none: no others than experts."
         ),
-    ] = None,
+    ] = "own",
     dense_skip: Annotated[
         list[str] | None,
         typer.Option(metavar="REGEX", help="With --dense: layers whose names match are left out. May be repeated."),
@@ -70,11 +70,12 @@ def cpu(
 
     The checkpoint is bf16, fp16, fp32, or quantised: FP8 (by blocks or rows), MXFP4, MXFP8, NVFP4, int4 or int8 as
     DeepSeek, Qwen, gpt-oss, compressed-tensors, ModelOpt, GPTQ, AWQ and AutoRound store them. Quantised experts keep
-    their codes and scales unless another format is asked for; what else is quantised is dequantised.
+    their codes and scales unless another format is asked for, and so do linear layers outside the experts: attention,
+    shared experts, the head. What else is quantised is dequantised.
 
-    Of a GGUF file experts keep their codes where a format holds them; Transformers reads the rest, into memory.
+    Of a GGUF file both keep their codes where a format holds them; Transformers reads the rest, into memory.
 
-    With --dense, linear layers outside the experts are packed too: attention, shared experts, the head.
+    --dense packs those linear layers in one format, whatever they are stored in.
 
     Reads one expert at a time, so it needs little memory. An interrupted conversion never looks finished, and keeps
     the layers that are: the same command with --resume goes on.
@@ -95,7 +96,7 @@ def cpu(
                 quant_method=quant_method,
                 group_size=group_size,
                 zero_point=zero_point,
-                dense=dense,
+                dense=None if dense == "none" else dense,
                 dense_skip=dense_skip or (),
                 threads=threads,
                 layers=parse_layers(layers) if layers else None,

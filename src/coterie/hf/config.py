@@ -22,6 +22,7 @@ METHOD = "coterie"
 STORED = ("experts", "group_size", "zero_point", "formats", "dense", "dense_skip")  # what is packed, and how
 # How packed experts are opened, what they compute with, and which are on the GPU.
 LOADING = ("mmap", "activations", "gpu_experts", "gpu_context")
+NO_FORMAT = "dense_skip: expected dense=... too, the format that the other layers are packed in"
 OPTIONS = (*STORED, "scale_search", *LOADING)
 
 
@@ -36,7 +37,7 @@ class CoterieConfig(QuantizationConfigMixin):
     formats: of "mixed" experts, by layer; as docs/format.md has it.
     scale_search: choose scales that minimise the squared error, at pack time.
     mmap: read a packed checkpoint in place instead of copying it into huge pages; for models larger than memory.
-    activations: what int8 and int4 experts compute with, "auto", "bf16" or "int8"; see `Experts`.
+    activations: what int8 and int4 experts and linear layers compute with, "auto", "bf16" or "int8"; see `Experts`.
     gpu_experts: which experts are on the GPU that the rest of the model is on, packed as in RAM: "all", a number of
         each layer's, a fraction in (0, 1] (both take the first ones), a bool mask [layers, experts], or "auto": as many
         of each layer as there is room for beside the rest of the model, a KV cache and activations (`gpu/room.py`). Or
@@ -45,12 +46,12 @@ class CoterieConfig(QuantizationConfigMixin):
     gpu_context: tokens of the KV cache that "auto" leaves room for. Default: 8192.
     dense: the format that linear layers outside the experts are packed in: attention, dense MLPs, shared experts, the
         head; routers and embeddings stay. A head that shares its weight with the embedding is a packed copy from then
-        on. "own": those that the checkpoint has quantised keep their codes, each its own, and the others their dtype.
-        Default: all have the model's dtype.
+        on. "own": those that the checkpoint has quantised keep their codes, each its own, and the others have the
+        model's dtype; on a GPU all have. Default: all have.
     dense_skip: regular expressions; layers whose names they match keep their dtype.
 
     Given for a packed checkpoint, what is said of its formats must be what it is packed as. `dense` packs linear layers
-    that it has in their own dtype.
+    that it has in their own dtype; "own" and None leave all as they are.
     Raises ArgumentError for a format, group size or option that does not exist.
     """
 
@@ -86,10 +87,10 @@ class CoterieConfig(QuantizationConfigMixin):
         self.dense = dense if dense in (None, OWN) else resolve(dense).name
         self.dense_skip = check_skip(dense_skip)
         if self.dense_skip and dense is None:
-            raise ArgumentError("dense_skip: expected dense=... too, the format that the other layers are packed in")
+            raise ArgumentError(NO_FORMAT)
         given = {"experts": experts, "group_size": group_size, "zero_point": zero_point, "dense": self.dense}
         given["dense_skip"] = self.dense_skip or None
-        self.asked = {name: value for name, value in given.items() if value is not None}
+        self.asked = {name: value for name, value in given.items() if value not in (None, OWN)}
         if (experts == MIXED) != (formats is not None):
             raise ArgumentError(f"experts={MIXED!r} and formats are of packed checkpoints, and go together")
         self.quant_method = METHOD

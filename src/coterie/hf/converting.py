@@ -20,14 +20,15 @@ from coterie.checkpoints.gguf import GgufReader
 from coterie.checkpoints.gguf_file import GgufFile, find_gguf
 from coterie.checkpoints.packed_formats import OWN
 from coterie.checkpoints.packed_linears import LINEARS_FILE
+from coterie.checkpoints.quantised import says_quantised
 from coterie.convert import ConversionReport, convert_cpu, verify
 from coterie.convert.linears import Dense
 from coterie.convert.merge import Merged
 from coterie.convert.merge import merge as merge_layers
 from coterie.convert.report import LinearErrors
-from coterie.errors import ArgumentError, CheckpointError
+from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.formats import resolve
-from coterie.hf.config import check_skip
+from coterie.hf.config import NO_FORMAT, check_skip
 from coterie.hf.dense import chosen_linears
 from coterie.hf.empty import empty_model
 from coterie.hf.gguf.config import read_config, save_tokenizer
@@ -40,29 +41,29 @@ def convert(
     source: str | os.PathLike,
     output: str | os.PathLike,
     *,
-    dense: str | None = None,
+    dense: str | None = OWN,
     dense_skip: Sequence[str] | str = (),
     **options: Any,
 ) -> ConversionReport:
-    """`convert_cpu`, with its arguments, for any source, and with `dense` and `dense_skip` as in `CoterieConfig`.
+    """`convert_cpu`, with its arguments, for any source, and with `dense` and `dense_skip` as in `from_pretrained`.
 
     Of a GGUF file Transformers makes config, tokenizer and all weights but the experts' first, in memory and in a
     temporary folder beside `output`.
     """
     if dense not in (None, OWN):
         resolve(dense)
-    if dense is None and dense_skip:
-        raise ArgumentError("--dense-skip: expected --dense too, the format that the other layers are packed in")
     experts_alone = options.get("loose") or options.get("layers") is not None
     gguf = find_gguf(source)
-    if experts_alone and dense is not None:
+    if experts_alone and dense not in (None, OWN):
         raise ArgumentError("--dense packs linear layers outside the experts, and loose layers are experts alone")
-    if experts_alone or gguf is None:
-        if dense is not None:
-            options["dense"] = dense_of(model_of(Path(source)), dense, dense_skip)
+    if experts_alone:
         return convert_cpu(source, output, **options)
+    if gguf is None:
+        return convert_cpu(source, output, dense=_dense_of_folder(Path(source), dense, dense_skip), **options)
     reader = GgufReader(GgufFile(gguf))
     model = model_of_gguf(reader.file)
+    if dense is None and dense_skip:
+        raise ArgumentError(NO_FORMAT)
     if dense is not None:
         options["dense"] = replace(dense_of(model, dense, dense_skip), codes=reader.codes)
     with rest_of_gguf(reader.file, model, Path(output)) as (rest, reader.parameters):
@@ -119,6 +120,22 @@ def rest_of_gguf(file: GgufFile, model: PreTrainedModel, beside: Path) -> Iterat
         yield Path(rest), kept
 
 
+def _dense_of_folder(folder: Path, dense: str | None, skip: Sequence[str] | str) -> Dense | None:
+    """How the linear layers of a checkpoint's folder are packed; None: not at all. Of models that Transformers does not
+    know, layers do not keep their codes: which are linear it would have to say."""
+    if dense is None or (dense == OWN and not says_quantised(folder)):
+        if skip:
+            raise ArgumentError(NO_FORMAT)
+        return None
+    try:
+        model = model_of(folder)
+    except UnsupportedModelError:
+        if dense == OWN and not skip:
+            return None
+        raise
+    return dense_of(model, dense, skip)
+
+
 def model_of(folder: Path) -> PreTrainedModel:
     """The model of a checkpoint's folder, without weights."""
     file = folder / "config.json"
@@ -136,7 +153,7 @@ def linear_tensors(
     model: PreTrainedModel, names: Sequence[str], single: bool, tensors: Collection[str]
 ) -> dict[str, str]:
     """The linear layers `names` of a model in a checkpoint: {name when packed: the tensor that has the weight}. single:
-    of those that are one tensor there.
+    of those that are one tensor there, and no others.
 
     Raises ArgumentError for a weight that is made of several tensors, CheckpointError for one that is not there.
     """
@@ -152,7 +169,7 @@ def linear_tensors(
             found[plain[weight]] = plain[weight]
         elif shared is not None:
             found[stored_name(model, weight)] = shared
-        elif weight in made and single:
+        elif single:
             continue
         elif weight in made:
             raise ArgumentError(

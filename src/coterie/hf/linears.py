@@ -44,14 +44,26 @@ class ModelLinears:
                 hide_parameters(module, {"weight"})
                 module.weight._is_hf_initialized = True
 
-    def load(self, mmap: bool, codes: Callable[[str, Format | None], Codes | None]) -> None:
-        """Opens the layers that are packed, packs those that are to be: see `pack_linears` for `codes`."""
+    def keeps(self, parameter: str, codes: Callable[[Format | None], Codes | None]) -> bool:
+        """Whether a weight is packed of the codes that it has, if it has them in a format: nobody needs its numbers."""
+        tied = self._model.all_tied_weights_keys
+        wanted = parameter.removesuffix(".weight") in self.left and parameter not in {*tied, *tied.values()}
+        return wanted and codes(self._spec) is not None
+
+    def load(self, mmap: bool, activations: str, codes: Callable[[str, Format | None], Codes | None]) -> None:
+        """Opens the layers that are packed, packs those that are to be: see `pack_linears` for `codes`.
+
+        activations: what they compute with, see `Experts`; those whose format has no int8 compute with bf16.
+        """
         for name, (weight, file) in self.packed.items():
             module = self._model.get_submodule(name)
             attach(module, Linear.from_packed(file, weight, module.bias, mmap=mmap))
             remove_hooks(module)
         if self.left:
             pack_linears(self._model, self.left, self._spec, codes)
+        for _, linear in packed_linears(self._model):
+            if activations != "int8" or linear.spec.int8_activations:
+                linear.activations = activations
 
     def saved_nbytes(self, mmap: bool) -> int:
         """Bytes of RAM that packed layers take less than in the model's dtype; mapped ones take none."""

@@ -16,6 +16,7 @@ from coterie.checkpoints.folder import PACKED_INDEX, Folder, read_json
 from coterie.checkpoints.gguf import GgufReader
 from coterie.checkpoints.gguf_file import GgufFile, find_gguf
 from coterie.checkpoints.packed import UNFINISHED
+from coterie.checkpoints.packed_formats import OWN
 from coterie.checkpoints.quantised import unread
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.gpu.device import usable
@@ -44,7 +45,7 @@ def from_pretrained(
     activations: str = "auto",
     gpu_experts: Any = None,
     gpu_context: int = CONTEXT,
-    dense: str | None = None,
+    dense: str | None = OWN,
     dense_skip: Sequence[str] | str = (),
     auto_class: Any = AutoModelForCausalLM,
     **kwargs: Any,
@@ -52,21 +53,22 @@ def from_pretrained(
     """Loads any Transformers causal LM that has experts, with its experts packed, in CPU memory or on a GPU.
 
     path_or_id: a checkpoint folder, a GGUF file (or the folder of one) or a Hugging Face id; plain (bf16, fp16, f32:
-        packed while it streams in), quantised (FP8, MXFP4, NVFP4, GPTQ, GGUF's types ...: experts keep their codes
-        where a format holds them, the rest is dequantised), or packed before (by `save_pretrained` or `coterie convert
-        cpu`: opened as it is).
+        packed while it streams in), quantised (FP8, MXFP4, NVFP4, GPTQ, GGUF's types ...: experts and linear layers
+        keep their codes where a format holds them, the rest is dequantised), or packed before (by `save_pretrained` or
+        `coterie convert cpu`: opened as it is).
     experts: a format, "int4" say. The default is int4 for a plain checkpoint, for a quantised one its own. For a packed
         checkpoint leave it out.
     device: where all but the experts goes, "cuda" for instance, which needs accelerate. `device_map` says the same.
     group_size, zero_point, scale_search: as in CoterieConfig; for checkpoints that are not packed.
     mmap: use a packed checkpoint's experts where they lie on disk, instead of copying them into huge pages.
-    activations: what int8 and int4 experts compute with: "auto", "bf16" or "int8"; see `Experts`.
+    activations: what int8 and int4 experts and linear layers compute with: "auto", "bf16" or "int8"; see `Experts`.
     gpu_experts: with device="cuda", which experts are there too instead of in RAM: "all", a number of each layer's, a
         fraction in (0, 1], a bool mask [layers, experts], or "auto": as many as there is room for; or "stream", which
         sends them there for calls of many tokens; see CoterieConfig.
     gpu_context: tokens of the KV cache that "auto" leaves room for.
     dense, dense_skip: the format that linear layers outside the experts are packed in, "int8" say, and regular
-        expressions for those that are not; see CoterieConfig. For a checkpoint that has them packed leave it out.
+        expressions for those that are not. The default, "own", keeps the codes of those that are quantised, and packs
+        no others; None packs none, so that they can be trained. See CoterieConfig.
     auto_class: what loads the model, for other heads than causal LM.
     gguf_file: the name of a GGUF file in that folder or of that id.
     Other arguments are those of `auto_class.from_pretrained`: settings of the config, `revision`, `subfolder`, `dtype`,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,12 @@ class Quantised:
         except ArgumentError as error:
             raise CheckpointError(f"{name}: {error}") from error
 
-    def load_rest(self, model: PreTrainedModel, conversions: list[WeightTransform]) -> dict[str, Written]:
+    def load_rest(
+        self, model: PreTrainedModel, conversions: list[WeightTransform], keeps: Callable[[str, Written], bool]
+    ) -> dict[str, Written]:
         """Puts the dequantised weights into `model`, which is without weights yet, and out of its state dict, so that
-        Transformers looks for the others alone. Returns them by parameter.
+        Transformers looks for the others alone; but those that `keeps`, given parameter and weight, has packed later.
+        Returns them all by parameter.
 
         Raises UnsupportedModelError for a weight that Transformers would join with others, CheckpointError for one of
         another shape than the model's.
@@ -78,8 +82,9 @@ class Quantised:
                     f"{self.folder.path}, tensor {weight.source}: shape {list(weight.shape)}, "
                     f"expected {list(empty.shape)}"
                 )
-            dense = weight.tensor(self.folder).to(empty.dtype)
-            module._parameters[leaf] = nn.Parameter(dense, requires_grad=empty.requires_grad)
+            if not keeps(parameter, weight):
+                dense = weight.tensor(self.folder).to(empty.dtype)
+                module._parameters[leaf] = nn.Parameter(dense, requires_grad=empty.requires_grad)
             module._parameters[leaf]._is_hf_initialized = True
             hide_parameters(module, {leaf})
             suffixes = "|".join(map(re.escape, weight.scheme.known if weight.scheme else ()))

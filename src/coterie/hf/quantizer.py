@@ -8,6 +8,7 @@ is dequantised and leaves the state dict too; Transformers loads the rest; exper
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from coterie.checkpoints.packed import UNFINISHED, layer_file, read_layout
 from coterie.checkpoints.packed_formats import OWN
 from coterie.checkpoints.packed_read import open_layer
 from coterie.checkpoints.tensorfile import TensorFile
+from coterie.convert.tensors import Written
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.experts import Experts
 from coterie.formats import Format
 from coterie.gpu.choice import streamed
 from coterie.gpu.device import usable
-from coterie.hf.config import METHOD, CoterieConfig
+from coterie.hf.config import METHOD, NO_FORMAT, CoterieConfig
 from coterie.hf.dense import detach, packed_linears
 from coterie.hf.experts import NAME
 from coterie.hf.layout import Layout
@@ -122,6 +124,11 @@ class CoterieQuantizer(HfQuantizer):
             options.gpu_experts, options.gpu_context, model, self._layouts, self._formats, self._device
         )
         self._streamed = streamed(options.gpu_experts)
+        if options.dense == OWN and not self.pre_quantized:
+            if self._quantised is None and options.dense_skip:
+                raise ArgumentError(NO_FORMAT)
+            if self._quantised is None or self._device.type != "cpu":
+                self._leave_linears(model)
         if options.dense is not None and self._device.type != "cpu":
             raise ArgumentError(
                 f"dense={options.dense!r}: packed linear layers compute on the CPU alone, found device {self._device}: "
@@ -154,7 +161,7 @@ class CoterieQuantizer(HfQuantizer):
         if self._quantised is None:
             self._sources = Sources(self._model, self._layouts, weight_conversions, self._files)
         else:
-            self._hidden = self._quantised.load_rest(self._model, weight_conversions)
+            self._hidden = self._quantised.load_rest(self._model, weight_conversions, self._keeps)
         return weight_conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
@@ -170,10 +177,10 @@ class CoterieQuantizer(HfQuantizer):
                 experts.stream(self._streamed.from_tokens)
             attach(module, experts, layout)
             remove_hooks(module)
-        self._linears.load(self.quantization_config.mmap, self._codes)
+        options = self.quantization_config
+        self._linears.load(options.mmap, options.activations, self._codes)
         if self.quantization_config.dense == OWN and not any(packed_linears(model)):
-            for config in (self.quantization_config, model.config.quantization_config):
-                config.dense, config.dense_skip = None, []
+            self._leave_linears(model)
         become_packed(model)
         logger.info("%s: %s", type(model).__name__, model.extra_repr())
         compute_here(model)
@@ -187,6 +194,11 @@ class CoterieQuantizer(HfQuantizer):
             for parameter in self._hidden:
                 remove_hooks(model.get_submodule(parameter.rpartition(".")[0]))
             del self._quantised, self._hidden
+
+    def _leave_linears(self, model: PreTrainedModel) -> None:
+        """Says that no linear layers are packed."""
+        for config in (self.quantization_config, model.config.quantization_config):
+            config.dense, config.dense_skip = None, []
 
     def _check_packed(self) -> None:
         """Checks every layer's file against the model. Raises CheckpointError, naming the file, expected and found."""
@@ -218,7 +230,15 @@ class CoterieQuantizer(HfQuantizer):
         weight, gguf = f"{name}.weight", self.quantization_config.gguf
         if gguf is not None:
             return gguf.codes(self._model.all_tied_weights_keys.get(weight, weight), spec)
-        return self._hidden[weight].codes(self._quantised.folder, spec) if weight in self._hidden else None
+        return self._codes_of(self._hidden[weight], spec) if weight in self._hidden else None
+
+    def _keeps(self, parameter: str, weight: Written) -> bool:
+        return self._linears.keeps(parameter, partial(self._codes_of, weight))
+
+    def _codes_of(self, weight: Written, spec: Format | None) -> Codes | None:
+        found = weight.codes(self._quantised.folder, spec)
+        weight.release(self._quantised.folder)
+        return found
 
     def _pack(self, name: str, layout: Layout) -> Experts:
         config = self.quantization_config

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from coterie.checkpoints.packed_formats import OWN
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.hf import described
 from coterie.hf.loading import from_pretrained
@@ -62,6 +63,7 @@ def load_model(config: TrainConfig, path: str, tokenizer: Any) -> Any:
         mmap=config.mmap,
         device=own_device(config.device),
         gpu_experts=config.gpu_experts,
+        dense=None if config.unfrozen_parameters else OWN,
         auto_class=auto_class,
         dtype=torch.bfloat16 if config.bf16 else torch.float32,
         trust_remote_code=config.trust_remote_code,

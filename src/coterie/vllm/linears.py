@@ -81,7 +81,7 @@ class LinearMethod(LinearMethodBase):
         if found != expected:
             raise CheckpointError(
                 f"{self._prefix}: packed as {found} (rows, columns), this worker of vLLM has {expected}; packed linear "
-                "layers are not cut into parts: leave out --tensor-parallel-size, or convert without --dense"
+                "layers are not cut into parts: leave out --tensor-parallel-size, or convert with --dense none"
             )
         weight = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
         weight.weight_loader = self._skip  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from coterie.hf.inference.proving import TOLERANCE, is_silent, same
 from coterie.hf.mixed import mixed
 
 EXPANSION = "kv_b_proj"  # latents to keys and values, of each head first the one, then the other
-OWN = "expand_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
+ATTRIBUTES = "expand_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
 KINDS = "keys", "values"
 LANES = 16  # columns of a latent, and of what is cached beside it, are a multiple of
 
@@ -30,7 +30,7 @@ LANES = 16  # columns of a latent, and of what is cached beside it, are a multip
 def attend_to_latents(model: nn.Module) -> None:
     """Has the attention modules of a model that cache latents become such."""
     for module in list(model.modules()):
-        built = all(hasattr(module, name) for name in OWN)
+        built = all(hasattr(module, name) for name in ATTRIBUTES)
         if built and isinstance(module._modules.get(EXPANSION), nn.Linear):
             module.__class__ = mixed(QuickLatent, type(module))
 
