@@ -160,6 +160,7 @@ def write_qwen(
         metadata |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim}
     else:
         metadata["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    metadata = {key: value for key, value in metadata.items() if value is not None}
     arch = ARCHITECTURES[config.model_type]
     if files == 1:
         return write_gguf(path, tensors, metadata, arch)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 
+import gguf
 import pytest
 import torch
 from gguf_models import MIXED, PARTS, TOKENS, experts, write_gguf, write_qwen, write_qwen35
 from peft import LoraConfig, get_peft_model
 from tiny_models import make, prompt
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import coterie
 from coterie import Experts
+from coterie.checkpoints.gguf_file import GgufFile
 from coterie.cli import app
 from coterie.convert import convert_cpu
 from coterie.convert.compare import compare
@@ -21,6 +23,7 @@ from coterie.convert.verify import verify
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.formats import resolve
 from coterie.hf.converting import convert
+from coterie.hf.gguf.config import open_tokenizer, read_config
 from coterie.hf.modules import packed_modules
 
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}
@@ -283,3 +286,26 @@ def test_transformers_makes_the_same_config(tmp_path):
     kept = ("hidden_size", "moe_intermediate_size", "num_experts", "num_experts_per_tok", "head_dim", "norm_topk_prob")
     assert {name: getattr(model.config, name) for name in kept} == {name: getattr(stock.config, name) for name in kept}
     assert isinstance(model, type(stock))
+
+
+def test_transformers_does_not_read_the_vocabulary_for_a_config(tmp_path, monkeypatch):
+    """It takes a second for every fifteen thousand tokens."""
+    tokens = TOKENS + [f"word{n}" for n in range(2000 - len(TOKENS))]
+    metadata = {"vocab_size": None, "tokenizer.ggml.tokens": tokens}
+    file = write_qwen(tmp_path / "model.gguf", qwen3(vocab_size=2000), metadata=metadata)
+    expected, read = AutoConfig.from_pretrained(tmp_path, gguf_file=file.name), []
+    original = gguf.GGUFReader.__init__
+
+    def counted(self, path, *rest):
+        original(self, path, *rest)
+        read.append(len(self.fields["tokenizer.ggml.tokens"].data))
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    config, _ = read_config(GgufFile(file))
+    tokenizer = open_tokenizer(GgufFile(file))
+    assert set(read) == {1}
+    both = (config.to_dict(), expected.to_dict())
+    assert {name for name, value in both[0].items() if value != both[1][name]} == {"dtype", "moe_intermediate_size"}
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    assert type(tokenizer) is type(theirs) and tokenizer.get_vocab() == theirs.get_vocab()
+    assert config.vocab_size == 2000

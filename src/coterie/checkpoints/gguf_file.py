@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coterie.checkpoints.gguf_header import check_header
+from coterie.checkpoints.gguf_header import Header
 from coterie.checkpoints.tensorfile import shown
 from coterie.errors import CheckpointError, MissingTensorError
 
 MAGIC = b"GGUF"
+# Types of tensors that are numbers -> numpy's; others are bytes.
+NUMBERS = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -55,6 +59,17 @@ def gguf_package() -> Any:
     return gguf
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor lies: `nbytes` bytes from `begin` on in a mapped file. type: one of the gguf package's."""
+
+    data: mmap.mmap
+    type: Any
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
 class GgufFile:
     """The tensors of a GGUF model. `path` may be any of its files; metadata is that of the first.
 
@@ -64,9 +79,10 @@ class GgufFile:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self._readers = [_open(file) for file in _files(self.path)]
-        self._tensors = {tensor.name: (reader, tensor) for reader in self._readers for tensor in reader.tensors}
-        count = sum(len(reader.tensors) for reader in self._readers)
+        opened = [_open(file) for file in _files(self.path)]
+        self._header = opened[0][0]
+        self._tensors = {name: tensor for _, tensors in opened for name, tensor in tensors.items()}
+        count = sum(len(tensors) for _, tensors in opened)
         stated = self.value("split.tensors.count", count)
         if len(self._tensors) != stated:
             raise CheckpointError(f"{self.path}: {len(self._tensors)} tensors, the metadata says {stated}")
@@ -90,60 +106,73 @@ class GgufFile:
 
     def value(self, key: str, default: Any = None) -> Any:
         """A metadata value, or `default` where there is none of that key. Raises CheckpointError for a broken one."""
-        field = self._readers[0].fields.get(key)
         try:
-            return default if field is None else field.contents()
-        except Exception as error:  # as when a file is opened
+            return self._header.read(key, default)
+        except ValueError as error:
             raise CheckpointError(f"{self.path}: the metadata's {shown(key)} cannot be read: {error}") from error
+
+    def count(self, key: str) -> int | None:
+        """How many elements a metadata array has; None where there is none of that key."""
+        value = self._header.values.get(key)
+        return None if value is None else value.count
 
     def own_keys(self, stem: str) -> list[str]:
         """The keys, without the architecture's name, that are the architecture's own and begin so."""
         prefix = f"{self.architecture}."
-        own = [key.removeprefix(prefix) for key in self._readers[0].fields if key.startswith(prefix)]
+        own = [key.removeprefix(prefix) for key in self._header.values if key.startswith(prefix)]
         return [key for key in own if key.startswith(stem)]
 
     def own_value(self, key: str, default: Any = None) -> Any:
         """The value of a key that is the architecture's own: "block_count", say."""
         return self.value(f"{self.architecture}.{key}", default)
 
+    def metadata(self, longest: int, **more: int) -> bytes:
+        """A file of the metadata alone, without long arrays: see `Header.metadata`."""
+        return self._header.metadata(longest, **more)
+
     def type(self, name: str) -> str:
         """The name of a tensor's type, "Q4_K" say."""
-        return self._tensor(name).tensor_type.name
+        return self._tensor(name).type.name
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, columns last."""
-        return tuple(int(size) for size in reversed(self._tensor(name).shape))
+        return self._tensor(name).shape
 
     def nbytes(self, name: str) -> int:
-        return int(self._tensor(name).n_bytes)
+        return self._tensor(name).nbytes
 
     def block_bytes(self, name: str) -> int:
         """Bytes of a block of a tensor that is stored in blocks."""
-        return gguf_package().GGML_QUANT_SIZES[self._tensor(name).tensor_type][1]
+        return gguf_package().GGML_QUANT_SIZES[self._tensor(name).type][1]
 
-    def data(self, name: str, index: int | None = None) -> np.ndarray:
-        """A tensor, or number `index` along its first dimension, as stored: uint8 [..., rows, bytes] for blocks and
-        bf16, else numbers. A view of the mapped file."""
-        data = self._tensor(name).data
+    def data(self, name: str, index: int | slice | None = None) -> np.ndarray:
+        """A tensor, or number `index`, or some, along its first dimension, as stored: uint8 [..., rows, bytes] for
+        blocks and bf16, else numbers. A view of the mapped file."""
+        stored = self._tensor(name)
+        dtype, shape = np.dtype(NUMBERS.get(stored.type.name, np.uint8)), stored.shape
+        if stored.type.name not in NUMBERS:
+            columns, nbytes = gguf_package().GGML_QUANT_SIZES[stored.type]
+            shape = (*shape[:-1], shape[-1] // columns * nbytes)
+        data = np.frombuffer(stored.data, dtype, stored.nbytes // dtype.itemsize, stored.begin).reshape(shape)
         return data if index is None else data[index]
 
-    def dequantize(self, name: str, index: int | None = None) -> np.ndarray:
+    def dequantize(self, name: str, index: int | slice | None = None) -> np.ndarray:
         """The same in float32, by the gguf package's own rules."""
-        return gguf_package().quants.dequantize(self.data(name, index), self._tensor(name).tensor_type)
+        return gguf_package().quants.dequantize(self.data(name, index), self._tensor(name).type)
 
     def release(self, name: str, index: int = 0, count: int = 1) -> None:
         """Lets go of the memory of a tensor's pages, of the `index`th of `count` equal pieces of it."""
-        reader, tensor = self._tensors[name]
-        piece = int(tensor.n_bytes) // count
-        begin = int(tensor.data_offset) + index * piece
+        stored = self._tensor(name)
+        piece = stored.nbytes // count
+        begin = stored.begin + index * piece
         start = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
         stop = (begin + piece) // mmap.PAGESIZE * mmap.PAGESIZE
         if stop > start:
-            reader.data._mmap.madvise(mmap.MADV_DONTNEED, start, stop - start)
+            stored.data.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
-    def _tensor(self, name: str) -> Any:
+    def _tensor(self, name: str) -> Stored:
         try:
-            return self._tensors[name][1]
+            return self._tensors[name]
         except KeyError:
             raise MissingTensorError(f"{self.path} has no tensor {shown(name)}") from None
 
@@ -168,13 +197,23 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> tuple[Header, dict[str, Stored]]:
+    """The header of one file, and its tensors, none of which goes beyond its end."""
     package = gguf_package()
     try:
-        check_header(path)
-        reader = package.GGUFReader(path)
-    except Exception as error:  # the package raises whatever its slices and enums do
+        with open(path, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        header = Header(data)
+        tensors = {}
+        for name, tensor in header.tensors.items():
+            kind = package.GGMLQuantizationType(tensor.kind)
+            columns, block = package.GGML_QUANT_SIZES[kind]
+            if not tensor.shape or tensor.shape[-1] % columns:
+                raise ValueError(f"tensor {name}: shape {list(tensor.shape)}, {kind.name} has blocks of {columns}")
+            begin, nbytes = header.end + tensor.offset, math.prod(tensor.shape) // columns * block
+            if begin + nbytes > len(data):
+                raise ValueError(f"tensor {name} ends at byte {begin + nbytes}, the file has {len(data)}")
+            tensors[name] = Stored(data, kind, tensor.shape, begin, nbytes)
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is not a whole GGUF file: {shown(str(error))}") from error
-    if reader.byte_order != "I":
-        raise CheckpointError(f"{path}: numbers in the other byte order than this machine's, expected little-endian")
-    return reader
+    return header, tensors

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from coterie.checkpoints.gguf_file import GgufFile
 from coterie.checkpoints.tensorfile import shown
@@ -25,6 +30,7 @@ FIELDS = {
     "expert_weights_norm": "norm_topk_prob",
     "expert_weights_scale": "routed_scaling_factor",
 }
+LAYERS = 1 << 10  # more than any model has, so that longer lists of metadata are not a config's
 ENDS = ("eos", "eot", "eom")  # of an answer, of a turn, of a message: each ends what a model says
 
 
@@ -46,6 +52,7 @@ def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict
                 f"{file.path}: the metadata is no valid {family.model_type} config: {error}"
             ) from error
     else:
+        _check_positions(file, settings)
         config, unused = _by_transformers(file, settings)
     ends = [file.value(f"tokenizer.ggml.{end}_token_id") for end in ENDS]
     ends = [end for end in dict.fromkeys(ends) if end is not None]
@@ -56,30 +63,47 @@ def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict
     return config, unused
 
 
-def _by_transformers(file: GgufFile, settings: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
-    first, scaling = file.first, file.own_value("rope.scaling.type", "none")
+def _check_positions(file: GgufFile, settings: dict[str, Any]) -> None:
+    scaling = file.own_value("rope.scaling.type", "none")
     if scaling != "none" and "rope_parameters" not in settings:
         raise UnsupportedModelError(
             f"{file.path}: positions are scaled ({shown(scaling)}), which this version does not read of GGUF files: "
             "give rope_parameters=... as the original's config.json has them, or use the original checkpoint"
         )
+
+
+def _by_transformers(file: GgufFile, settings: dict[str, Any]) -> tuple[PretrainedConfig, dict[str, Any]]:
     try:
-        config, unused = AutoConfig.from_pretrained(
-            first.parent, gguf_file=first.name, return_unused_kwargs=True, **settings
-        )
+        with _metadata_of(file) as made:
+            config, unused = AutoConfig.from_pretrained(
+                made.parent, gguf_file=made.name, return_unused_kwargs=True, **settings
+            )
     except (ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise UnsupportedModelError(
             f"{file.path}: Transformers {transformers.__version__} does not open GGUF architecture "
             f"{shown(file.architecture)}: {shown(str(error))}; use the original checkpoint, or Experts.open for a layer"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{first}: Transformers does not read its metadata: {shown(str(error))}") from error
+        raise CheckpointError(f"{file.first}: Transformers does not read its metadata: {shown(str(error))}") from error
     unused.pop("gguf_file", None)
+    config.name_or_path = str(file.first.parent)
     for key, name in FIELDS.items():
         value = file.own_value(key)
         if value is not None and hasattr(config, name) and name not in settings:
             setattr(config, name, value)
     return config, unused
+
+
+@contextmanager
+def _metadata_of(file: GgufFile) -> Iterator[Path]:
+    """A file of the metadata but the vocabulary, of which it has the size: Transformers takes as many seconds to read
+    one as it has tens of thousands of tokens. Gone afterwards."""
+    tokens, key = file.count("tokenizer.ggml.tokens"), f"{file.architecture}.vocab_size"
+    more = {} if tokens is None or file.value(key) is not None else {key: tokens}
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, "metadata.gguf")
+        made.write_bytes(file.metadata(LAYERS, **more))
+        yield made
 
 
 def open_tokenizer(file: GgufFile) -> Any:
@@ -88,9 +112,11 @@ def open_tokenizer(file: GgufFile) -> Any:
     if file.value("tokenizer.ggml.model") is None:
         raise CheckpointError(f"{first} has no tokenizer: expected tokenizer.ggml.model and what goes with it")
     _check_blocks(file)
-    maker = AutoTokenizer if family_of(file) is None else PreTrainedTokenizerFast  # the other reads the config first
+    kind = _by_transformers(file, {})[0].model_type if family_of(file) is None else None
     try:
-        return maker.from_pretrained(first.parent, gguf_file=first.name)
+        if not TOKENIZER_MAPPING_NAMES.get(kind or ""):
+            return PreTrainedTokenizerFast.from_pretrained(first.parent, gguf_file=first.name)
+        return AutoTokenizer.from_pretrained(first.parent, gguf_file=first.name, tokenizer_type=kind)
     except Exception as error:  # tokenizers fail in as many ways as there are kinds
         raise CheckpointError(f"{first}: Transformers makes no tokenizer of it: {shown(str(error))}") from error
 
