@@ -17,10 +17,11 @@ from tiny_models import make, prompt
 import coterie
 from coterie import plan
 from coterie.adapters.merge import merge_adapter
+from coterie.checkpoints.gguf_file import GgufFile
 from coterie.errors import ArgumentError
 from coterie.hf.converting import convert, verify_linears
 from coterie.hf.dense import PackedLinear, packed_linears
-from coterie.hf.modules import packed_modules
+from coterie.hf.modules import HIDDEN, packed_modules
 
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 V, HEAD = "model.layers.0.self_attn.v_proj", "lm_head"
@@ -82,6 +83,16 @@ def test_a_format_that_is_named_keeps_the_codes_in_it(file):
 def test_layers_left_out(file):
     model = coterie.from_pretrained(file[0], dense="own", dense_skip=["o_proj", HEAD])
     assert len(formats(model)) == 6 and not isinstance(model.lm_head, PackedLinear)
+
+
+@pytest.mark.parametrize("dense", ["own", "q6_k", None])
+def test_weights_that_keep_their_codes_are_not_dequantised(dense, file, monkeypatch):
+    read, dequantize = [], GgufFile.dequantize
+    monkeypatch.setattr(GgufFile, "dequantize", lambda *what: (read.append(what[1]), dequantize(*what))[1])
+    model = coterie.from_pretrained(file[0], dense=dense)
+    assert {"blk.0.attn_v.weight", "output.weight"}.isdisjoint(read) == bool(dense)
+    assert ("blk.0.attn_q.weight" in read) == (dense != "own") and "token_embd.weight" in read
+    assert not any(HIDDEN in module.__dict__ for module in model.modules() if isinstance(module, PackedLinear))
 
 
 def test_saved_and_planned(file, tmp_path):

@@ -72,13 +72,18 @@ class GgufReader(Reader):
 
     def codes(self, parameter: str, spec: Format | None) -> Codes | None:
         """The codes of a parameter, if its tensor has some in that format or, without one, in any."""
-        name = self.parameters.get(parameter)
-        kind = None if name is None else TYPES.get(self.file.type(name))
-        if name is None or kind is None or kind.codes is None or spec not in (None, kind.spec):
+        if self.format_of(parameter, spec) is None:
             return None
+        name = self.parameters[parameter]
         found = _matrix(self.file, name)
         self.file.release(name)
-        return found if isinstance(found, Codes) and found.held else None
+        return found if isinstance(found, Codes) else None
+
+    def format_of(self, parameter: str, spec: Format | None) -> Format | None:
+        """The format of those codes, which are not read for it; None where there are none."""
+        name = self.parameters.get(parameter)
+        kind = None if name is None else TYPES.get(self.file.type(name))
+        return kind.spec if kind is not None and kind.codes is not None and spec in (None, kind.spec) else None
 
     def layer(self, layer: int) -> LayerReader:
         if layer not in self._layers:

@@ -32,7 +32,7 @@ from coterie.hf.config import NO_FORMAT, check_skip
 from coterie.hf.dense import chosen_linears
 from coterie.hf.empty import empty_model
 from coterie.hf.gguf.config import read_config, save_tokenizer
-from coterie.hf.gguf.weights import read_rest
+from coterie.hf.gguf.weights import kept_tensors, rest_weights
 from coterie.hf.names import parameters_in, stored_name, tied_names
 from coterie.hf.skeleton import make_config
 
@@ -107,17 +107,18 @@ def model_of_gguf(file: GgufFile) -> PreTrainedModel:
 
 @contextmanager
 def rest_of_gguf(file: GgufFile, model: PreTrainedModel, beside: Path) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A folder with all of a GGUF file but its experts, as Transformers has it; gone afterwards. And `read_rest`'s
-    tensors by parameter."""
-    weights, kept = read_rest(file, model)
+    """A folder with all of a GGUF file but its experts, as Transformers has it; gone afterwards. And its
+    `kept_tensors`."""
+    weights = rest_weights(file, model)
     parent = beside.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{beside.name}-", dir=parent) as rest:
-        save_file(weights, Path(rest, "model.safetensors"), {"format": "pt"})
+        dense = {parameter: weight.dense(model.dtype) for parameter, weight in weights.items()}
+        save_file(dense, Path(rest, "model.safetensors"), {"format": "pt"})
         model.config.save_pretrained(rest)
         save_tokenizer(file, rest)
-        del weights
-        yield Path(rest), kept
+        del dense
+        yield Path(rest), kept_tensors(weights)
 
 
 def _dense_of_folder(folder: Path, dense: str | None, skip: Sequence[str] | str) -> Dense | None:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from coterie.checkpoints.codes import Codes
+from coterie.checkpoints.gguf import GgufReader
 from coterie.checkpoints.packed_formats import OWN
 from coterie.checkpoints.packed_linears import LINEARS_FILE, LinearsFile, open_linears, write_linears
 from coterie.checkpoints.tensorfile import shown
@@ -24,21 +25,31 @@ class ModelLinears:
     """The linear layers of a model that are packed when it is loaded, or were packed before.
 
     packed: those that a checkpoint has packed, by module name: the name of the weight there, and its file. left: those
-    to be packed once the model has its weights. Neither: they stay as they are.
+    to be packed once the model has its weights. kept: of these, the formats of those that need none, since they are
+    packed of codes. Neither packed nor left: they stay as they are.
     """
 
-    def __init__(self, model: PreTrainedModel, dense: str | None, skip: Sequence[str], files: Sequence[Path]):
-        """`dense` and `skip`: see CoterieConfig; `files` are those of the checkpoint. Raises ArgumentError where they
-        do not fit the model, CheckpointError for packed layers that are broken or another model's."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dense: str | None,
+        skip: Sequence[str],
+        files: Sequence[Path],
+        gguf: GgufReader | None = None,
+    ):
+        """`dense` and `skip`: see CoterieConfig; `files` are those of the checkpoint, `gguf` that of a GGUF file.
+        Raises ArgumentError where they do not fit the model, CheckpointError for packed layers that are broken or
+        another model's."""
         self._spec = None if dense in (None, OWN) else resolve(dense)
         self.packed = stored_linears(model, [file for file in files if LINEARS_FILE.fullmatch(file.name)], dense)
         self.left = chosen_linears(model, self._spec, skip) if dense is not None and not self.packed else []
+        self.kept = kept_linears(model, gguf, dense, skip) if gguf is not None else {}
         self._model = model
 
     def hide(self) -> None:
         """Keeps the packed weights out of the state dict, so that Transformers does not look for them."""
         tied = self._model.all_tied_weights_keys  # Transformers gives a tied head the embedding until it is packed
-        for name in self.packed:
+        for name in (*self.packed, *self.kept):
             if f"{name}.weight" not in tied:
                 module = self._model.get_submodule(name)
                 hide_parameters(module, {"weight"})
@@ -61,6 +72,8 @@ class ModelLinears:
             remove_hooks(module)
         if self.left:
             pack_linears(self._model, self.left, self._spec, codes)
+        for name in self.kept:
+            remove_hooks(self._model.get_submodule(name))
         for _, linear in packed_linears(self._model):
             if activations != "int8" or linear.spec.int8_activations:
                 linear.activations = activations
@@ -71,7 +84,23 @@ class ModelLinears:
         for name, (weight, file) in self.packed.items():
             saved -= 0 if mmap else file.layout.nbytes(weight)
             saved += 0 if f"{name}.weight" in tied else self._model.get_submodule(name).weight.nbytes
+        for name, spec in self.kept.items():
+            module = self._model.get_submodule(name)
+            saved += module.weight.nbytes - spec.matrix_nbytes(module.out_features, module.in_features)
         return saved
+
+
+def kept_linears(
+    model: PreTrainedModel, reader: GgufReader, dense: str | None, skip: Sequence[str]
+) -> dict[str, Format]:
+    """The linear layers of a model that `dense` packs with the codes which a GGUF file has, by module name. Not a head
+    that is the embedding, which needs its numbers. Raises ArgumentError as `chosen_linears` does."""
+    if dense is None:
+        return {}
+    spec, tied = None if dense == OWN else resolve(dense), model.all_tied_weights_keys
+    weights = {name: f"{name}.weight" for name in chosen_linears(model, spec, skip)}
+    found = {name: reader.format_of(weight, spec) for name, weight in weights.items() if weight not in tied}
+    return {name: own for name, own in found.items() if own is not None}
 
 
 def stored_linears(

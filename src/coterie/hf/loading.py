@@ -24,7 +24,8 @@ from coterie.gpu.room import CONTEXT
 from coterie.hf.config import LOADING, METHOD, CoterieConfig
 from coterie.hf.empty import empty_model
 from coterie.hf.gguf.config import read_config
-from coterie.hf.gguf.weights import fetch_gguf, read_rest
+from coterie.hf.gguf.weights import fetch_gguf, kept_tensors, rest_weights
+from coterie.hf.linears import kept_linears
 
 # What finds the files of a config finds those of its model too.
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -126,7 +127,10 @@ def _from_gguf(path: Path, asked: CoterieConfig, auto_class: Any, kwargs: dict[s
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype", "auto"))
     dtype = config.dtype if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     empty = empty_model(config, auto_class, dtype=dtype)
-    rest, asked.gguf.parameters = read_rest(file, empty)
+    weights = rest_weights(file, empty)
+    asked.gguf.parameters = kept_tensors(weights)
+    packed = {f"{name}.weight" for name in kept_linears(empty, asked.gguf, asked.dense, asked.dense_skip)}
+    rest = {name: weight.dense(empty.dtype) for name, weight in weights.items() if name not in packed}
     model = type(empty).from_pretrained(
         None, config=config, state_dict=rest, quantization_config=asked, **unused | {"dtype": dtype}
     )

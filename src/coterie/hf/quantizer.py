@@ -134,7 +134,8 @@ class CoterieQuantizer(HfQuantizer):
                 f"dense={options.dense!r}: packed linear layers compute on the CPU alone, found device {self._device}: "
                 "use device='cpu', or a checkpoint whose linear layers are not packed, without dense"
             )
-        self._linears = ModelLinears(model, options.dense, options.dense_skip, files if self.pre_quantized else [])
+        packed = files if self.pre_quantized else []
+        self._linears = ModelLinears(model, options.dense, options.dense_skip, packed, options.gguf)
         needed = loaded_nbytes(
             model,
             self._layouts,

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from coterie.checkpoints.gguf_file import GgufFile
@@ -44,11 +44,6 @@ class Family:
     gating: int = SOFTMAX
     reads: str = ""
 
-    def keeps(self, tensor: str) -> bool:
-        """Whether a tensor is its parameter as it is."""
-        leaf = tensor.split(".", 2)[2] if tensor.startswith("blk.") else tensor
-        return leaf not in self.undone and leaf not in self.joined
-
 
 def settings_of(file: GgufFile, family: Family) -> Settings:
     """What config.json would say. Raises CheckpointError for metadata without what there must be, UnsupportedModelError
@@ -77,11 +72,11 @@ def settings_of(file: GgufFile, family: Family) -> Settings:
     }
 
 
-def parameters(file: GgufFile, family: Family, tensors: list[str]) -> Iterator[tuple[str, str, Tensor]]:
-    """(tensor, parameter, its value in float32) of each of `tensors`; the parameter is "" where it is none.
-
-    Raises CheckpointError for shapes that do not go with the metadata or each other.
-    """
+def parameters(
+    file: GgufFile, family: Family, tensors: list[str]
+) -> Iterator[tuple[str, str, Callable[[Callable[[str], Tensor]], Tensor]]]:
+    """(tensor, parameter, what makes it, given what reads a tensor in float32) of each of `tensors`; the parameter is
+    "" where it is none."""
     names, read_with_another = NAMES | family.names, {second for second, _ in family.joined.values()}
     for name in tensors:
         stem, leaf, layer = "", name, ""
@@ -92,20 +87,22 @@ def parameters(file: GgufFile, family: Family, tensors: list[str]) -> Iterator[t
             continue
         base, _, suffix = leaf.rpartition(".")
         found = names.get(leaf) or (f"{names[base]}.{suffix}" if base in names else "")
-        value, undo, (second, join) = _value(file, name), family.undone.get(leaf), family.joined.get(leaf, ("", None))
-        try:
-            value = undo(file, value) if undo else value
-            value = join(file, value, _value(file, stem + second)) if join else value
-        except (RuntimeError, IndexError, TypeError) as error:
-            raise CheckpointError(
-                f"{file.path}, tensor {shown(name)}: its shape, {list(file.shape(name))}, does not go with the "
-                f"metadata{f' or with {stem}{second}' if join else ''}: {error}"
-            ) from error
-        yield name, found and layer + found, value
+        yield name, found and layer + found, partial(_made, file, family, name, stem, leaf)
 
 
-def _value(file: GgufFile, name: str) -> Tensor:
-    return torch.from_numpy(file.dequantize(name).copy())
+def _made(
+    file: GgufFile, family: Family, name: str, stem: str, leaf: str, value: Callable[[str], Tensor]
+) -> Tensor:
+    """A parameter. Raises CheckpointError for shapes that do not go with the metadata or each other."""
+    found, undo, (second, join) = value(name), family.undone.get(leaf), family.joined.get(leaf, ("", None))
+    try:
+        found = undo(file, found) if undo else found
+        return join(file, found, value(stem + second)) if join else found
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise CheckpointError(
+            f"{file.path}, tensor {shown(name)}: its shape, {list(file.shape(name))}, does not go with the "
+            f"metadata{f' or with {stem}{second}' if join else ''}: {error}"
+        ) from error
 
 
 def stated(file: GgufFile, key: str, default: Any = NEEDED) -> Any:

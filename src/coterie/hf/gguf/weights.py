@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +27,8 @@ from coterie.hf.gguf.family import parameters
 from coterie.hf.modules import read_layouts
 from coterie.hf.names import parameters_in
 
+PIECE = 4 << 20  # numbers of a tensor that are dequantised at a time
+
 
 def fetch_gguf(path_or_id: str | os.PathLike, name: str, hub: dict[str, Any]) -> Path:
     """A GGUF file of a folder or of a Hugging Face id, fetched with all files of its model where it is not here.
@@ -35,48 +42,104 @@ def fetch_gguf(path_or_id: str | os.PathLike, name: str, hub: dict[str, Any]) ->
     return Path(files[0])
 
 
-def read_rest(file: GgufFile, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All weights of `model`, which has none yet, but the experts', by parameter: dequantised to the model's dtype, or
-    as they are where the file has plain numbers. A head that is none of a language model is not in a file.
-    And the tensors of those of which nothing else was changed, by parameter.
+Make = Callable[[Callable[[str], Tensor]], Tensor]
 
-    Raises CheckpointError where a weight is missing, or the file has one that Transformers does not know.
+
+@dataclass(frozen=True, slots=True)
+class RestWeight:
+    """A parameter beside the experts: `make` makes it of the tensors of a file, given what reads one by its name.
+
+    tensor: that of them which says the type. kept: whether the parameter is that tensor as it is.
+    """
+
+    file: GgufFile
+    tensor: str
+    shape: tuple[int, ...]
+    kept: bool
+    make: Make
+
+    def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Its values, flat, one behind the other: in `dtype`, or in float32 where the file has them so."""
+        dtype = self.dtype(dtype)
+        if not self.kept or len(self.shape) != 2:
+            yield self.make(partial(_value, self.file)).to(dtype).flatten()
+            return
+        step = max(1, PIECE // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            yield _value(self.file, self.tensor, slice(start, start + step)).to(dtype).flatten()
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The same in one."""
+        found, start = torch.empty(math.prod(self.shape), dtype=self.dtype(dtype), device="cpu"), 0
+        for piece in self.pieces(dtype):
+            found[start : start + len(piece)] = piece
+            start += len(piece)
+        return found.view(self.shape)
+
+    def dtype(self, quantised: torch.dtype) -> torch.dtype:
+        return torch.float32 if self.file.type(self.tensor) == "F32" else quantised
+
+
+def rest_weights(file: GgufFile, model: PreTrainedModel) -> dict[str, RestWeight]:
+    """All weights of `model`, which has none yet, but the experts', by parameter. A head that is none of a language
+    model is not in a file. Nothing is read.
+
+    Raises CheckpointError where a weight is missing, or of another shape, and where the file has one that Transformers
+    does not know.
     """
     other_head = model.get_output_embeddings() is None
     experts = {f"{name}.{parameter}" for name in read_layouts(model) for parameter in _parameters(model, name)}
-    known = model.state_dict().keys()
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
-    found, kept = {}, {}
-    for tensor, parameter, dense, is_kept in _converted(file, model):
+    found = {}
+    for tensor, parameter, make in _makers(file, model):
         if other_head and tensor.startswith("output."):
             continue
-        if parameter not in known:
+        if parameter not in shapes:
             raise CheckpointError(
                 f"{file.path}, tensor {shown(tensor)}: Transformers does not know what it is to "
                 f"{type(model).__name__}; use the original checkpoint"
             )
-        shape = tuple(model.state_dict()[parameter].shape)
-        if tuple(dense.shape) != shape:
+        stand_ins: dict[str, Tensor] = {}
+        made = make(partial(_stand_in, file, stand_ins))
+        if tuple(made.shape) != shapes[parameter]:
             raise CheckpointError(
-                f"{file.path}, tensor {shown(tensor)}: shape {list(dense.shape)}, expected {list(shape)}"
+                f"{file.path}, tensor {shown(tensor)}: shape {list(made.shape)}, expected {list(shapes[parameter])}"
             )
-        found[parameter] = dense
-        if is_kept:
-            kept[parameter] = tensor
-    wanted = {name for name in known if not other_head or name.startswith(f"{model.base_model_prefix}.")}
+        found[parameter] = RestWeight(file, tensor, shapes[parameter], made is stand_ins[tensor], make)
+    wanted = {name for name in shapes if not other_head or name.startswith(f"{model.base_model_prefix}.")}
     if missing := sorted(wanted - found.keys() - experts - tied):
         raise CheckpointError(
             f"{file.path} has no tensor for {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"
         )
-    return found, kept
+    return found
+
+
+def kept_tensors(weights: dict[str, RestWeight]) -> dict[str, str]:
+    """The tensors of weights of which nothing else was changed, by parameter."""
+    return {parameter: weight.tensor for parameter, weight in weights.items() if weight.kept}
 
 
 def _parameters(model: PreTrainedModel, name: str) -> list[str]:
     return list(model.get_submodule(name)._parameters)
 
 
-def _converted(file: GgufFile, model: PreTrainedModel) -> Iterator[tuple[str, str, Tensor, bool]]:
-    """(tensor, parameter, value, whether it is the tensor's own) of all but experts and draft layers."""
+def _value(file: GgufFile, name: str, rows: slice | None = None) -> Tensor:
+    """A tensor, or some of its rows, in float32. What reading took is let go."""
+    dense = file.dequantize(name, rows)
+    found = torch.from_numpy(dense if dense.flags.writeable else dense.copy())
+    file.release(name)
+    return found
+
+
+def _stand_in(file: GgufFile, made: dict[str, Tensor], name: str) -> Tensor:
+    """A tensor's shape without storage, by which is found what becomes of it; it is put into `made`."""
+    made[name] = torch.empty(file.shape(name), dtype=torch.float32, device="meta")
+    return made[name]
+
+
+def _makers(file: GgufFile, model: PreTrainedModel) -> Iterator[tuple[str, str, Make]]:
+    """(tensor, parameter, what makes it) of all but experts and draft layers."""
     count, names = model.config.get_text_config().num_hidden_layers, []
     for name in file.names:
         block, *_ = name.removeprefix("blk.").split(".") if name.startswith("blk.") else ("",)
@@ -86,27 +149,47 @@ def _converted(file: GgufFile, model: PreTrainedModel) -> Iterator[tuple[str, st
             raise CheckpointError(
                 f"{file.path}, tensor {shown(name)}: Transformers does not multiply by it; use the original checkpoint"
             )
-    family = family_of(file)
+    family, by_rules = family_of(file), _rules()
     if family is not None:
-        for name, parameter, dense in parameters(file, family, names):
-            yield name, parameter, _cast(file, name, dense, model.dtype), family.keeps(name)
-        return
-    by_rules = _rules()
-    if by_rules is not None and file.architecture in by_rules.GGUF_ARCHS:
-        yield from _by_rules(file, model, by_rules.GGUF_ARCHS[file.architecture](model.config), names)
-        return
+        yield from parameters(file, family, names)
+    elif by_rules is not None and file.architecture in by_rules.GGUF_ARCHS:
+        yield from _by_rules(model, by_rules.GGUF_ARCHS[file.architecture](model.config), names)
+    else:
+        yield from _by_table(file, model, names)
+
+
+def _by_table(file: GgufFile, model: PreTrainedModel, names: list[str]) -> Iterator[tuple[str, str, Make]]:
     kind = by_table.TENSOR_PROCESSORS.get(file.architecture, by_table.TensorProcessor)
     processor = kind(config=model.config.to_dict())
-    parameter_of = by_table.get_gguf_hf_weights_map(model, processor, file.architecture)
-    for name in names:
-        weights = file.dequantize(name)
-        made = processor.process(
+    # Transformers asks each part of a model too, seconds of many layers, for names that the model itself has not.
+    alone = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=dict)
+    parameter_of = by_table.get_gguf_hf_weights_map(alone, processor, file.architecture)
+
+    def parameter(name: str) -> str:
+        stem = name.removesuffix(".weight")  # of what is a parameter of its own in Transformers: sinks
+        return parameter_of.get(name) or parameter_of.get(stem, "")
+
+    def process(name: str, weights: np.ndarray) -> Any:
+        return processor.process(
             weights=weights, name=name, tensor_key_mapping=parameter_of, parsed_parameters={"tensors": {}}
         )
-        dense = made.weights if isinstance(made.weights, Tensor) else torch.from_numpy(made.weights.copy())
-        stem = made.name.removesuffix(".weight")  # of what is a parameter of its own in Transformers: sinks
-        parameter = parameter_of.get(made.name) or parameter_of.get(stem, "")
-        yield name, parameter, _cast(file, name, dense, model.dtype), made.weights is weights
+
+    def without_storage(shape: Sequence[int]) -> np.ndarray:
+        return np.broadcast_to(np.float32(-1), tuple(shape))
+
+    def make(name: str, value: Callable[[str], Tensor]) -> Tensor:
+        weights = value(name)
+        array = without_storage(weights.shape) if weights.is_meta else weights.numpy()
+        made = process(name, array).weights
+        if made is array:
+            return weights
+        return made if isinstance(made, Tensor) else torch.from_numpy(made.copy())
+
+    made = {name: process(name, without_storage(file.shape(name))).name for name in names}
+    if not all(map(parameter, made.values())):
+        parameter_of = by_table.get_gguf_hf_weights_map(model, processor, file.architecture)
+    for name, own in made.items():
+        yield name, parameter(own), partial(make, name)
 
 
 def _rules() -> Any:
@@ -117,16 +200,15 @@ def _rules() -> Any:
         return None
 
 
-def _by_rules(
-    file: GgufFile, model: PreTrainedModel, rules: list, names: list[str]
-) -> Iterator[tuple[str, str, Tensor, bool]]:
-    for name, parameter, converter, pattern in parameters_in(model, rules, names, model.state_dict().keys()):
-        dense = torch.from_numpy(file.dequantize(name).copy())
-        for operation in converter.operations if converter is not None else ():
+def _by_rules(model: PreTrainedModel, rules: list, names: list[str]) -> Iterator[tuple[str, str, Make]]:
+    def make(
+        name: str, parameter: str, operations: Sequence[Any], pattern: str, value: Callable[[str], Tensor]
+    ) -> Tensor:
+        dense = value(name)
+        for operation in operations:
             (dense,) = operation.convert({pattern: dense}, [pattern], [parameter]).values()
-        yield name, parameter, _cast(file, name, dense, model.dtype), converter is None
+        return dense
 
-
-def _cast(file: GgufFile, name: str, dense: Tensor, dtype: torch.dtype) -> Tensor:
-    file.release(name)
-    return dense if file.type(name) == "F32" else dense.to(dtype)
+    for name, parameter, converter, pattern in parameters_in(model, rules, names, model.state_dict().keys()):
+        operations = converter.operations if converter is not None else ()
+        yield name, parameter, partial(make, name, parameter, operations, pattern)
