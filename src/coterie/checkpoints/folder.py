@@ -35,7 +35,7 @@ class Folder:
         if (gguf := find_gguf(self.path)) is not None:
             raise CheckpointError(
                 f"{gguf} is a GGUF file: expected a checkpoint folder or a .safetensors file; `coterie convert cpu` "
-                "makes a packed folder of it"
+                "makes a packed folder of it, `coterie convert dequantize` a plain one"
             )
         if self.path.is_dir():
             self.root = self.path

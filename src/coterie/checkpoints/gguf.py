@@ -112,6 +112,23 @@ class GgufExperts(LayerReader):
                 found[own] = weight.rows(*rows) if isinstance(weight, Codes) else weight[slice(*rows)]
         return found
 
+    def matrix(self, projection: str, expert: int) -> Tensor | Codes:
+        """One projection of one expert, as `expert` gives it."""
+        if projection in self.names:
+            return _matrix(self.file, self.names[projection], expert)
+        return self.expert(expert)[projection]
+
+    def tensor_of(self, projection: str) -> str:
+        """The name of the tensor that has a projection."""
+        return self.names.get(projection) or self.names["gate_up"]
+
+    def bias_of(self, projection: str) -> str:
+        return _bias(self.tensor_of(projection))
+
+    def parts_of(self, tensor: str) -> tuple[str, ...]:
+        """The projections that a tensor has."""
+        return tuple(part for part in ("gate", "up", "down") if self.tensor_of(part) == tensor)
+
     def stored(self, expert: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         raise CheckpointError(f"{self.file.path}: GGUF files are read, not written; convert it first")
 

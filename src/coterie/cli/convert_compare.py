@@ -15,7 +15,7 @@ SHOWN = 20
 
 
 def compare(
-    path1: Annotated[Path, typer.Argument(help="A checkpoint: a folder, or a .safetensors file.")],
+    path1: Annotated[Path, typer.Argument(help="A checkpoint: a folder, a .safetensors or a GGUF file.")],
     path2: Annotated[Path, typer.Argument(help="Another.")],
     tolerance: Annotated[
         float, typer.Option(help="Relative error ||A - B|| / ||A|| up to which a tensor counts as the same.")
@@ -25,10 +25,10 @@ def compare(
     """Compare the tensors of two checkpoints: names, shapes, numbers. Exit code 0 if they are the same, else 1.
 
     Quantised weights count as the numbers they stand for: a checkpoint can be compared with what `dequantize` made of
-    it, where rounding to bf16 shows as about 0.0017. Packed experts are compared byte by byte,
-    packed linear layers by their numbers.
+    it, where rounding to bf16 shows as about 0.0017, and a GGUF file with its original. Packed experts are compared
+    byte by byte, packed linear layers by their numbers.
     """
-    from coterie.convert.compare import compare
+    from coterie.hf.converting import compare
 
     with ConversionProgress("checkpoint", "tensor") as progress:
         found = compare(path1, path2, tolerance, progress)

@@ -1,4 +1,4 @@
-"""coterie convert dequantize: quantised checkpoints as plain ones in bf16."""
+"""coterie convert dequantize: quantised checkpoints and GGUF files as plain folders in bf16."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from coterie.cli.progress import ConversionProgress
 
 
 def dequantize(
-    input_path: Annotated[Path, typer.Option("--input-path", "-i", help="Folder of a quantised checkpoint.")],
+    input_path: Annotated[
+        Path, typer.Option("--input-path", "-i", help="Folder of a quantised checkpoint, or a GGUF file.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoint in bf16.")],
     files: Annotated[
         str | None, typer.Option(help="Only these of its .safetensors files, with commas between them. [default: all]")
@@ -23,10 +25,11 @@ def dequantize(
 ) -> None:
     """Write a quantised checkpoint in bf16, on the CPU alone: experts and everything else.
 
-    A matrix is in memory at a time. Files keep their names. With --files the work can be shared out: whoever writes the
-    last of them writes config.json and the index.
+    A matrix is in memory at a time. Files keep their names. Of a GGUF file it makes a folder as Transformers has it,
+    with the original's names, config and tokenizer; what is F32 or F16 there stays so. With --files the work can be
+    shared out: whoever writes the last of them writes config.json and the index.
     """
-    from coterie.convert.dequantize import dequantize
+    from coterie.hf.converting import dequantize
 
     names = None if files is None else [name.strip() for name in files.split(",") if name.strip()]
     kept = f"nothing is kept in {output}" if names is None else f"files that are whole stay in {output}"

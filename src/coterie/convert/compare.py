@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from coterie.checkpoints import packed
 from coterie.checkpoints.folder import Folder
 from coterie.checkpoints.quantised import check_quantised
 from coterie.checkpoints.tensorfile import DTYPES
-from coterie.convert.linears import StoredLinear, stored_linears
+from coterie.convert.linears import stored_linears
 from coterie.convert.progress import Meter, Progress
-from coterie.convert.tensors import Written, written_tensors
+from coterie.convert.tensors import AnyTensor, written_tensors
 from coterie.errors import ArgumentError
 
 PIECE = 1 << 20  # numbers that are compared at a time
-AnyTensor = Written | StoredLinear
+Opened = tuple[Folder | None, Mapping[str, AnyTensor]]  # tensors by name, and the folder that they are read from
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +54,33 @@ class Comparison:
         return not (self.only_a or self.only_b or self.shapes or self.beyond)
 
 
+def open_folder(path: Path) -> Opened:
+    """The tensors of a checkpoint, in the order of its files, quantised ones as float32."""
+    is_packed = packed(path)
+    folder = Folder(path)
+    linears = stored_linears(folder, "F32") if is_packed else {}
+    names = [name for name in folder.shard_of if name not in linears]
+    tensors = written_tensors(folder, names, () if is_packed else check_quantised(folder), "F32")
+    return folder, {tensor.name: tensor for tensor in tensors} | linears
+
+
 def compare(
-    a: str | os.PathLike, b: str | os.PathLike, tolerance: float = 0.0, progress: Progress | None = None
+    a: str | os.PathLike,
+    b: str | os.PathLike,
+    tolerance: float = 0.0,
+    progress: Progress | None = None,
+    opened: Callable[[Path], Opened] = open_folder,
 ) -> Comparison:
     """Compares two checkpoints, a piece of a tensor at a time.
 
     Quantised weights and packed linear layers are compared by the numbers that they stand for, under the name that they
-    have dequantised; packed experts byte by byte. dtypes may differ. Raises ArgumentError for a tolerance below 0,
-    CheckpointError for what cannot be read.
+    have dequantised; packed experts byte by byte. dtypes may differ. `opened` opens each: that of
+    `coterie.hf.converting.compare` GGUF files too. Raises ArgumentError for a tolerance below 0, CheckpointError for
+    what cannot be read.
     """
     if not tolerance >= 0:
         raise ArgumentError(f"--tolerance is {tolerance}: expected 0 or more")
-    (folder_a, tensors_a), (folder_b, tensors_b) = (_tensors(Path(path)) for path in (a, b))
+    (folder_a, tensors_a), (folder_b, tensors_b) = (opened(Path(path)) for path in (a, b))
     both = [name for name in tensors_a if name in tensors_b]
     shapes = {
         name: (tensors_a[name].shape, tensors_b[name].shape)
@@ -89,22 +104,12 @@ def compare(
     )
 
 
-def apart(folder_a: Folder, a: AnyTensor, folder_b: Folder, b: AnyTensor) -> tuple[float, float]:
+def apart(folder_a: Folder | None, a: AnyTensor, folder_b: Folder | None, b: AnyTensor) -> tuple[float, float]:
     """(the largest difference, ||a - b|| / ||a||) of two tensors of one shape, each of a checkpoint."""
     return _apart(_pairs(_numbers(folder_a, a), _numbers(folder_b, b)))
 
 
-def _tensors(path: Path) -> tuple[Folder, dict[str, AnyTensor]]:
-    """The tensors of a checkpoint by name, in the order of its files, quantised ones as float32."""
-    is_packed = packed(path)
-    folder = Folder(path)
-    linears = stored_linears(folder, "F32") if is_packed else {}
-    names = [name for name in folder.shard_of if name not in linears]
-    tensors = written_tensors(folder, names, () if is_packed else check_quantised(folder), "F32")
-    return folder, {tensor.name: tensor for tensor in tensors} | linears
-
-
-def _numbers(folder: Folder, tensor: AnyTensor) -> Iterator[Tensor]:
+def _numbers(folder: Folder | None, tensor: AnyTensor) -> Iterator[Tensor]:
     """The numbers of a tensor, float64, piece by piece; its bytes where torch has no numbers for them."""
     dtype = DTYPES[tensor.dtype][1]
     for chunk in tensor.chunks(folder):

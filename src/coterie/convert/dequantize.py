@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from coterie.checkpoints.quantised import check_quantised, without_quantisation
 from coterie.checkpoints.tensorwriter import check_room, path_within, write_error
 from coterie.convert.progress import Meter, Progress
 from coterie.convert.rest import copy_files, other_files, write_index, write_json, write_shard
-from coterie.convert.tensors import Written, written_tensors
+from coterie.convert.tensors import AnyTensor, written_tensors
 from coterie.errors import ArgumentError, CheckpointError
 
 DTYPE = "BF16"
@@ -36,15 +36,28 @@ class Dequantized:
     whole: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A checkpoint as it is to be written: its tensors, by the files that they go into, read from `folder`, where they
+    need one; config.json, which is made plain, and the folder of the other files."""
+
+    shards: Mapping[str, Sequence[AnyTensor]]
+    folder: Folder | None
+    config: dict[str, Any]
+    root: Path
+
+
 def dequantize(
     source: str | os.PathLike,
     output: str | os.PathLike,
     files: Sequence[str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    opened: Opened | None = None,
 ) -> Dequantized:
     """Writes the quantised checkpoint folder `source` to `output`, every weight that is quantised in bf16.
 
+    `opened`: what is at `source`, where it is no folder: `coterie.hf.converting.dequantize` opens GGUF files.
     What is plain is copied. Each file of tensors keeps its name. A matrix is in memory at a time, of a stack one
     expert's. `files` None: all of them, into a new folder, which appears whole or not at all; `overwrite` lets it
     replace a checkpoint. Else only those files, each whole or not there; `overwrite` replaces those that are there.
@@ -55,20 +68,10 @@ def dequantize(
     """
     started = time.perf_counter()
     source, output = Path(source), Path(output)
-    if packed(source):
-        raise ArgumentError(f"{source} is packed by coterie: dequantise the checkpoint that it was made from")
-    folder = Folder(source)
-    if not folder.config:
-        raise CheckpointError(f"{source} is not a model folder: it has no config.json")
-    schemes = check_quantised(folder)
-    tensors = written_tensors(folder, folder.shard_of, schemes, DTYPE)
-    if not any(tensor.scheme for tensor in tensors):
-        raise ArgumentError(f"{source} is not quantised: there is nothing to dequantise")
+    found = opened or open_folder(source)
     if output.exists() and output.samefile(source):
         raise ArgumentError(f"output {output} is the source: choose another folder")
-    shards: dict[str, list[Written]] = {}
-    for tensor in tensors:
-        shards.setdefault(folder.shard_of[tensor.source], []).append(tensor)
+    shards = found.shards
     chosen = {name: shards[name] for name in _chosen(files, shards, output, overwrite)}
     needed = sum(tensor.nbytes for shard in chosen.values() for tensor in shard)
 
@@ -76,22 +79,38 @@ def dequantize(
         check_room(new, needed)
         meter = Meter(progress, len(chosen), needed)
         for part, (name, shard) in enumerate(chosen.items(), 1):
-            write_shard(folder, shard, path_within(new, name), partial(meter.add, part, len(shard)))
+            write_shard(found.folder, shard, path_within(new, name), partial(meter.add, part, len(shard)))
         whole = all((new / name).exists() for name in shards)
         if whole:
-            _finish(folder, shards, new)
+            _finish(found, new)
     return Dequantized(
         files=tuple(chosen),
-        matrices=sum(tensor.scheme is not None for shard in chosen.values() for tensor in shard),
-        source_bytes=sum(folder.nbytes(n) for shard in chosen.values() for t in shard for n in t.names(folder)),
+        matrices=sum(tensor.quantised for shard in chosen.values() for tensor in shard),
+        source_bytes=sum(tensor.source_nbytes(found.folder) for shard in chosen.values() for tensor in shard),
         bytes=needed,
         seconds=time.perf_counter() - started,
         whole=whole,
     )
 
 
+def open_folder(source: Path) -> Opened:
+    """A quantised checkpoint in a folder. Raises ArgumentError for what is none, CheckpointError for a broken one."""
+    if packed(source):
+        raise ArgumentError(f"{source} is packed by coterie: dequantise the checkpoint that it was made from")
+    folder = Folder(source)
+    if not folder.config:
+        raise CheckpointError(f"{source} is not a model folder: it has no config.json")
+    tensors = written_tensors(folder, folder.shard_of, check_quantised(folder), DTYPE)
+    if not any(tensor.quantised for tensor in tensors):
+        raise ArgumentError(f"{source} is not quantised: there is nothing to dequantise")
+    shards: dict[str, list[AnyTensor]] = {}
+    for tensor in tensors:
+        shards.setdefault(folder.shard_of[tensor.source], []).append(tensor)
+    return Opened(shards, folder, folder.config, folder.root)
+
+
 def _chosen(
-    files: Sequence[str] | None, shards: dict[str, list[Written]], output: Path, overwrite: bool
+    files: Sequence[str] | None, shards: Mapping[str, Sequence[AnyTensor]], output: Path, overwrite: bool
 ) -> Sequence[str]:
     """The files to be written. Raises ArgumentError for one that the source has not, or that is there already."""
     if files is None:
@@ -123,13 +142,13 @@ def _any_folder(path: Path) -> Iterator[Path]:
     yield path
 
 
-def _finish(folder: Folder, shards: dict[str, list[Written]], output: Path) -> None:
+def _finish(found: Opened, output: Path) -> None:
     """Writes what makes a checkpoint of files of tensors, the index last."""
     file = partial(path_within, output)
-    copy_files(folder.root, other_files(folder.root), file)
-    write_json(file("config.json"), plain_config(folder.config))
-    weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
-    write_index(file(INDEX), weight_map, total_size=sum(t.nbytes for shard in shards.values() for t in shard))
+    copy_files(found.root, other_files(found.root), file)
+    write_json(file("config.json"), plain_config(found.config))
+    weight_map = {tensor.name: name for name, shard in found.shards.items() for tensor in shard}
+    write_index(file(INDEX), weight_map, total_size=sum(t.nbytes for shard in found.shards.values() for t in shard))
 
 
 def plain_config(config: dict[str, Any]) -> dict[str, Any]:

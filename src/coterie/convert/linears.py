@@ -121,6 +121,13 @@ class StoredLinear:
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype][0] // 8
 
+    @property
+    def quantised(self) -> bool:
+        return True
+
+    def source_nbytes(self, folder: Folder) -> int:
+        return self.file.layout.nbytes(self.name)
+
     def tensor(self) -> Tensor:
         """The dequantised weight: float32 [out, in]."""
         return torch.cat(list(self._pieces()))

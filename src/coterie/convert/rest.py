@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -18,10 +19,11 @@ from coterie.checkpoints.scheme import Scheme
 from coterie.checkpoints.tensorfile import DTYPES
 from coterie.checkpoints.tensorwriter import TensorWriter, copy_file, write_text
 from coterie.convert.linears import Dense, LinearPacking
-from coterie.convert.tensors import Written, written_tensors
+from coterie.convert.tensors import AnyTensor, Written, written_tensors
 
 SHARD_BYTES = 5 << 30
 NewFile = Callable[[str], Path]  # from the name of a file within the output to its path, its parents made
+T = TypeVar("T", bound=AnyTensor)
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 
 
@@ -85,17 +87,19 @@ def write_shards(
     folder: Folder, tensors: list[Written], file: NewFile, max_tensors: int | None = None
 ) -> dict[str, str]:
     """Writes tensors of a checkpoint into new shards; returns the shard of each."""
-    shards = list(_shards(folder, tensors, max_tensors))
+    shards = into_shards(_in_order(folder, tensors), max_tensors)
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for name, shard in shards.items():
         write_shard(folder, shard, file(name))
         weight_map |= {tensor.name: name for tensor in shard}
     return weight_map
 
 
 def write_shard(
-    folder: Folder, tensors: list[Written], path: Path, written: Callable[[int, int], None] | None = None
+    folder: Folder | None,
+    tensors: Sequence[AnyTensor],
+    path: Path,
+    written: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes tensors of a checkpoint into one file; wide dtypes first, so that all are aligned.
 
@@ -125,22 +129,26 @@ def copy_files(root: Path, names: Iterable[str], file: NewFile) -> None:
         copy_file(root / name, file(name))
 
 
-def _shards(folder: Folder, tensors: list[Written], max_tensors: int | None) -> Iterator[list[Written]]:
-    """The tensors in the order of the source's files, cut into shards."""
-    shard: list[Written] = []
+def into_shards(tensors: Iterable[T], max_tensors: int | None = None) -> dict[str, list[T]]:
+    """Tensors cut into shards, by the names of their files."""
+    shards: list[list[T]] = []
     size = 0
+    for tensor in tensors:
+        if not shards or size + tensor.nbytes > SHARD_BYTES or len(shards[-1]) == max_tensors:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
+
+
+def _in_order(folder: Folder, tensors: list[Written]) -> list[Written]:
+    """In the order of the source's files."""
 
     def place(tensor: Written) -> tuple[str, int]:
         return folder.shard_of[tensor.source], folder.file_of(tensor.source).entry(tensor.source).start
 
-    for tensor in sorted(tensors, key=place):
-        if shard and (size + tensor.nbytes > SHARD_BYTES or len(shard) == max_tensors):
-            yield shard
-            shard, size = [], 0
-        shard.append(tensor)
-        size += tensor.nbytes
-    if shard:
-        yield shard
+    return sorted(tensors, key=place)
 
 
 def other_files(root: Path) -> Iterator[str]:

@@ -4,8 +4,9 @@ ones dequantised, so that the packed checkpoint has no quantisation but coterie'
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,50 @@ BESIDE = {".bias", ".k_scale", ".v_scale", ".q_scale", ".output_scale"}
 CODES = ("F8_E4M3", "F8_E5M2", "U8", "I8", "I32", "F4")
 
 
+class AnyTensor(Protocol):
+    """A tensor of a checkpoint as it is written, or compared: see `Written`.
+
+    quantised: whether codes stand for its numbers. source_nbytes: the bytes that it is made of.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def quantised(self) -> bool: ...
+    def source_nbytes(self, folder: Any) -> int: ...
+    def chunks(self, folder: Any) -> Iterator[Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor of a checkpoint that is no folder: `read` gives its numbers, piece by piece, made of `taken` bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], Iterator[Tensor]]
+    taken: int
+    quantised: bool
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][0] // 8
+
+    def source_nbytes(self, folder: None = None) -> int:
+        return self.taken
+
+    def chunks(self, folder: None = None) -> Iterator[Tensor]:
+        """Its bytes, uint8, piece by piece."""
+        for piece in self.read():
+            yield piece.to(DTYPES[self.dtype][1]).flatten().view(torch.uint8)
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """A tensor to be written: its name, dtype as in a file, and shape.
@@ -44,6 +89,14 @@ class Written:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype][0] // 8
+
+    @property
+    def quantised(self) -> bool:
+        return self.scheme is not None
+
+    def source_nbytes(self, folder: Folder) -> int:
+        """Bytes of all that it takes the place of."""
+        return sum(folder.nbytes(name) for name in self.names(folder))
 
     def names(self, folder: Folder) -> list[str]:
         """All tensors of the checkpoint that it takes the place of."""

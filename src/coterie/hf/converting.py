@@ -21,17 +21,23 @@ from coterie.checkpoints.gguf_file import GgufFile, find_gguf
 from coterie.checkpoints.packed_formats import OWN
 from coterie.checkpoints.packed_linears import LINEARS_FILE
 from coterie.checkpoints.quantised import says_quantised
-from coterie.convert import ConversionReport, convert_cpu, verify
+from coterie.convert import ConversionReport, Progress, convert_cpu, verify
+from coterie.convert import compare as comparing
+from coterie.convert import dequantize as dequantizing
+from coterie.convert.compare import Comparison
+from coterie.convert.dequantize import Dequantized
 from coterie.convert.linears import Dense
 from coterie.convert.merge import Merged
 from coterie.convert.merge import merge as merge_layers
 from coterie.convert.report import LinearErrors
+from coterie.convert.rest import into_shards
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.formats import resolve
 from coterie.hf.config import NO_FORMAT, check_skip
 from coterie.hf.dense import chosen_linears
 from coterie.hf.empty import empty_model
 from coterie.hf.gguf.config import read_config, save_tokenizer
+from coterie.hf.gguf.plain import plain_tensors
 from coterie.hf.gguf.weights import kept_tensors, rest_weights
 from coterie.hf.names import parameters_in, stored_name, tied_names
 from coterie.hf.skeleton import make_config
@@ -95,6 +101,44 @@ def verify_linears(packed: str | os.PathLike, source: str | os.PathLike) -> Line
     file = GgufFile(gguf)
     with rest_of_gguf(file, model_of_gguf(file), Path(packed)) as (rest, _):
         return verify.verify_linears(Path(packed), Path(source), tied, rest)
+
+
+def dequantize(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    files: Sequence[str] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Dequantized:
+    """`convert.dequantize.dequantize`, for GGUF files too: the original's tensors, in files as Transformers names them,
+    in bf16 but for those that are numbers in the file, its config and its tokenizer."""
+    gguf = find_gguf(source)
+    if gguf is None:
+        return dequantizing.dequantize(source, output, files, overwrite, progress)
+    reader = GgufReader(GgufFile(gguf))
+    model = model_of_gguf(reader.file)
+    shards = into_shards(plain_tensors(reader, model, dequantizing.DTYPE))
+    with tempfile.TemporaryDirectory() as folder:
+        described = Path(folder)
+        model.config.save_pretrained(described)
+        save_tokenizer(reader.file, described)
+        opened = dequantizing.Opened(shards, None, read_json(described / "config.json"), described)
+        return dequantizing.dequantize(source, output, files, overwrite, progress, opened)
+
+
+def compare(
+    a: str | os.PathLike, b: str | os.PathLike, tolerance: float = 0.0, progress: Progress | None = None
+) -> Comparison:
+    """`convert.compare.compare`, for GGUF files too, which are compared by the numbers that they stand for."""
+    return comparing.compare(a, b, tolerance, progress, _tensors)
+
+
+def _tensors(path: Path) -> comparing.Opened:
+    gguf = find_gguf(path)
+    if gguf is None:
+        return comparing.open_folder(path)
+    reader = GgufReader(GgufFile(gguf))
+    return None, {made.name: made for made in plain_tensors(reader, model_of_gguf(reader.file), "F32")}
 
 
 def model_of_gguf(file: GgufFile) -> PreTrainedModel:

@@ -49,11 +49,11 @@ Make = Callable[[Callable[[str], Tensor]], Tensor]
 class RestWeight:
     """A parameter beside the experts: `make` makes it of the tensors of a file, given what reads one by its name.
 
-    tensor: that of them which says the type. kept: whether the parameter is that tensor as it is.
+    tensors: those, that which says the type first. kept: whether the parameter is that tensor as it is.
     """
 
     file: GgufFile
-    tensor: str
+    tensors: tuple[str, ...]
     shape: tuple[int, ...]
     kept: bool
     make: Make
@@ -66,7 +66,7 @@ class RestWeight:
             return
         step = max(1, PIECE // self.shape[1])
         for start in range(0, self.shape[0], step):
-            yield _value(self.file, self.tensor, slice(start, start + step)).to(dtype).flatten()
+            yield _value(self.file, self.tensors[0], slice(start, start + step)).to(dtype).flatten()
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The same in one."""
@@ -77,7 +77,7 @@ class RestWeight:
         return found.view(self.shape)
 
     def dtype(self, quantised: torch.dtype) -> torch.dtype:
-        return torch.float32 if self.file.type(self.tensor) == "F32" else quantised
+        return torch.float32 if self.file.type(self.tensors[0]) == "F32" else quantised
 
 
 def rest_weights(file: GgufFile, model: PreTrainedModel) -> dict[str, RestWeight]:
@@ -106,7 +106,7 @@ def rest_weights(file: GgufFile, model: PreTrainedModel) -> dict[str, RestWeight
             raise CheckpointError(
                 f"{file.path}, tensor {shown(tensor)}: shape {list(made.shape)}, expected {list(shapes[parameter])}"
             )
-        found[parameter] = RestWeight(file, tensor, shapes[parameter], made is stand_ins[tensor], make)
+        found[parameter] = RestWeight(file, tuple(stand_ins), shapes[parameter], made is stand_ins[tensor], make)
     wanted = {name for name in shapes if not other_head or name.startswith(f"{model.base_model_prefix}.")}
     if missing := sorted(wanted - found.keys() - experts - tied):
         raise CheckpointError(
@@ -117,7 +117,7 @@ def rest_weights(file: GgufFile, model: PreTrainedModel) -> dict[str, RestWeight
 
 def kept_tensors(weights: dict[str, RestWeight]) -> dict[str, str]:
     """The tensors of weights of which nothing else was changed, by parameter."""
-    return {parameter: weight.tensor for parameter, weight in weights.items() if weight.kept}
+    return {parameter: weight.tensors[0] for parameter, weight in weights.items() if weight.kept}
 
 
 def _parameters(model: PreTrainedModel, name: str) -> list[str]:
