@@ -158,6 +158,13 @@ class Scheme:
         """Whether `spec` without zero points holds `base`: it has none, or all are the middle of the codes."""
         return self.zero is None or self._centred(self._numbers(folder, base, self.zero, None))
 
+    def held(self, folder: Folder, base: str) -> bool:
+        """Whether `spec` holds matrix `base` as it is. Of its tensors zero points and orders of columns alone are
+        read."""
+        if self.spec is None or self._scattered(folder, base, self.size(folder, base)[1]) is not None:
+            return False
+        return self.spec.zero_point or self.symmetric(folder, base)
+
     def without_zero_points(self) -> Scheme:
         """The same for matrices that are symmetric."""
         return self if self.spec is None else replace(self, spec=replace(self.spec, zero_point=False))

@@ -23,7 +23,11 @@ def plan(
     ],
     experts: Annotated[str | None, typer.Option(help="Only this format of experts: bf16, int8, int4, ...")] = None,
     dense: Annotated[
-        str | None, typer.Option(help="Linear layers outside the experts packed too, in this format: int8, ...")
+        str | None,
+        typer.Option(
+            help="Linear layers outside the experts packed too, in this format: int8, ... own: those that are "
+            "quantised, as they are, from a GGUF file or a folder with weights."
+        ),
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens of one sequence, for the size of its KV cache.")] = 4096,
     ram: Annotated[
@@ -59,11 +63,13 @@ def plan(
     here = memory.found()
     available = memory.parse_bytes(ram) if ram else here.available
     source = planning.open_source(model)
-    formats, rest_format = source.formats(experts), source.dense_format(dense)
+    formats = source.formats(experts)
     with errors.status("building the model without weights"):
+        rest_format = source.dense_format(dense)
         anatomy = planning.inspect(source.config, context)
     linears = planning.dense(anatomy, rest_format, source.dense_skip) if rest_format else None
-    print_verdict(source, anatomy)
+    own = source.dense is None and isinstance(rest_format, dict)
+    print_verdict(source, anatomy, linears if own else None)
 
     with errors.status("measuring memory and arithmetic"):
         memory_rate = given.get("bandwidth") or machine.read_bandwidth()
@@ -109,7 +115,7 @@ def plan(
     )
     print_rates(rates, context)
     print_placements(anatomy, formats, usable, vram, rates)
-    if linears and linears.saved > 0 and source.dense is None:
+    if linears and linears.saved > 0 and source.dense is None and not (own and source.gguf):
         console.print(
             f"Linear layers that are packed while a model loads take {size(linears.saved)} more until they are: "
             "`coterie convert cpu --dense` packs them beforehand.",
@@ -117,7 +123,8 @@ def plan(
         )
     if linears is None:
         beside = source.own if source.own in formats else None
-        print_sensible(anatomy, beside or next((every for every in formats if every.name == "int4"), formats[0]))
+        compared = beside or next((every for every in formats if every.name == "int4"), formats[0])
+        print_sensible(anatomy, compared, source.quantised is not None)
     if source.packed is None:
         print_conversion(source, anatomy, formats, packing, given.get("disk") or planning.DISK, linears)
     if train:
@@ -196,8 +203,8 @@ def print_placements(
     )
 
 
-def print_verdict(source: Source, anatomy: Anatomy) -> None:
-    """Whether this version opens the model, and what it is."""
+def print_verdict(source: Source, anatomy: Anatomy, kept: Dense | None = None) -> None:
+    """Whether this version opens the model, and what it is. kept: linear layers that keep their codes."""
     if source.problem:
         console.print(f"[yellow]Not opened by this version:[/] {source.problem}.", highlight=False)
     elif source.packed:
@@ -207,12 +214,13 @@ def print_verdict(source: Source, anatomy: Anatomy) -> None:
             highlight=False,
         )
     elif source.quantised:
-        kept = "its experts keep their codes"
+        said = "its experts keep their codes"
         if source.own:
             but = f" (but those of {source.odd}, packed anew)" if source.odd else ""
-            kept = f"its experts keep their codes{but} in {source.own.described}"
+            said = f"its experts keep their codes{but} in {source.own.described}"
+        said += f", {kept.count} linear layers theirs in {kept.described}" if kept else ""
         console.print(
-            f"[green]Opened by this version:[/] quantised as {source.quantised.name}; {kept}; the rest is dequantised.",
+            f"[green]Opened by this version:[/] quantised as {source.quantised.name}; {said}; the rest is dequantised.",
             highlight=False,
         )
         if source.choice:
@@ -226,11 +234,11 @@ def print_verdict(source: Source, anatomy: Anatomy) -> None:
         highlight=False,
     )
     if source.stored:
-        kept = ", ".join(f"{size(n)} of {dtype}" for dtype, n in sorted(source.stored.items()))
-        console.print(f"On disk: {kept}.", highlight=False)
+        stored = ", ".join(f"{size(n)} of {dtype}" for dtype, n in sorted(source.stored.items()))
+        console.print(f"On disk: {stored}.", highlight=False)
 
 
-def print_sensible(anatomy: Anatomy, formats: ModelFormats) -> None:
+def print_sensible(anatomy: Anatomy, formats: ModelFormats, quantised: bool) -> None:
     """Which format of linear layers makes sense beside experts in these formats, and why."""
     from coterie import plan as planning
 
@@ -244,7 +252,7 @@ def print_sensible(anatomy: Anatomy, formats: ModelFormats) -> None:
     console.print(
         f"Sensible on a CPU: [bold]--dense {planning.SENSIBLE}[/] (from_pretrained: dense={planning.SENSIBLE!r}). "
         f"Beside {formats.name} experts a token then reads {size(read - found.read_saved)} instead of {size(read)}; "
-        f"{ram}.",
+        f"{ram}." + (" Those that are quantised keep their codes with [bold]--dense own[/]." if quantised else ""),
         highlight=False,
     )
 

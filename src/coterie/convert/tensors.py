@@ -114,6 +114,13 @@ class Written:
             start += len(chunk)
         return data.view(dtype).view(self.shape)
 
+    def format(self, folder: Folder, spec: Format | None) -> Format | None:
+        """The format of the codes that `codes` gives, which are not read for it."""
+        if self.scheme is None or self.stacked or spec not in (None, self.scheme.spec):
+            return None
+        held = self.scheme.held(folder, self.source.removesuffix(self.scheme.codes.suffix))
+        return self.scheme.spec if held else None
+
     def codes(self, folder: Folder, spec: Format | None) -> Codes | None:
         """A weight that is quantised as `spec` already, so that this format holds it as it is; None for others. No
         `spec`: as any format."""

@@ -97,10 +97,24 @@ def kept_linears(
     that is the embedding, which needs its numbers. Raises ArgumentError as `chosen_linears` does."""
     if dense is None:
         return {}
-    spec, tied = None if dense == OWN else resolve(dense), model.all_tied_weights_keys
-    weights = {name: f"{name}.weight" for name in chosen_linears(model, spec, skip)}
-    found = {name: reader.format_of(weight, spec) for name, weight in weights.items() if weight not in tied}
-    return {name: own for name, own in found.items() if own is not None}
+    found = linear_formats(model, reader.format_of, None if dense == OWN else resolve(dense), skip)
+    return {name: spec for name, spec in found.items() if f"{name}.weight" not in model.all_tied_weights_keys}
+
+
+def linear_formats(
+    model: PreTrainedModel,
+    format_of: Callable[[str, Format | None], Format | None],
+    spec: Format | None = None,
+    skip: Sequence[str] = (),
+) -> dict[str, Format]:
+    """The linear layers of a model that are quantised as `spec` already, or as any format, by module name. `format_of`
+    says it of a parameter. Raises ArgumentError as `chosen_linears` does."""
+    tied, found = model.all_tied_weights_keys, dict[str, Format]()
+    for name in chosen_linears(model, spec, skip):
+        weight = f"{name}.weight"
+        if (own := format_of(tied.get(weight, weight), spec)) is not None:
+            found[name] = own
+    return found
 
 
 def stored_linears(

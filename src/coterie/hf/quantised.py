@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightTransform
 
 from coterie.checkpoints import LayerReader, Reader, open_reader
@@ -21,8 +22,9 @@ from coterie.convert.cpu import formats_for
 from coterie.convert.tensors import Written, written_tensors
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.experts import Experts
-from coterie.formats import Formats
+from coterie.formats import Format, Formats
 from coterie.hf.layout import Layout
+from coterie.hf.linears import linear_formats
 from coterie.hf.modules import hide_parameters, number_layers
 from coterie.hf.names import parameters_in
 
@@ -53,6 +55,17 @@ class Quantised:
             return Experts.from_reader(self.readers[name], format=formats, scale_search=scale_search)
         except ArgumentError as error:
             raise CheckpointError(f"{name}: {error}") from error
+
+    def linear_formats(self, model: PreTrainedModel) -> dict[str, Format]:
+        """The linear layers of `model` whose codes a format holds, by module name, and that format."""
+        weights, known = {weight.name: weight for weight in self.rest}, model.state_dict().keys()
+        found = parameters_in(model, get_model_conversion_mapping(model), weights, known)
+        sources = {parameter: weights[tensor] for tensor, parameter, converter, _ in found if converter is None}
+
+        def format_of(parameter: str, spec: Format | None) -> Format | None:
+            return sources[parameter].format(self.folder, spec) if parameter in sources else None
+
+        return linear_formats(model, format_of)
 
     def load_rest(
         self, model: PreTrainedModel, conversions: list[WeightTransform], keeps: Callable[[str, Written], bool]

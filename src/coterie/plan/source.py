@@ -4,7 +4,9 @@ do if not."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,10 @@ from coterie.formats import FORMATS, Format, resolve
 from coterie.hf.config import METHOD, CoterieConfig
 from coterie.hf.empty import empty_model
 from coterie.hf.gguf.config import read_config
-from coterie.hf.linears import stored_linears
+from coterie.hf.gguf.weights import kept_tensors, rest_weights
+from coterie.hf.linears import linear_formats, stored_linears
+from coterie.hf.modules import read_layouts
+from coterie.hf.quantised import open_quantised
 from coterie.hf.skeleton import make_config
 
 OPENS = (
@@ -42,6 +47,8 @@ class Source:
     packed: the formats of its experts where coterie packed them; dense, dense_skip: that of its linear layers, or of
     each by name, and which of them are not. quantised: what somebody else made of its weights.
     stored: {dtype: bytes} of its files, {} where there are none.
+    linears: finds the formats of its linear layers that are quantised, by name, where weights are here. gguf: whether
+    it is a GGUF file, of which those are never dequantised.
     experts: of quantised weights that are here, by layer; own: the formats that hold them as they are; choice: why one
     format has to be named instead. odd: the types of those that its own formats do not hold as they are, in words.
     """
@@ -53,6 +60,8 @@ class Source:
     dense_skip: tuple[str, ...] = ()
     quantised: Quantised | None = None
     stored: dict[str, int] = field(default_factory=dict)
+    linears: Callable[[], dict[str, Format]] | None = None
+    gguf: bool = False
     experts: dict[int, LayerReader] = field(default_factory=dict)
     own: ModelFormats | None = None
     choice: str | None = None
@@ -78,6 +87,8 @@ class Source:
 
     def dense_format(self, name: str | None = None) -> Format | dict[str, Format] | None:
         """The format of linear layers to plan for, or that of each: what they are packed in, or the one named."""
+        if self.dense is None and name == OWN:
+            return self._own_linears() or None
         if self.dense is None:
             return resolve(name) if name else None
         if name not in (None, self.dense_name):
@@ -85,6 +96,11 @@ class Source:
                 f"its linear layers are packed as {self.dense_name}, and do not become {name}: plan the original"
             )
         return self.dense
+
+    def _own_linears(self) -> dict[str, Format]:
+        if self.linears is None and self.quantised is not None:
+            raise ArgumentError("which linear layers are quantised, and how, is in its files: plan its folder")
+        return self.linears() if self.linears else {}
 
 
 def open_source(model: str) -> Source:
@@ -119,7 +135,8 @@ def open_source(model: str) -> Source:
                 experts = _experts(open_reader(path))
         except CheckpointError as error:
             problem = problem or f"the checkpoint is not whole: {error}"
-    found = Source(config, problem, quantised=quantised, stored=stored)
+    linears = partial(_quantised_linears, path, config) if experts else None
+    found = Source(config, problem, quantised=quantised, stored=stored, linears=linears)
     if ours is None:
         return _with_experts(found, experts)
     dense: Format | dict[str, Format] | None = None if ours.dense in (None, OWN) else resolve(ours.dense)
@@ -140,17 +157,38 @@ def _linear_formats(folder: Path, config: Any) -> dict[str, Format]:
     return {name: file.layout.spec for name, (_, file) in stored_linears(empty_model(config), files, OWN).items()}
 
 
+def _quantised_linears(folder: Path, config: Any) -> dict[str, Format]:
+    model = empty_model(config)
+    found = open_quantised(folder, read_layouts(model))
+    return found.linear_formats(model) if found else {}
+
+
+def _gguf_linears(reader: GgufReader, config: Any) -> dict[str, Format]:
+    model = empty_model(config)
+    reader.parameters = kept_tensors(rest_weights(reader.file, model))
+    return linear_formats(model, reader.format_of)
+
+
 def _open_gguf(file: GgufFile) -> Source:
-    experts = _experts(GgufReader(file))
+    reader = GgufReader(file)
+    experts = _experts(reader)
     config, _ = read_config(file)
+    linears = partial(_gguf_linears, reader, config)
     stored = Counter[str]()
     for name in file.names:
         stored[file.type(name)] += file.nbytes(name)
     plain = all(layer.kinds == (None,) for layer in experts.values())
     if plain:
-        return Source(config, stored=dict(stored))
+        return Source(config, stored=dict(stored), linears=linears, gguf=True)
     odd = ", ".join(dict.fromkeys(layer.odd for layer in experts.values() if layer.odd))
-    found = Source(config, quantised=Quantised("gguf", "GGUF", None), stored=dict(stored), odd=odd)
+    found = Source(
+        config,
+        quantised=Quantised("gguf", "GGUF", None),
+        stored=dict(stored),
+        linears=linears,
+        gguf=True,
+        odd=odd,
+    )
     return _with_experts(found, experts)
 
 
