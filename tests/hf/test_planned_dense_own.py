@@ -102,6 +102,7 @@ def test_the_command(tmp_path, monkeypatch):
     assert f"in q4_k in groups of 256, 8 linear layers theirs in {FORMATS}; the rest is" in text
     assert f"8 linear layers in {FORMATS} (" in text
     assert "more until they are" not in text and "Sensible" not in text
-    text = said()
-    assert "linear layers theirs" not in text and "keep their codes with --dense own" in said("--context", "1")
+    assert f"8 linear layers theirs in {FORMATS}" in said()
+    plain = said("--dense", "none")
+    assert "linear layers theirs" not in plain and "Sensible on a CPU: --dense int8" in plain
     assert "more until they are" in said("--dense", "int8")

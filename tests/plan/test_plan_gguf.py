@@ -53,7 +53,7 @@ def test_what_is_printed(tmp_path):
     code, said = run(write(tmp_path, MIXED), "--vram", "8GB", "--train")
     assert code == 0, said
     assert said.startswith("Opened by this version: quantised as GGUF; its experts keep their codes (but those of Q4_1")
-    assert "packed anew) in q8_0 in groups of 32; the rest is dequantised." in said
+    assert "packed anew) in q8_0 in groups of 32, " in said and "the rest is dequantised." in said
     assert "of Q8_0." in said and "q8_0, as it is" in said and said.count("│ q8_0 │") == 3
     assert said.count("│ int4 │") == 4
     code, said = run(tmp_path, "--experts", "int4")

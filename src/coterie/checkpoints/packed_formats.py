@@ -13,6 +13,7 @@ from coterie.errors import ArgumentError, CheckpointError
 from coterie.formats import FORMATS, Format, Formats, resolve
 
 MIXED = "mixed"  # in place of the name of a format
+NONE = "none"  # said of linear layers in commands: they keep the model's dtype
 OWN = "own"  # of linear layers: each in a format of its own, as a quantised checkpoint has it
 PARTS = ("gate_up", "down")
 

@@ -25,8 +25,8 @@ def plan(
     dense: Annotated[
         str | None,
         typer.Option(
-            help="Linear layers outside the experts packed too, in this format: int8, ... own: those that are "
-            "quantised, as they are, from a GGUF file or a folder with weights."
+            help="Linear layers outside the experts packed too, in this format: int8, ... [default: own, those that "
+            "are quantised, as they are, in a GGUF file or a folder with weights; none: they are dequantised]"
         ),
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens of one sequence, for the size of its KV cache.")] = 4096,
@@ -115,7 +115,7 @@ def plan(
     )
     print_rates(rates, context)
     print_placements(anatomy, formats, usable, vram, rates)
-    if linears and linears.saved > 0 and source.dense is None and not (own and source.gguf):
+    if linears and linears.saved > 0 and source.dense is None and not own:
         console.print(
             f"Linear layers that are packed while a model loads take {size(linears.saved)} more until they are: "
             "`coterie convert cpu --dense` packs them beforehand.",
@@ -124,7 +124,7 @@ def plan(
     if linears is None:
         beside = source.own if source.own in formats else None
         compared = beside or next((every for every in formats if every.name == "int4"), formats[0])
-        print_sensible(anatomy, compared, source.quantised is not None)
+        print_sensible(anatomy, compared)
     if source.packed is None:
         print_conversion(source, anatomy, formats, packing, given.get("disk") or planning.DISK, linears)
     if train:
@@ -238,7 +238,7 @@ def print_verdict(source: Source, anatomy: Anatomy, kept: Dense | None = None) -
         console.print(f"On disk: {stored}.", highlight=False)
 
 
-def print_sensible(anatomy: Anatomy, formats: ModelFormats, quantised: bool) -> None:
+def print_sensible(anatomy: Anatomy, formats: ModelFormats) -> None:
     """Which format of linear layers makes sense beside experts in these formats, and why."""
     from coterie import plan as planning
 
@@ -252,7 +252,7 @@ def print_sensible(anatomy: Anatomy, formats: ModelFormats, quantised: bool) -> 
     console.print(
         f"Sensible on a CPU: [bold]--dense {planning.SENSIBLE}[/] (from_pretrained: dense={planning.SENSIBLE!r}). "
         f"Beside {formats.name} experts a token then reads {size(read - found.read_saved)} instead of {size(read)}; "
-        f"{ram}." + (" Those that are quantised keep their codes with [bold]--dense own[/]." if quantised else ""),
+        f"{ram}.",
         highlight=False,
     )
 

@@ -55,11 +55,11 @@ class ModelLinears:
                 hide_parameters(module, {"weight"})
                 module.weight._is_hf_initialized = True
 
-    def keeps(self, parameter: str, codes: Callable[[Format | None], Codes | None]) -> bool:
-        """Whether a weight is packed of the codes that it has, if it has them in a format: nobody needs its numbers."""
+    def keeps(self, parameter: str, format_of: Callable[[Format | None], Format | None]) -> bool:
+        """Whether a weight is packed of the codes that it has, as `format_of` says: nobody needs its numbers."""
         tied = self._model.all_tied_weights_keys
         wanted = parameter.removesuffix(".weight") in self.left and parameter not in {*tied, *tied.values()}
-        return wanted and codes(self._spec) is not None
+        return wanted and format_of(self._spec) is not None
 
     def load(self, mmap: bool, activations: str, codes: Callable[[str, Format | None], Codes | None]) -> None:
         """Opens the layers that are packed, packs those that are to be: see `pack_linears` for `codes`.

@@ -26,6 +26,7 @@ from coterie.hf.empty import empty_model
 from coterie.hf.gguf.config import read_config
 from coterie.hf.gguf.weights import fetch_gguf, kept_tensors, rest_weights
 from coterie.hf.linears import kept_linears
+from coterie.hf.quantizer import device_of
 
 # What finds the files of a config finds those of its model too.
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -126,6 +127,8 @@ def _from_gguf(path: Path, asked: CoterieConfig, auto_class: Any, kwargs: dict[s
         config = copy.deepcopy(kwargs["config"])
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype", "auto"))
     dtype = config.dtype if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if asked.dense == OWN and device_of(kwargs.get("device_map")).type != "cpu":
+        asked.dense, asked.dense_skip = None, []
     empty = empty_model(config, auto_class, dtype=dtype)
     weights = rest_weights(file, empty)
     asked.gguf.parameters = kept_tensors(weights)

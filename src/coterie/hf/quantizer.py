@@ -231,15 +231,14 @@ class CoterieQuantizer(HfQuantizer):
         weight, gguf = f"{name}.weight", self.quantization_config.gguf
         if gguf is not None:
             return gguf.codes(self._model.all_tied_weights_keys.get(weight, weight), spec)
-        return self._codes_of(self._hidden[weight], spec) if weight in self._hidden else None
+        if weight not in self._hidden:
+            return None
+        found = self._hidden[weight].codes(self._quantised.folder, spec)
+        self._hidden[weight].release(self._quantised.folder)
+        return found
 
     def _keeps(self, parameter: str, weight: Written) -> bool:
-        return self._linears.keeps(parameter, partial(self._codes_of, weight))
-
-    def _codes_of(self, weight: Written, spec: Format | None) -> Codes | None:
-        found = weight.codes(self._quantised.folder, spec)
-        weight.release(self._quantised.folder)
-        return found
+        return self._linears.keeps(parameter, partial(weight.format, self._quantised.folder))
 
     def _pack(self, name: str, layout: Layout) -> Experts:
         config = self.quantization_config

@@ -18,7 +18,7 @@ from coterie.checkpoints.folder import Folder, read_json
 from coterie.checkpoints.gguf import GgufReader
 from coterie.checkpoints.gguf_file import GgufFile, find_gguf
 from coterie.checkpoints.packed import UNFINISHED
-from coterie.checkpoints.packed_formats import OWN, ModelFormats
+from coterie.checkpoints.packed_formats import NONE, OWN, ModelFormats
 from coterie.checkpoints.packed_linears import LINEARS_FILE
 from coterie.checkpoints.quantised import METHODS, Quantised, quantisation_of, read_quantised, unread
 from coterie.checkpoints.tensorfile import PLAIN_DTYPES
@@ -47,8 +47,7 @@ class Source:
     packed: the formats of its experts where coterie packed them; dense, dense_skip: that of its linear layers, or of
     each by name, and which of them are not. quantised: what somebody else made of its weights.
     stored: {dtype: bytes} of its files, {} where there are none.
-    linears: finds the formats of its linear layers that are quantised, by name, where weights are here. gguf: whether
-    it is a GGUF file, of which those are never dequantised.
+    linears: finds the formats of its linear layers that are quantised, by name, where weights are here.
     experts: of quantised weights that are here, by layer; own: the formats that hold them as they are; choice: why one
     format has to be named instead. odd: the types of those that its own formats do not hold as they are, in words.
     """
@@ -61,7 +60,6 @@ class Source:
     quantised: Quantised | None = None
     stored: dict[str, int] = field(default_factory=dict)
     linears: Callable[[], dict[str, Format]] | None = None
-    gguf: bool = False
     experts: dict[int, LayerReader] = field(default_factory=dict)
     own: ModelFormats | None = None
     choice: str | None = None
@@ -86,19 +84,20 @@ class Source:
         return self.dense.name if isinstance(self.dense, Format) else OWN
 
     def dense_format(self, name: str | None = None) -> Format | dict[str, Format] | None:
-        """The format of linear layers to plan for, or that of each: what they are packed in, or the one named."""
-        if self.dense is None and name == OWN:
-            return self._own_linears() or None
+        """The format of linear layers to plan for, or that of each: what they are packed in, or the one named; without
+        a name those that are quantised keep theirs. "none": none is packed."""
+        if self.dense is None and name not in (None, OWN):
+            return None if name == NONE else resolve(name)
         if self.dense is None:
-            return resolve(name) if name else None
+            return self._own_linears(asked=name is not None) or None
         if name not in (None, self.dense_name):
             raise ArgumentError(
                 f"its linear layers are packed as {self.dense_name}, and do not become {name}: plan the original"
             )
         return self.dense
 
-    def _own_linears(self) -> dict[str, Format]:
-        if self.linears is None and self.quantised is not None:
+    def _own_linears(self, asked: bool) -> dict[str, Format]:
+        if self.linears is None and self.quantised is not None and asked:
             raise ArgumentError("which linear layers are quantised, and how, is in its files: plan its folder")
         return self.linears() if self.linears else {}
 
@@ -179,14 +178,13 @@ def _open_gguf(file: GgufFile) -> Source:
         stored[file.type(name)] += file.nbytes(name)
     plain = all(layer.kinds == (None,) for layer in experts.values())
     if plain:
-        return Source(config, stored=dict(stored), linears=linears, gguf=True)
+        return Source(config, stored=dict(stored), linears=linears)
     odd = ", ".join(dict.fromkeys(layer.odd for layer in experts.values() if layer.odd))
     found = Source(
         config,
         quantised=Quantised("gguf", "GGUF", None),
         stored=dict(stored),
         linears=linears,
-        gguf=True,
         odd=odd,
     )
     return _with_experts(found, experts)

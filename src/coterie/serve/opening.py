@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from coterie.checkpoints.gguf import PLAIN_TORCH
 from coterie.checkpoints.gguf_file import GgufFile, find_gguf
-from coterie.checkpoints.packed_formats import OWN
+from coterie.checkpoints.packed_formats import NONE, OWN
 from coterie.errors import ArgumentError, CheckpointError
 from coterie.hf.described import load_config, load_tokenizer
 from coterie.hf.loading import from_pretrained
@@ -54,7 +54,7 @@ def dense_format(path_or_id: str, asked: str, device: str) -> str | None:
     and of a GGUF file that has them all quantised its own.
     """
     if asked != "auto":
-        return None if asked == "none" else asked
+        return None if asked == NONE else asked
     if device != "cpu":
         return None
     if gguf := find_gguf(path_or_id):
