@@ -103,6 +103,6 @@ def test_the_command(tmp_path, monkeypatch):
     assert f"8 linear layers in {FORMATS} (" in text
     assert "more until they are" not in text and "Sensible" not in text
     assert f"8 linear layers theirs in {FORMATS}" in said()
-    plain = said("--dense", "none")
+    plain = said("--dense", "none", "--context", "1")
     assert "linear layers theirs" not in plain and "Sensible on a CPU: --dense int8" in plain
     assert "more until they are" in said("--dense", "int8")
