@@ -206,6 +206,17 @@ def test_reading_lets_go_of_memory(tmp_path):
         assert torch.equal(weight.float(), values[part][1])
 
 
+def test_experts_without_a_gate(tmp_path):
+    tensors, (values,) = experts({"gate": "Q4_K", "up": "Q4_K", "down": "Q6_K"})
+    with pytest.raises(CheckpointError, match=r"ffn_gate_exps\.weight': this version does not know what it is"):
+        Experts.open(write_gguf(tmp_path / "gate.gguf", tensors, arch="nemotron_h_moe"))
+    del tensors["blk.0.ffn_gate_exps.weight"], values["gate"]
+    opened = Experts.open(write_gguf(tmp_path / "model.gguf", tensors, arch="nemotron_h_moe"))
+    assert opened.format == "q4_k/q6_k" and opened.activation == Activation("relu2") and not opened.has_gate
+    gate, *kept = opened.dequantize()
+    assert gate is None and all(torch.equal(a, b) for a, b in zip(kept, values.values(), strict=True))
+
+
 @pytest.mark.parametrize("length", [3, 4, 100, -1000])
 def test_a_file_that_was_cut(tmp_path, length):
     file, _ = write_experts(tmp_path / "model.gguf", "MXFP4")

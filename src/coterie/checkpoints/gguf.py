@@ -20,14 +20,16 @@ from coterie.formats import Format
 EXPERTS = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.(?P<kind>\w+)")
 # The metadata does not say what the experts compute. Architectures that are known to compute silu(gate) * up:
 SILU = {
-    "bailingmoe", "bailingmoe2", "deepseek", "deepseek2", "dots1", "ernie4_5-moe", "glm4moe", "granitemoe",
-    "hunyuan-moe", "llama", "minimax-m2", "olmoe", "phimoe", "qwen2moe", "qwen35moe", "qwen3moe", "qwen3next",
-    "qwen3vlmoe",
+    "afmoe", "bailingmoe", "bailingmoe2", "deepseek", "deepseek2", "dots1", "ernie4_5-moe", "exaone-moe", "glm4moe",
+    "granitehybrid", "granitemoe", "hunyuan-moe", "lfm2moe", "llama", "minimax-m2", "olmoe", "phimoe", "qwen2moe",
+    "qwen35moe", "qwen3moe", "qwen3next", "qwen3vlmoe",
 }  # fmt: skip
 ACTIVATIONS = {
     **dict.fromkeys(SILU, Activation()),
     "gpt-oss": Activation("silu", alpha=1.702, limit=7.0, up_offset=1.0),
+    "nemotron_h_moe": Activation("relu2"),
 }
+UNGATED = {"nemotron_h_moe"}  # architectures whose experts have no gate
 PLAIN_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -156,7 +158,10 @@ def _open_layer(file: GgufFile, layer: int) -> GgufExperts:
     Gate and up have one format, down has one: that of their types, or the smallest that none of them is larger than.
     """
     stem = f"blk.{layer}.ffn_"
-    parts = ("gate_up", "down") if f"{stem}gate_up_exps.weight" in file.names else ("gate", "up", "down")
+    has_gate = file.architecture not in UNGATED
+    parts = ("gate", "up", "down") if has_gate else ("up", "down")
+    if has_gate and f"{stem}gate_up_exps.weight" in file.names:
+        parts = ("gate_up", "down")
     names = {part: f"{stem}{part}_exps.weight" for part in parts}
     missing = [name for name in names.values() if name not in file.names]
     if missing:
@@ -200,8 +205,8 @@ def _open_layer(file: GgufFile, layer: int) -> GgufExperts:
         num_experts=experts,
         hidden_size=hidden,
         intermediate_size=intermediate,
-        has_gate=True,
-        biased=("gate", "up", "down") if biased else (),
+        has_gate=has_gate,
+        biased=(("gate",) if has_gate else ()) + ("up", "down") if biased else (),
         activation=_activation(file),
         specs={part: (spec,) for part, spec in specs.items()},
         tensors=own,
