@@ -41,9 +41,17 @@ def make_config(values: dict, where: str) -> Any:
             f"know{own_code}"
         )
     try:
-        return CONFIG_MAPPING[model_type].from_dict(values)
+        return CONFIG_MAPPING[model_type].from_dict(_decoded(values))
     except Exception as error:  # Transformers' own checks of the values, which have no common type
         raise CheckpointError(f"{where} is no valid {model_type} config: {error}") from error
+
+
+def _decoded(value: Any) -> Any:
+    """With the numbers that JSON has no word for, which Transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        named = value.get("__float__") if len(value) == 1 else None
+        return float(named) if named in ("Infinity", "-Infinity", "NaN") else {k: _decoded(v) for k, v in value.items()}
+    return [_decoded(one) for one in value] if isinstance(value, list) else value
 
 
 def trace(model: Any, context: int) -> tuple[int, dict[nn.Module, int]]:
