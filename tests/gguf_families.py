@@ -13,18 +13,23 @@ from torch import Tensor
 ARCHITECTURES = {
     "mixtral": "llama", "olmoe": "olmoe", "granitemoe": "granitemoe", "glm4_moe": "glm4moe", "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2", "ernie4_5_moe": "ernie4_5-moe", "hunyuan_v1_moe": "hunyuan-moe",
-    "qwen3_next": "qwen3next",
+    "qwen3_next": "qwen3next", "dots1": "dots1", "exaone_moe": "exaone-moe", "afmoe": "afmoe", "lfm2_moe": "lfm2moe",
+    "granitemoeshared": "granitemoe", "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h_moe",
 }  # fmt: skip
-PAIRS = ("mixtral", "granitemoe")  # rows of q and k that turn together are stored beside each other
+GLM_FLASH = {"glm4_moe_lite": "deepseek2"}  # which is a DeepSeek-V3 under another name, and opens as one
+# Rows of q and k that turn together are stored beside each other.
+PAIRS = ("mixtral", "granitemoe", "granitemoeshared", "granitemoehybrid")
 
 
 def write_family(path: Path, model, split_latent: bool = True, more: dict | None = None) -> Path:
     """All numbers of a model in float32. split_latent: keys' and values' matrices apart, as written since 2025."""
     config, tensors = model.config, {}
-    arch = ARCHITECTURES[config.model_type]
+    arch = (ARCHITECTURES | GLM_FLASH)[config.model_type]
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         stem = f"blk.{name.split('.')[2]}." if ".layers." in name else ""
         for found, part in _parts(name, value.detach().float(), config, stem, names, split_latent).items():
             tensors[found] = np.ascontiguousarray(part.numpy()), "F32"
@@ -32,8 +37,8 @@ def write_family(path: Path, model, split_latent: bool = True, more: dict | None
         "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps, "vocab_size": config.vocab_size,
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "attention.layer_norm_rms_epsilon": _epsilon(config), "vocab_size": config.vocab_size,
+        "rope.freq_base": float((getattr(config, "rope_parameters", None) or {"rope_theta": 10000})["rope_theta"]),
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": TOKENS, "tokenizer.ggml.merges": ["a b"],
         "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.padding_token_id": 0,
         **OWN[config.model_type](config), **(more or {}),
@@ -47,10 +52,22 @@ def _parts(name: str, value: Tensor, config, stem: str, names, split_latent: boo
     if suffix == "gate_up_proj":
         gate, up = value.chunk(2, 1)
         return {f"{stem}ffn_gate_exps.weight": gate, f"{stem}ffn_up_exps.weight": up}
-    if suffix == "down_proj":
-        return {f"{stem}ffn_down_exps.weight": value}
-    if suffix == "e_score_correction_bias":
+    if suffix in ("up_proj", "down_proj"):
+        return {f"{stem}ffn_{suffix.removesuffix('_proj')}_exps.weight": value}
+    if suffix in ("e_score_correction_bias", "expert_bias"):
         return {f"{stem}exp_probs_b.bias": value}
+    if base.endswith("shared_mlp.input_linear"):
+        gate, up = value.chunk(2)
+        return {f"{stem}ffn_gate_shexp.weight": gate, f"{stem}ffn_up_shexp.weight": up}
+    if "mixer." in name or "mamba." in name:
+        if suffix == "dt_bias":
+            return {f"{stem}ssm_dt.bias": value}
+        if suffix in ("A_log", "D"):
+            return {f"{stem}ssm_{suffix[0].lower()}": (-value.exp() if suffix == "A_log" else value)[:, None]}
+        if base.endswith(("mixer.norm", "mamba.norm")):
+            value = value.unflatten(0, (getattr(config, "n_groups", None) or config.mamba_n_groups, -1))
+    if base.endswith(("conv1d", "conv.conv")) and suffix == "weight":
+        value = value.squeeze(1)
     if base.endswith("kv_b_proj") and split_latent:
         both = value.unflatten(0, (config.num_attention_heads, -1))
         keys, values = both.split([config.qk_nope_head_dim, config.v_head_dim], 1)
@@ -71,11 +88,15 @@ def _parts(name: str, value: Tensor, config, stem: str, names, split_latent: boo
     if config.model_type in PAIRS and base.endswith(("q_proj", "k_proj")):
         heads = config.num_attention_heads if base.endswith("q_proj") else config.num_key_value_heads
         value = value.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-    found = names.get_name(base) or names.get_name(
-        base.replace("block_sparse_moe.router", "block_sparse_moe.router.layer")
-    )
+    base = base.replace("block_sparse_moe.router", "block_sparse_moe.router.layer")
+    found = names.get_name(base) or names.get_name(base.replace("model.", "backbone.", 1))
     assert found, name
     return {f"{found}.{suffix}": value}
+
+
+def _epsilon(config) -> float:
+    names = ("rms_norm_eps", "norm_eps", "layer_norm_epsilon")
+    return next(getattr(config, name) for name in names if hasattr(config, name))
 
 
 def _head(config) -> dict:
@@ -105,12 +126,72 @@ def _granite(config) -> dict:
     return _experts(config, config.num_local_experts) | _head(config) | {
         "attention.scale": float(config.attention_multiplier), "embedding_scale": float(config.embedding_multiplier),
         "residual_scale": float(config.residual_multiplier), "logit_scale": float(config.logits_scaling),
+        "expert_shared_feed_forward_length": getattr(config, "shared_intermediate_size", None),
+    }  # fmt: skip
+
+
+def _granite_hybrid(config) -> dict:
+    return _granite(config) | {
+        "attention.head_count_kv": _of_attention(config),
+        "rope.scaling.finetuned": config.position_embedding_type == "rope", "ssm.conv_kernel": config.mamba_d_conv,
+        "ssm.state_size": config.mamba_d_state, "ssm.group_count": config.mamba_n_groups,
+        "ssm.time_step_rank": config.mamba_n_heads, "ssm.inner_size": config.mamba_d_head * config.mamba_n_heads,
+    }  # fmt: skip
+
+
+def _of_attention(config) -> list[int]:
+    return [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
+
+
+def _lfm2(config) -> dict:
+    return _experts(config, config.num_experts) | {
+        "attention.head_count_kv": _of_attention(config), "expert_feed_forward_length": config.moe_intermediate_size,
+        "leading_dense_block_count": config.num_dense_layers, "expert_gating_func": 2,
+        "shortconv.l_cache": config.conv_L_cache,
+    }  # fmt: skip
+
+
+def _nemotron(config) -> dict:
+    widths = [config.moe_intermediate_size if kind == "moe" else 0 for kind in config.layer_types]
+    return _experts(config, config.n_routed_experts) | _head(config) | {
+        "attention.head_count_kv": _of_attention(config), "feed_forward_length": widths,
+        "expert_feed_forward_length": config.moe_intermediate_size, "expert_shared_count": config.n_shared_experts,
+        "expert_shared_feed_forward_length": config.moe_shared_expert_intermediate_size,
+        "expert_weights_scale": float(config.routed_scaling_factor), "expert_weights_norm": config.norm_topk_prob,
+        "expert_group_count": config.n_group, "moe_latent_size": config.moe_latent_size,
+        "ssm.conv_kernel": config.conv_kernel, "ssm.state_size": config.ssm_state_size,
+        "ssm.group_count": config.n_groups, "ssm.time_step_rank": config.mamba_num_heads,
+        "ssm.inner_size": config.mamba_head_dim * config.mamba_num_heads,
+    }  # fmt: skip
+
+
+def _dots(config) -> dict:
+    return _routed(config, 2) | _head(config)
+
+
+def _exaone(config) -> dict:
+    return _experts(config, config.num_experts) | _head(config) | {
+        "expert_feed_forward_length": config.moe_intermediate_size, "expert_shared_count": config.num_shared_experts,
+        "expert_shared_feed_forward_length": config.moe_intermediate_size * config.num_shared_experts,
+        "leading_dense_block_count": config.first_k_dense_replace, "expert_gating_func": 2,
+        "expert_weights_scale": float(config.routed_scaling_factor), "expert_weights_norm": config.norm_topk_prob,
+        "expert_group_count": config.n_group, "expert_group_used_count": config.topk_group,
+        "attention.sliding_window": config.sliding_window, "rope.scaling.type": "none", "nextn_predict_layers": 0,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
+    }  # fmt: skip
+
+
+def _afmoe(config) -> dict:
+    return _experts(config, config.num_experts) | _head(config) | {
+        "expert_feed_forward_length": config.moe_intermediate_size, "expert_shared_count": config.num_shared_experts,
+        "leading_dense_block_count": config.num_dense_layers, "expert_gating_func": 2, "expert_weights_norm": True,
+        "expert_weights_scale": float(config.route_scale), "attention.sliding_window": config.sliding_window,
     }  # fmt: skip
 
 
 def _deepseek(config) -> dict:
     key = config.qk_nope_head_dim + config.qk_rope_head_dim
-    return _routed(config, 2 if config.model_type == "deepseek_v3" else 1) | {
+    return _routed(config, 1 if config.model_type == "deepseek_v2" else 2) | {
         "attention.head_count_kv": 1, "attention.q_lora_rank": config.q_lora_rank,
         "attention.kv_lora_rank": config.kv_lora_rank, "rope.dimension_count": config.qk_rope_head_dim,
         "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
@@ -152,5 +233,7 @@ OWN = {
     "olmoe": lambda config: _experts(config, config.num_experts) | _head(config),
     "granitemoe": _granite, "glm4_moe": _glm4, "deepseek_v2": _deepseek, "deepseek_v3": _deepseek,
     "ernie4_5_moe": _ernie, "hunyuan_v1_moe": _hunyuan,
-    "qwen3_next": _qwen3_next,
+    "qwen3_next": _qwen3_next, "dots1": _dots, "exaone_moe": _exaone, "afmoe": _afmoe, "lfm2_moe": _lfm2,
+    "granitemoeshared": _granite, "granitemoehybrid": _granite_hybrid, "nemotron_h": _nemotron,
+    "glm4_moe_lite": _deepseek,
 }  # fmt: skip

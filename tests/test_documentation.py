@@ -71,7 +71,7 @@ def test_types_of_gguf():
 
 def test_architectures_of_gguf_and_families():
     tried = {"minimax_m2": "minimax-m2", "gpt_oss": "gpt-oss", "qwen3_5_moe_text": "qwen35moe"}
-    tried |= gguf_models.ARCHITECTURES | gguf_families.ARCHITECTURES
+    tried |= gguf_models.ARCHITECTURES | gguf_families.ARCHITECTURES | gguf_families.GLM_FLASH
     assert gguf_read_here.FAMILIES.keys() <= set(tried.values())
     opens = named(rows(CHECKPOINTS, "architecture")).items()
     assert {(family, name) for name, (as_, _) in opens for family in code(as_)} == set(tried.items())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from gguf_families import ARCHITECTURES, write_family
 from tiny_models import ROPE, make, prompt
+from transformers import DeepseekV3ForCausalLM
 
 import coterie
 from coterie import plan
@@ -47,20 +48,34 @@ VARIANTS = {
     "scaled positions": ("deepseek_v3", {"rope_parameters": YARN}, IN_FILE),
     "scaled positions, V2": ("deepseek_v2", {"rope_parameters": YARN}, IN_FILE),
     "all of a head turned": ("qwen3_next", {"rope_parameters": ROPE | {"partial_rotary_factor": 1.0}}, {}),
+    "biases of q, k and v": (
+        "dots1", {"attention_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 2.5}, {},
+    ),
+    "a layer that drafts": (
+        "exaone_moe", {"n_group": 4, "topk_group": 2}, {"block_count": 4, "nextn_predict_layers": 1},
+    ),
+    "scores that are scaled": ("afmoe", {"route_scale": 2.5}, {}),
+    "multipliers of a hybrid": (
+        "granitemoehybrid",
+        {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "logits_scaling": 3.0},
+        {},
+    ),
+    "positions turned in a hybrid": ("granitemoehybrid", {"position_embedding_type": "rope"}, {}),
+    "experts of narrower tokens": ("nemotron_h", {"moe_latent_size": 32, "routed_scaling_factor": 2.5}, {}),
 }  # fmt: skip
 
 
 def made(family, **changes):
     model = make(family, torch.float32, **changes)
     for name, value in model.state_dict().items():
-        if "correction_bias" in name:
+        if "correction_bias" in name or "expert_bias" in name:
             value.copy_(torch.linspace(-0.5, 0.5, value.numel()).view_as(value))
     return model
 
 
-def assert_same(file, stock):
+def assert_same(file, stock, kind=None):
     model = coterie.from_pretrained(file, dtype=torch.float32, experts="bf16")
-    assert isinstance(model, type(stock))
+    assert isinstance(model, kind or type(stock))
     ids = prompt(1, LENGTH)
     with torch.no_grad():
         found, expected = model(ids).logits, stock(ids).logits
@@ -86,6 +101,14 @@ def test_keys_and_values_in_one_matrix(tmp_path, float32_products):
     before = {"attention.key_length": 24, "attention.value_length": 16, "attention.head_count_kv": 4}
     before |= {"attention.key_length_mla": None, "attention.value_length_mla": None}
     assert_same(write_family(tmp_path / "model.gguf", stock, split_latent=False, more=before), stock)
+
+
+@pytest.mark.parametrize("gating", [2, None])
+def test_glm_flash(gating, tmp_path, float32_products):
+    """GLM-4.7-Flash is a DeepSeek-V3, whose files do not say how scores are made."""
+    stock = made("glm4_moe_lite", n_group=1, topk_group=1)
+    file = write_family(tmp_path / "model.gguf", stock, more={"expert_gating_func": gating})
+    assert_same(file, stock, DeepseekV3ForCausalLM)
 
 
 def test_ends_of_an_answer_are_all_read(tmp_path):
@@ -152,6 +175,24 @@ def test_converted_planned_and_read(family, tmp_path):
             UnsupportedModelError,
             r"rope\.scaling\.odd",
         ),
+        ("dots1", {"attention.sliding_window": 16}, UnsupportedModelError, r"attention\.sliding_window of dots1"),
+        ("dots1", {"expert_gating_func": 1}, UnsupportedModelError, "expert_gating_func of dots1"),
+        ("exaone_moe", {"attention.sliding_window_pattern": None}, CheckpointError, "no exaone-moe.attention.sliding"),
+        (
+            "exaone_moe",
+            {"attention.sliding_window_pattern": [True, False]},
+            CheckpointError,
+            r"is \[True, False\], expected a value of each of 3 layers",
+        ),
+        ("afmoe", {"attention.sliding_window": None}, CheckpointError, r"no afmoe\.attention\.sliding_window"),
+        ("afmoe", {"expert_weights_norm": False}, UnsupportedModelError, "expert_weights_norm of afmoe that is false"),
+        ("afmoe", {"attention.sliding_window_pattern": [1, 0]}, CheckpointError, "no valid afmoe config"),
+        ("lfm2_moe", {"attention.head_count_kv": 2}, CheckpointError, "head_count_kv is 2, expected a value of each"),
+        ("lfm2_moe", {"expert_gating_func": 1}, UnsupportedModelError, "expert_gating_func of lfm2moe"),
+        ("granitemoehybrid", {"rope.scaling.finetuned": None}, CheckpointError, r"no granitehybrid\.rope\.scaling"),
+        ("granitemoehybrid", {"ssm.time_step_rank": 0}, CheckpointError, "no valid granitemoehybrid config"),
+        ("nemotron_h", {"feed_forward_length": 96}, CheckpointError, "feed_forward_length is 96, expected a value of"),
+        ("nemotron_h", {"attention.head_count_kv": ["a"] * 4}, CheckpointError, "no valid nemotron_h config"),
     ],
 )
 def test_metadata_that_is_missing_or_not_read(family, more, error, message, tmp_path):
@@ -161,9 +202,21 @@ def test_metadata_that_is_missing_or_not_read(family, more, error, message, tmp_
 
 
 @pytest.mark.parametrize(
-    ("family", "more"), [("qwen3_next", {"ssm.group_count": 3}), ("mixtral", {"attention.head_count": 3})]
+    ("family", "more"),
+    [
+        ("qwen3_next", {"ssm.group_count": 3}),
+        ("mixtral", {"attention.head_count": 3}),
+        ("nemotron_h", {"ssm.group_count": 4}),
+        ("nemotron_h", {"moe_latent_size": 32}),
+        ("granitemoehybrid", {"ssm.state_size": 8}),
+        ("granitemoehybrid", {"attention.head_count_kv": [2, 0]}),
+        ("granitemoeshared", {"expert_shared_feed_forward_length": 64}),
+        ("lfm2_moe", {"shortconv.l_cache": 4}),
+        ("lfm2_moe", {"attention.head_count_kv": [2, 0, 0]}),
+        ("exaone_moe", {"leading_dense_block_count": 2}),
+    ],
 )
 def test_shapes_that_do_not_go_with_the_metadata(family, more, tmp_path):
     file = write_family(tmp_path / "model.gguf", make(family), more=more)
-    with pytest.raises(CheckpointError, match=r"does not go with the metadata|no valid|, expected "):
+    with pytest.raises(CheckpointError, match=r"does not go with|no valid|, expected |has no tensor|not know what"):
         coterie.from_pretrained(file)

@@ -246,8 +246,8 @@ def test_qwen3_5_is_what_transformers_makes_of_it(tmp_path, float32_products):
 
 def test_architectures_that_transformers_does_not_open(tmp_path):
     tensors, _ = experts(dict.fromkeys(PARTS, "MXFP4"))
-    file = write_gguf(tmp_path / "model.gguf", tensors, {"block_count": 1}, arch="dots1")
-    with pytest.raises(UnsupportedModelError, match="does not open GGUF architecture 'dots1'"):
+    file = write_gguf(tmp_path / "model.gguf", tensors, {"block_count": 1}, arch="bailingmoe2")
+    with pytest.raises(UnsupportedModelError, match="does not open GGUF architecture 'bailingmoe2'"):
         coterie.from_pretrained(file)
 
 

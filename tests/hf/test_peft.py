@@ -28,10 +28,9 @@ def logits(model) -> torch.Tensor:
 
 def one_moe_layer(family: str) -> dict:
     """What leaves one MoE layer: no router then sees rounding before it, which could send a token elsewhere."""
-    dense = tiny_models.FAMILIES[family].get("first_k_dense_replace") or tiny_models.FAMILIES[family].get(
-        "moe_layer_start_index", 0
-    )
-    kinds = {"layer_types": ["full_attention"]} if "layer_types" in tiny_models.FAMILIES[family] else {}
+    names = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
+    dense = next((tiny_models.FAMILIES[family][name] for name in names if name in tiny_models.FAMILIES[family]), 0)
+    kinds = {"layer_types": ["full_attention"] * (dense + 1)} if "layer_types" in tiny_models.FAMILIES[family] else {}
     return {"num_hidden_layers": dense + 1, **kinds}
 
 

@@ -43,6 +43,14 @@ LATENT_ATTENTION = {
     "intermediate_size": 96,
 }
 
+DENSE_FIRST = {
+    "moe_intermediate_size": 96,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "intermediate_size": 96,
+    "head_dim": 16,
+}
+
 # One row a family: (model_type, what it adds to COMMON). Columns are multiples of 32, not of 64.
 FAMILIES: dict[str, dict] = {
     "qwen2_moe": {"num_experts": 8, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 32},
@@ -84,6 +92,62 @@ FAMILIES: dict[str, dict] = {
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "intermediate_size": 96, "head_dim": 16},
     "phimoe": {"num_local_experts": 8, "intermediate_size": 96, "sliding_window": None},
     "granitemoe": {"num_local_experts": 8, "intermediate_size": 96},
+    "granitemoeshared": {
+        "num_local_experts": 8,
+        "intermediate_size": 96,
+        "shared_intermediate_size": 32,
+        "attention_multiplier": 0.25,
+    },
+    "granitemoehybrid": {
+        "num_local_experts": 8,
+        "intermediate_size": 96,
+        "shared_intermediate_size": 32,
+        "attention_multiplier": 0.25,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+    },
+    "nemotron_h": {
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 96,
+        "moe_shared_expert_intermediate_size": 32,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "num_hidden_layers": 4,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "head_dim": 16,
+    },
+    "lfm2_moe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 96,
+        "intermediate_size": 96,
+        "num_dense_layers": 1,
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
+    "dots1": {**DENSE_FIRST, "n_routed_experts": 8, "n_shared_experts": 1},
+    "glm4_moe_lite": {"n_routed_experts": 8, "moe_intermediate_size": 96, **LATENT_ATTENTION},
+    "exaone_moe": {
+        **DENSE_FIRST,
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "afmoe": {
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "moe_intermediate_size": 96,
+        "intermediate_size": 96,
+        "num_dense_layers": 2,
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+        "sliding_window": 16,
+        "mup_enabled": True,
+    },
 }
 
 # Families whose checkpoints are tried quantised too, for their names of experts: qwen3_moe in every way, these in one.
@@ -114,6 +178,8 @@ def make(family: str, dtype: torch.dtype = torch.bfloat16, **changes) -> PreTrai
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+                if "dt_bias" in name:  # no steps so short that Transformers lengthens them in a prompt, not after it
+                    parameter.clamp_(min=-1)
             elif "bias" in name:
                 parameter.normal_(std=0.2)
             else:

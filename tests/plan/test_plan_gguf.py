@@ -82,8 +82,8 @@ def test_files_that_are_not_planned(tmp_path):
     file = write_gguf(tmp_path / "dense.gguf", dense, {"block_count": 1})
     with pytest.raises(CheckpointError, match=r"dense.gguf: no experts found; the names tried: blk.\{L\}.ffn_"):
         plan.open_source(str(file))
-    write_gguf(tmp_path / "other.gguf", tensors, {"block_count": 1}, arch="dots1")
-    with pytest.raises(UnsupportedModelError, match="does not open GGUF architecture 'dots1'"):
+    write_gguf(tmp_path / "other.gguf", tensors, {"block_count": 1}, arch="bailingmoe2")
+    with pytest.raises(UnsupportedModelError, match="does not open GGUF architecture 'bailingmoe2'"):
         plan.open_source(str(tmp_path / "other.gguf"))
     with pytest.raises(CheckpointError, match="holds 2 GGUF models"):
         plan.open_source(str(tmp_path))

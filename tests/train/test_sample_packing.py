@@ -18,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))
 import tiny_models
 
 MIXING = {
-    "gpt_oss": "depends on the samples before it",  # its masks are made without position ids
-    "qwen3_next": "can't keep packed sequences apart",  # its convolution needs a kernel for GPUs
-    "qwen3_5_moe_text": "can't keep packed sequences apart",
+    **dict.fromkeys(["gpt_oss", "afmoe"], "depends on the samples before it"),  # masks are made without position ids
+    **dict.fromkeys(  # convolutions need a kernel for GPUs
+        ["qwen3_next", "qwen3_5_moe_text", "granitemoehybrid", "nemotron_h", "lfm2_moe"],
+        "can't keep packed sequences apart",
+    ),
 }
 
 

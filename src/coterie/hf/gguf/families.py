@@ -11,15 +11,15 @@ from coterie.checkpoints.gguf_file import GgufFile
 from coterie.errors import UnsupportedModelError
 from coterie.hf.gguf.family import (
     SIGMOID,
-    SOFTMAX,
     SOFTMAX_OF_CHOSEN,
     Family,
     Settings,
-    blocks,
+    by_layer,
     head_dim,
     rope,
     stated,
 )
+from coterie.hf.gguf.hybrids import GRANITE, HYBRIDS, JOINED_GRANITE, PAIRS, granite, granite_shared
 
 
 def family_of(file: GgufFile) -> Family | None:
@@ -59,14 +59,44 @@ def _olmoe(file: GgufFile) -> Settings:
     }
 
 
-def _granite(file: GgufFile) -> Settings:
+def _dots(file: GgufFile) -> Settings:
+    return _routed(file) | {
+        "head_dim": head_dim(file),
+        "attention_bias": "blk.0.attn_q.bias" in file.names,
+        "sliding_window": None,
+    }
+
+
+def _exaone(file: GgufFile) -> Settings:
+    """Positions are turned where attention is to a window: a constant of the architecture."""
+    windows, found = by_layer(file, "attention.sliding_window_pattern"), _routed(file)
+    found |= {"num_experts": found.pop("n_routed_experts"), "num_shared_experts": found.pop("n_shared_experts")}
+    return found | {
+        "head_dim": head_dim(file),
+        "sliding_window": stated(file, "attention.sliding_window"),
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in windows],
+    }
+
+
+def _afmoe(file: GgufFile) -> Settings:
+    """That embeddings are multiplied, that positions are turned where attention is to a window, and which layers these
+    are, are constants of the architecture."""
+    if not stated(file, "expert_weights_norm"):  # which Transformers' model always does
+        raise UnsupportedModelError(
+            f"{file.path}: this version does not read expert_weights_norm of {file.architecture} that is false: use "
+            "the original checkpoint"
+        )
     return {
-        "num_local_experts": stated(file, "expert_count"),
-        "intermediate_size": stated(file, "expert_feed_forward_length", stated(file, "feed_forward_length")),
-        "attention_multiplier": stated(file, "attention.scale", head_dim(file) ** -0.5),
-        "embedding_multiplier": stated(file, "embedding_scale", 1.0),
-        "residual_multiplier": stated(file, "residual_scale", 1.0),
-        "logits_scaling": stated(file, "logit_scale", 1.0),
+        "intermediate_size": stated(file, "feed_forward_length"),
+        "moe_intermediate_size": stated(file, "expert_feed_forward_length"),
+        "num_experts": stated(file, "expert_count"),
+        "num_shared_experts": stated(file, "expert_shared_count"),
+        "num_dense_layers": stated(file, "leading_dense_block_count", 0),
+        "route_scale": stated(file, "expert_weights_scale", 1.0),
+        "head_dim": head_dim(file),
+        "sliding_window": stated(file, "attention.sliding_window"),
+        "global_attn_every_n_layers": stated(file, "attention.sliding_window_pattern", 4),
+        "mup_enabled": True,
     }
 
 
@@ -146,50 +176,10 @@ def _hunyuan(file: GgufFile) -> Settings:
     }
 
 
-def _qwen3_next(file: GgufFile) -> Settings:
-    head, values = head_dim(file), stated(file, "ssm.time_step_rank")
-    interval, count = stated(file, "full_attention_interval", 4), blocks(file)
-    return {
-        "head_dim": head,
-        "num_experts": stated(file, "expert_count"),
-        "moe_intermediate_size": stated(file, "expert_feed_forward_length"),
-        "shared_expert_intermediate_size": stated(file, "expert_shared_feed_forward_length"),
-        "norm_topk_prob": stated(file, "expert_weights_norm", True),
-        "linear_conv_kernel_dim": stated(file, "ssm.conv_kernel"),
-        "linear_key_head_dim": stated(file, "ssm.state_size"),
-        "linear_num_key_heads": stated(file, "ssm.group_count"),
-        "linear_num_value_heads": values,
-        "linear_value_head_dim": stated(file, "ssm.inner_size") // values,
-        "layer_types": ["linear_attention" if (n + 1) % interval else "full_attention" for n in range(count)],
-        "rope_parameters": rope(file) | {"partial_rotary_factor": stated(file, "rope.dimension_count", head) / head},
-    }
-
-
-def _halves(heads: str) -> Callable[[GgufFile, Tensor], Tensor]:
-    """Rows of a head that turn together are stored beside each other, as the first Llama had them."""
-
-    def undo(file: GgufFile, value: Tensor) -> Tensor:
-        return value.unflatten(0, (stated(file, heads), -1, 2)).transpose(1, 2).flatten(0, 2)
-
-    return undo
-
-
 def _keys_and_values(file: GgufFile, keys: Tensor, values: Tensor) -> Tensor:
     """The matrix that makes keys and values of what is cached of a token, a head after the other; that of keys is
     stored transposed."""
     return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
-
-
-def _gates_by_head(file: GgufFile, qkv: Tensor, gate: Tensor) -> Tensor:
-    """Queries, keys, values and gates of one key head after the other; they are stored kind by kind."""
-    heads, width = stated(file, "ssm.group_count"), stated(file, "ssm.inner_size")
-    keys = heads * stated(file, "ssm.state_size")
-    kinds = *qkv.split([keys, keys, width]), gate
-    return torch.cat([kind.unflatten(0, (heads, -1)) for kind in kinds], dim=1).flatten(0, 1)
-
-
-def _less_one(file: GgufFile, value: Tensor) -> Tensor:
-    return value - 1
 
 
 # Groups that experts are chosen from, and how many of them a token takes, of models by their number of experts: older
@@ -201,7 +191,6 @@ LATENT = {
     "attn_kv_b": "self_attn.kv_b_proj", "attn_k_b": "self_attn.kv_b_proj",
 }  # fmt: skip
 JOINED_LATENT = {"attn_k_b.weight": ("attn_v_b.weight", _keys_and_values)}
-PAIRS = {"attn_q.weight": _halves("attention.head_count"), "attn_k.weight": _halves("attention.head_count_kv")}
 HUNYUAN = {
     "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm", "ffn_gate_inp": "mlp.gate.wg",
     "ffn_gate_shexp": "mlp.shared_mlp.gate_proj", "ffn_up_shexp": "mlp.shared_mlp.up_proj",
@@ -212,21 +201,14 @@ GPT_OSS = {
     "post_attention_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.router",
     "attn_sinks.weight": "self_attn.sinks",
 }  # fmt: skip
-QWEN3_NEXT = {
-    "post_attention_norm": "post_attention_layernorm", "attn_qkv": "linear_attn.in_proj_qkvz",
-    "ssm_in": "linear_attn.in_proj_qkvz", "ssm_ba": "linear_attn.in_proj_ba", "ssm_conv1d": "linear_attn.conv1d",
-    "ssm_norm": "linear_attn.norm", "ssm_out": "linear_attn.out_proj", "ssm_a": "linear_attn.A_log",
-    "ssm_dt.bias": "linear_attn.dt_bias", "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj", "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-}  # fmt: skip
-UNDONE_QWEN3_NEXT = {
-    "ssm_a": lambda file, value: (-value).log(), "ssm_conv1d.weight": lambda file, value: value[:, None],
-    "ffn_gate_inp_shexp.weight": lambda file, value: value.reshape(1, -1),
-    "output_norm.weight": _less_one, "attn_norm.weight": _less_one, "post_attention_norm.weight": _less_one,
-    "attn_q_norm.weight": _less_one, "attn_k_norm.weight": _less_one,
+AFMOE = {
+    "post_attention_norm": "post_attention_layernorm", "ffn_norm": "pre_mlp_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm", "attn_gate": "self_attn.gate_proj", "ffn_gate_inp": "mlp.router.gate",
+    "exp_probs_b.bias": "mlp.expert_bias",
 }  # fmt: skip
 MIXTRAL = Family("mixtral", _mixtral, undone=PAIRS)
+GRANITE_MOE = Family("granitemoe", granite, GRANITE, PAIRS)
+GRANITE_SHARED = Family("granitemoeshared", granite_shared, GRANITE, PAIRS, JOINED_GRANITE)
 DEEPSEEK_V2 = Family("deepseek_v2", _deepseek_v2, LATENT, joined=JOINED_LATENT)
 DEEPSEEK_V3 = Family("deepseek_v3", _deepseek, LATENT, joined=JOINED_LATENT, gating=SIGMOID)
 
@@ -235,8 +217,16 @@ def _llama_with_experts(file: GgufFile) -> Family | None:
     return MIXTRAL if file.own_value("expert_count") else None
 
 
+def _either_granite(file: GgufFile) -> Family:
+    return GRANITE_SHARED if file.own_value("expert_shared_feed_forward_length") else GRANITE_MOE
+
+
 def _either_deepseek(file: GgufFile) -> Family:
-    return DEEPSEEK_V3 if file.own_value("expert_gating_func", SOFTMAX) == SIGMOID else DEEPSEEK_V2
+    """By how scores are made. Files of GLM-4.7-Flash, which is a DeepSeek-V3, do not say it: they have what is added to
+    scores, which DeepSeek-V2 has not."""
+    if gating := file.own_value("expert_gating_func"):
+        return DEEPSEEK_V3 if gating == SIGMOID else DEEPSEEK_V2
+    return DEEPSEEK_V3 if any(".exp_probs_b" in name for name in file.names) else DEEPSEEK_V2
 
 
 # By the architecture's name: a family, or what tells which one a file has.
@@ -244,7 +234,7 @@ FAMILIES: dict[str, Family | Callable[[GgufFile], Family | None]] = {
     "gpt-oss": Family("gpt_oss", _gpt_oss, GPT_OSS, gating=SOFTMAX_OF_CHOSEN, reads="attention.sliding_window"),
     "llama": _llama_with_experts,
     "olmoe": Family("olmoe", _olmoe, reads="attention.clamp_kqv"),
-    "granitemoe": Family("granitemoe", _granite, {"ffn_gate_inp": "block_sparse_moe.router"}, PAIRS),
+    "granitemoe": _either_granite,
     "glm4moe": Family("glm4_moe", _glm4, {"post_attention_norm": "post_attention_layernorm"}, gating=SIGMOID),
     "deepseek2": _either_deepseek,
     "ernie4_5-moe": Family(
@@ -253,12 +243,9 @@ FAMILIES: dict[str, Family | Callable[[GgufFile], Family | None]] = {
         {"exp_probs_b.bias": "mlp.gate.moe_statics.e_score_correction_bias"},
         {"exp_probs_b.bias": lambda file, value: value.reshape(1, -1)},
     ),
-    "qwen3next": Family(
-        "qwen3_next",
-        _qwen3_next,
-        QWEN3_NEXT,
-        UNDONE_QWEN3_NEXT,
-        {"attn_qkv.weight": ("attn_gate.weight", _gates_by_head)},
-    ),
     "hunyuan-moe": Family("hunyuan_v1_moe", _hunyuan, HUNYUAN),
+    "dots1": Family("dots1", _dots, gating=SIGMOID),
+    "exaone-moe": Family("exaone_moe", _exaone, gating=SIGMOID, reads="attention.sliding_window"),
+    "afmoe": Family("afmoe", _afmoe, AFMOE, gating=SIGMOID, reads="attention.sliding_window"),
+    **HYBRIDS,
 }

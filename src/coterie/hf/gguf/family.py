@@ -121,10 +121,32 @@ def blocks(file: GgufFile) -> int:
     return stated(file, "block_count") - stated(file, "nextn_predict_layers", 0)
 
 
+def by_layer(file: GgufFile, key: str) -> list[Any]:
+    """A value of each layer. Raises CheckpointError where the metadata has not one of each."""
+    found, count = stated(file, key), blocks(file)
+    if not isinstance(found, list) or len(found) < count:
+        raise CheckpointError(
+            f"{file.path}: {file.architecture}.{key} is {shown(found)}, expected a value of each of {count} layers"
+        )
+    return found[:count]
+
+
 def head_dim(file: GgufFile) -> int:
     """Columns of a head of queries."""
     width, heads = stated(file, "embedding_length"), stated(file, "attention.head_count")
     return stated(file, "attention.key_length", width // heads)
+
+
+def halves(heads: str) -> Callable[[GgufFile, Tensor], Tensor]:
+    """Takes back that rows of a head that turn together are stored beside each other, as the first Llama had them.
+    heads: what says how many there are, of all layers or of each."""
+
+    def undo(file: GgufFile, value: Tensor) -> Tensor:
+        count = stated(file, heads)
+        count = max(count) if isinstance(count, list) else count
+        return value.unflatten(0, (count, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+    return undo
 
 
 def rope(file: GgufFile, own: dict[str, str] | None = None, **more: Any) -> Settings:
