@@ -16,7 +16,9 @@ ARCHITECTURES = {
     "qwen3_next": "qwen3next", "dots1": "dots1", "exaone_moe": "exaone-moe", "afmoe": "afmoe", "lfm2_moe": "lfm2moe",
     "granitemoeshared": "granitemoe", "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h_moe",
 }  # fmt: skip
-GLM_FLASH = {"glm4_moe_lite": "deepseek2"}  # which is a DeepSeek-V3 under another name, and opens as one
+# What is another model under its own name, and opens as that one: DeepSeek-V3, GLM-4.5.
+ALIASES = {"glm4_moe_lite": "deepseek2", "solar_open": "glm4moe"}
+SEEING = {"qwen3_vl_moe": "qwen3vlmoe"}  # of which the language model opens, as a Qwen3-MoE
 # Rows of q and k that turn together are stored beside each other.
 PAIRS = ("mixtral", "granitemoe", "granitemoeshared", "granitemoehybrid")
 
@@ -24,24 +26,26 @@ PAIRS = ("mixtral", "granitemoe", "granitemoeshared", "granitemoehybrid")
 def write_family(path: Path, model, split_latent: bool = True, more: dict | None = None) -> Path:
     """All numbers of a model in float32. split_latent: keys' and values' matrices apart, as written since 2025."""
     config, tensors = model.config, {}
-    arch = (ARCHITECTURES | GLM_FLASH)[config.model_type]
+    config = config.get_text_config()
+    arch = (ARCHITECTURES | ALIASES | SEEING)[model.config.model_type]
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     for name, value in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        name = name.replace("model.language_model.", "model.")
+        if ".visual." in name or (name == "lm_head.weight" and model.config.tie_word_embeddings):
             continue
         stem = f"blk.{name.split('.')[2]}." if ".layers." in name else ""
         for found, part in _parts(name, value.detach().float(), config, stem, names, split_latent).items():
             tensors[found] = np.ascontiguousarray(part.numpy()), "F32"
     metadata = {
         "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
+        "embedding_length": config.hidden_size, "feed_forward_length": getattr(config, "intermediate_size", None),
         "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": _epsilon(config), "vocab_size": config.vocab_size,
         "rope.freq_base": float((getattr(config, "rope_parameters", None) or {"rope_theta": 10000})["rope_theta"]),
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": TOKENS, "tokenizer.ggml.merges": ["a b"],
         "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.padding_token_id": 0,
-        **OWN[config.model_type](config), **(more or {}),
+        **OWN[model.config.model_type](config), **(more or {}),
     }  # fmt: skip
     return write_gguf(path, tensors, {key: value for key, value in metadata.items() if value is not None}, arch)
 
@@ -111,7 +115,7 @@ def _experts(config, count: int, used: int | None = None) -> dict:
 def _routed(config, gating: int) -> dict:
     return _experts(config, config.n_routed_experts) | {
         "expert_feed_forward_length": config.moe_intermediate_size, "expert_shared_count": config.n_shared_experts,
-        "leading_dense_block_count": config.first_k_dense_replace, "expert_gating_func": gating,
+        "leading_dense_block_count": getattr(config, "first_k_dense_replace", 0), "expert_gating_func": gating,
         "expert_weights_scale": float(config.routed_scaling_factor), "expert_weights_norm": bool(config.norm_topk_prob),
         "expert_group_count": config.n_group, "expert_group_used_count": config.topk_group,
     }  # fmt: skip
@@ -162,6 +166,14 @@ def _nemotron(config) -> dict:
         "ssm.conv_kernel": config.conv_kernel, "ssm.state_size": config.ssm_state_size,
         "ssm.group_count": config.n_groups, "ssm.time_step_rank": config.mamba_num_heads,
         "ssm.inner_size": config.mamba_head_dim * config.mamba_num_heads,
+    }  # fmt: skip
+
+
+def _qwen3_vl(config) -> dict:
+    sections = [*config.rope_parameters["mrope_section"], 0]
+    return _experts(config, config.num_experts) | _head(config) | {
+        "expert_feed_forward_length": config.moe_intermediate_size, "rope.dimension_sections": sections,
+        "n_deepstack_layers": 1,
     }  # fmt: skip
 
 
@@ -235,5 +247,5 @@ OWN = {
     "ernie4_5_moe": _ernie, "hunyuan_v1_moe": _hunyuan,
     "qwen3_next": _qwen3_next, "dots1": _dots, "exaone_moe": _exaone, "afmoe": _afmoe, "lfm2_moe": _lfm2,
     "granitemoeshared": _granite, "granitemoehybrid": _granite_hybrid, "nemotron_h": _nemotron,
-    "glm4_moe_lite": _deepseek,
+    "glm4_moe_lite": _deepseek, "solar_open": _glm4, "qwen3_vl_moe": _qwen3_vl,
 }  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from gguf_families import ARCHITECTURES, write_family
-from tiny_models import ROPE, make, prompt
-from transformers import DeepseekV3ForCausalLM
+from tiny_models import ROPE, make, make_vision, prompt, strengthen
+from transformers import DeepseekV3ForCausalLM, Glm4MoeForCausalLM, Qwen3MoeForCausalLM
 
 import coterie
 from coterie import plan
@@ -109,6 +109,18 @@ def test_glm_flash(gating, tmp_path, float32_products):
     stock = made("glm4_moe_lite", n_group=1, topk_group=1)
     file = write_family(tmp_path / "model.gguf", stock, more={"expert_gating_func": gating})
     assert_same(file, stock, DeepseekV3ForCausalLM)
+
+
+def test_solar_open(tmp_path, float32_products):
+    """Solar-Open is a GLM-4.5 without norms of queries and keys, that turns all of a head."""
+    stock = made("solar_open", rope_parameters=ROPE)
+    assert_same(write_family(tmp_path / "model.gguf", stock), stock, Glm4MoeForCausalLM)
+
+
+def test_what_sees_opens_as_what_reads(tmp_path, float32_products):
+    stock = make_vision("qwen3_vl_moe").float().eval()
+    strengthen(stock)
+    assert_same(write_family(tmp_path / "model.gguf", stock), stock, Qwen3MoeForCausalLM)
 
 
 def test_ends_of_an_answer_are_all_read(tmp_path):

@@ -130,6 +130,7 @@ FAMILIES: dict[str, dict] = {
     },
     "dots1": {**DENSE_FIRST, "n_routed_experts": 8, "n_shared_experts": 1},
     "glm4_moe_lite": {"n_routed_experts": 8, "moe_intermediate_size": 96, **LATENT_ATTENTION},
+    "solar_open": {"n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 96, "head_dim": 16},
     "exaone_moe": {
         **DENSE_FIRST,
         "num_experts": 8,
@@ -174,17 +175,22 @@ def make(family: str, dtype: torch.dtype = torch.bfloat16, **changes) -> PreTrai
     config = AutoConfig.for_model(family, **{**COMMON, **(FAMILIES | LATENT_FAMILIES)[family], **changes})
     config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-                if "dt_bias" in name:  # no steps so short that Transformers lengthens them in a prompt, not after it
-                    parameter.clamp_(min=-1)
-            elif "bias" in name:
-                parameter.normal_(std=0.2)
-            else:
-                parameter.normal_(std=1.0 if "embed" in name else 2.0 * max(parameter.shape[-2:]) ** -0.5)
+    strengthen(model)
     return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def strengthen(model: PreTrainedModel) -> None:
+    """Gives it weights that make every part of it matter."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+            if "dt_bias" in name:  # no steps so short that Transformers lengthens them in a prompt, not after it
+                parameter.clamp_(min=-1)
+        elif "bias" in name:
+            parameter.normal_(std=0.2)
+        else:
+            parameter.normal_(std=1.0 if "embed" in name else 2.0 * max(parameter.shape[-2:]) ** -0.5)
 
 
 def make_vision(kind: str) -> PreTrainedModel:

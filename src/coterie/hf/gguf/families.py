@@ -104,7 +104,7 @@ def _routed(file: GgufFile) -> Settings:
     """What models with shared experts beside those that are chosen, and dense layers before, say of them."""
     groups, used = GROUPS.get((file.architecture, stated(file, "expert_count")), (1, 1))
     return {
-        "intermediate_size": stated(file, "feed_forward_length"),
+        "intermediate_size": stated(file, "feed_forward_length", stated(file, "expert_feed_forward_length")),
         "moe_intermediate_size": stated(file, "expert_feed_forward_length"),
         "n_routed_experts": stated(file, "expert_count"),
         "n_shared_experts": stated(file, "expert_shared_count"),
@@ -152,6 +152,18 @@ def _deepseek_v2(file: GgufFile) -> Settings:
             "by softmax: use the original checkpoint"
         )
     return found | {"topk_method": "group_limited_greedy" if found["n_group"] > 1 else "greedy"}
+
+
+def _qwen3_vl(file: GgufFile) -> Settings:
+    """The language model alone. The three positions of a token of text are one, so that it is a Qwen3-MoE; that scores
+    are divided by their sum is a constant of the architecture."""
+    return {
+        "intermediate_size": stated(file, "feed_forward_length"),
+        "moe_intermediate_size": stated(file, "expert_feed_forward_length"),
+        "num_experts": stated(file, "expert_count"),
+        "norm_topk_prob": True,
+        "head_dim": head_dim(file),
+    }
 
 
 def _ernie(file: GgufFile) -> Settings:
@@ -244,6 +256,7 @@ FAMILIES: dict[str, Family | Callable[[GgufFile], Family | None]] = {
         {"exp_probs_b.bias": lambda file, value: value.reshape(1, -1)},
     ),
     "hunyuan-moe": Family("hunyuan_v1_moe", _hunyuan, HUNYUAN),
+    "qwen3vlmoe": Family("qwen3_moe", _qwen3_vl),
     "dots1": Family("dots1", _dots, gating=SIGMOID),
     "exaone-moe": Family("exaone_moe", _exaone, gating=SIGMOID, reads="attention.sliding_window"),
     "afmoe": Family("afmoe", _afmoe, AFMOE, gating=SIGMOID, reads="attention.sliding_window"),
