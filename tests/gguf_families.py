@@ -15,6 +15,7 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek2", "ernie4_5_moe": "ernie4_5-moe", "hunyuan_v1_moe": "hunyuan-moe",
     "qwen3_next": "qwen3next", "dots1": "dots1", "exaone_moe": "exaone-moe", "afmoe": "afmoe", "lfm2_moe": "lfm2moe",
     "granitemoeshared": "granitemoe", "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h_moe",
+    "kimi_linear": "kimi-linear",
 }  # fmt: skip
 # What is another model under its own name, and opens as that one: DeepSeek-V3, GLM-4.5.
 ALIASES = {"glm4_moe_lite": "deepseek2", "solar_open": "glm4moe"}
@@ -70,6 +71,13 @@ def _parts(name: str, value: Tensor, config, stem: str, names, split_latent: boo
             return {f"{stem}ssm_{suffix[0].lower()}": (-value.exp() if suffix == "A_log" else value)[:, None]}
         if base.endswith(("mixer.norm", "mamba.norm")):
             value = value.unflatten(0, (getattr(config, "n_groups", None) or config.mamba_n_groups, -1))
+    if config.model_type == "kimi_linear":
+        if base.endswith("conv1d"):
+            kernels = zip("qkv", value.transpose(0, 1)[None].chunk(3, 2), strict=True)
+            return {f"{stem}ssm_conv1d_{kind}.weight": kernel.transpose(1, 2) for kind, kernel in kernels}
+        if suffix in ("A_log", "dt_bias"):
+            return {f"{stem}ssm_a": -value.exp()} if suffix == "A_log" else {f"{stem}ssm_dt.bias": value}
+        base = base.replace("forget_gate.", "")
     if base.endswith(("conv1d", "conv.conv")) and suffix == "weight":
         value = value.squeeze(1)
     if base.endswith("kv_b_proj") and split_latent:
@@ -147,6 +155,18 @@ def _of_attention(config) -> list[int]:
     return [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
 
 
+def _kimi(config) -> dict:
+    sizes = {key: value for key, value in _mla(config).items() if key != "attention.head_count_kv"}
+    return _experts(config, config.num_experts) | sizes | {
+        "attention.head_count_kv": [int(kind == "full_attention") for kind in config.layer_types],
+        "attention.value_length": None, "ssm.conv_kernel": config.linear_conv_kernel_dim,
+        "kda.head_dim": config.linear_head_dim, "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_count": config.n_shared_experts, "expert_gating_func": 2,
+        "leading_dense_block_count": config.mlp_layer_types.count("dense"),
+        "expert_weights_scale": float(config.routed_scaling_factor),
+    }  # fmt: skip
+
+
 def _lfm2(config) -> dict:
     return _experts(config, config.num_experts) | {
         "attention.head_count_kv": _of_attention(config), "expert_feed_forward_length": config.moe_intermediate_size,
@@ -202,8 +222,12 @@ def _afmoe(config) -> dict:
 
 
 def _deepseek(config) -> dict:
+    return _routed(config, 1 if config.model_type == "deepseek_v2" else 2) | _mla(config)
+
+
+def _mla(config) -> dict:
     key = config.qk_nope_head_dim + config.qk_rope_head_dim
-    return _routed(config, 1 if config.model_type == "deepseek_v2" else 2) | {
+    return {
         "attention.head_count_kv": 1, "attention.q_lora_rank": config.q_lora_rank,
         "attention.kv_lora_rank": config.kv_lora_rank, "rope.dimension_count": config.qk_rope_head_dim,
         "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
@@ -247,5 +271,5 @@ OWN = {
     "ernie4_5_moe": _ernie, "hunyuan_v1_moe": _hunyuan,
     "qwen3_next": _qwen3_next, "dots1": _dots, "exaone_moe": _exaone, "afmoe": _afmoe, "lfm2_moe": _lfm2,
     "granitemoeshared": _granite, "granitemoehybrid": _granite_hybrid, "nemotron_h": _nemotron,
-    "glm4_moe_lite": _deepseek, "solar_open": _glm4, "qwen3_vl_moe": _qwen3_vl,
+    "kimi_linear": _kimi, "glm4_moe_lite": _deepseek, "solar_open": _glm4, "qwen3_vl_moe": _qwen3_vl,
 }  # fmt: skip

@@ -101,6 +101,8 @@ def test_keys_and_values_in_one_matrix(tmp_path, float32_products):
     before = {"attention.key_length": 24, "attention.value_length": 16, "attention.head_count_kv": 4}
     before |= {"attention.key_length_mla": None, "attention.value_length_mla": None}
     assert_same(write_family(tmp_path / "model.gguf", stock, split_latent=False, more=before), stock)
+    stock = made("kimi_linear")
+    assert_same(write_family(tmp_path / "kimi.gguf", stock, split_latent=False), stock)
 
 
 @pytest.mark.parametrize("gating", [2, None])
@@ -199,6 +201,8 @@ def test_converted_planned_and_read(family, tmp_path):
         ("afmoe", {"attention.sliding_window": None}, CheckpointError, r"no afmoe\.attention\.sliding_window"),
         ("afmoe", {"expert_weights_norm": False}, UnsupportedModelError, "expert_weights_norm of afmoe that is false"),
         ("afmoe", {"attention.sliding_window_pattern": [1, 0]}, CheckpointError, "no valid afmoe config"),
+        ("kimi_linear", {"kda.head_dim": None}, CheckpointError, r"no kimi-linear\.kda\.head_dim"),
+        ("kimi_linear", {"expert_gating_func": 1}, UnsupportedModelError, "expert_gating_func of kimi-linear"),
         ("lfm2_moe", {"attention.head_count_kv": 2}, CheckpointError, "head_count_kv is 2, expected a value of each"),
         ("lfm2_moe", {"expert_gating_func": 1}, UnsupportedModelError, "expert_gating_func of lfm2moe"),
         ("granitemoehybrid", {"rope.scaling.finetuned": None}, CheckpointError, r"no granitehybrid\.rope\.scaling"),
@@ -223,6 +227,9 @@ def test_metadata_that_is_missing_or_not_read(family, more, error, message, tmp_
         ("granitemoehybrid", {"ssm.state_size": 8}),
         ("granitemoehybrid", {"attention.head_count_kv": [2, 0]}),
         ("granitemoeshared", {"expert_shared_feed_forward_length": 64}),
+        ("kimi_linear", {"kda.head_dim": 8}),
+        ("kimi_linear", {"ssm.conv_kernel": 3}),
+        ("kimi_linear", {"attention.head_count_kv": [1, 0, 0]}),
         ("lfm2_moe", {"shortconv.l_cache": 4}),
         ("lfm2_moe", {"attention.head_count_kv": [2, 0, 0]}),
         ("exaone_moe", {"leading_dense_block_count": 2}),

@@ -20,7 +20,7 @@ import tiny_models
 MIXING = {
     **dict.fromkeys(["gpt_oss", "afmoe"], "depends on the samples before it"),  # masks are made without position ids
     **dict.fromkeys(  # convolutions need a kernel for GPUs
-        ["qwen3_next", "qwen3_5_moe_text", "granitemoehybrid", "nemotron_h", "lfm2_moe"],
+        ["qwen3_next", "qwen3_5_moe_text", "granitemoehybrid", "nemotron_h", "lfm2_moe", "kimi_linear"],
         "can't keep packed sequences apart",
     ),
 }

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
 from coterie.checkpoints.gguf_file import GgufFile
 from coterie.errors import UnsupportedModelError
 from coterie.hf.gguf.family import (
@@ -20,6 +17,7 @@ from coterie.hf.gguf.family import (
     stated,
 )
 from coterie.hf.gguf.hybrids import GRANITE, HYBRIDS, JOINED_GRANITE, PAIRS, granite, granite_shared
+from coterie.hf.gguf.latent import JOINED_LATENT, LATENT, latent
 
 
 def family_of(file: GgufFile) -> Family | None:
@@ -127,21 +125,10 @@ def _glm4(file: GgufFile) -> Settings:
 
 
 def _deepseek(file: GgufFile) -> Settings:
-    turned, latent = stated(file, "rope.dimension_count"), stated(file, "attention.kv_lora_rank")
-    key = stated(file, "attention.key_length_mla", stated(file, "attention.key_length"))
-    own = {"yarn_log_multiplier": "mscale_all_dim"}
-    positions = rope(file, own)
+    positions = rope(file, {"yarn_log_multiplier": "mscale_all_dim"})
     if "mscale_all_dim" in positions:  # a tenth of it is stored; the published models have the same of either kind
         positions["mscale_all_dim"] = positions["mscale"] = round(10 * positions["mscale_all_dim"], 6)
-    return _routed(file) | {
-        "num_key_value_heads": stated(file, "attention.head_count"),
-        "q_lora_rank": stated(file, "attention.q_lora_rank", None),
-        "kv_lora_rank": latent,
-        "qk_rope_head_dim": turned,
-        "qk_nope_head_dim": key - turned,
-        "v_head_dim": stated(file, "attention.value_length_mla", stated(file, "attention.value_length")),
-        "rope_parameters": positions,
-    }
+    return _routed(file) | latent(file) | {"rope_parameters": positions}
 
 
 def _deepseek_v2(file: GgufFile) -> Settings:
@@ -188,21 +175,9 @@ def _hunyuan(file: GgufFile) -> Settings:
     }
 
 
-def _keys_and_values(file: GgufFile, keys: Tensor, values: Tensor) -> Tensor:
-    """The matrix that makes keys and values of what is cached of a token, a head after the other; that of keys is
-    stored transposed."""
-    return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
-
-
 # Groups that experts are chosen from, and how many of them a token takes, of models by their number of experts: older
 # files do not say so, and llama.cpp chooses among all experts of such.
 GROUPS = {("deepseek2", 256): (8, 4), ("deepseek2", 160): (8, 3)}
-LATENT = {
-    "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm", "attn_q_b": "self_attn.q_b_proj",
-    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa", "attn_kv_a_norm": "self_attn.kv_a_layernorm",
-    "attn_kv_b": "self_attn.kv_b_proj", "attn_k_b": "self_attn.kv_b_proj",
-}  # fmt: skip
-JOINED_LATENT = {"attn_k_b.weight": ("attn_v_b.weight", _keys_and_values)}
 HUNYUAN = {
     "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm", "ffn_gate_inp": "mlp.gate.wg",
     "ffn_gate_shexp": "mlp.shared_mlp.gate_proj", "ffn_up_shexp": "mlp.shared_mlp.up_proj",

@@ -32,7 +32,7 @@ class Family:
 
     settings: what config.json says beside what all say. names: tensors, without "blk.{L}.", and the parameters of a
     layer, or of the model, that they are, beside NAMES. undone: what takes back what the converter did to a tensor.
-    joined: tensors that are one parameter with another one, and what joins them. gating: how scores of experts are
+    joined: tensors that are one parameter with others, these, and what joins them. gating: how scores of experts are
     made. reads: what of UNREAD the settings read.
     """
 
@@ -40,7 +40,7 @@ class Family:
     settings: Callable[[GgufFile], Settings]
     names: dict[str, str] = field(default_factory=dict)
     undone: dict[str, Callable[[GgufFile, Tensor], Tensor]] = field(default_factory=dict)
-    joined: dict[str, tuple[str, Callable[[GgufFile, Tensor, Tensor], Tensor]]] = field(default_factory=dict)
+    joined: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = field(default_factory=dict)
     gating: int = SOFTMAX
     reads: str = ""
 
@@ -77,7 +77,8 @@ def parameters(
 ) -> Iterator[tuple[str, str, Callable[[Callable[[str], Tensor]], Tensor]]]:
     """(tensor, parameter, what makes it, given what reads a tensor in float32) of each of `tensors`; the parameter is
     "" where it is none."""
-    names, read_with_another = NAMES | family.names, {second for second, _ in family.joined.values()}
+    names = NAMES | family.names
+    read_with_another = {other for others, _ in family.joined.values() for other in others}
     for name in tensors:
         stem, leaf, layer = "", name, ""
         if name.startswith("blk."):
@@ -94,14 +95,14 @@ def _made(
     file: GgufFile, family: Family, name: str, stem: str, leaf: str, value: Callable[[str], Tensor]
 ) -> Tensor:
     """A parameter. Raises CheckpointError for shapes that do not go with the metadata or each other."""
-    found, undo, (second, join) = value(name), family.undone.get(leaf), family.joined.get(leaf, ("", None))
+    found, undo, (others, join) = value(name), family.undone.get(leaf), family.joined.get(leaf, ((), None))
     try:
         found = undo(file, found) if undo else found
-        return join(file, found, value(stem + second)) if join else found
+        return join(file, found, *(value(stem + other) for other in others)) if join else found
     except (RuntimeError, IndexError, TypeError) as error:
         raise CheckpointError(
             f"{file.path}, tensor {shown(name)}: its shape, {list(file.shape(name))}, does not go with the "
-            f"metadata{f' or with {stem}{second}' if join else ''}: {error}"
+            f"metadata{f' or with {stem}{others[0]}' if others else ''}: {error}"
         ) from error
 
 

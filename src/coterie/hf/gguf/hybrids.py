@@ -18,6 +18,7 @@ from coterie.hf.gguf.family import (
     rope,
     stated,
 )
+from coterie.hf.gguf.latent import JOINED_LATENT, LATENT, latent
 
 FULL, LINEAR = "full_attention", "linear_attention"
 
@@ -50,6 +51,27 @@ def _granite_hybrid(file: GgufFile) -> Settings:
         "mamba_d_state": stated(file, "ssm.state_size"),
         "mamba_d_conv": stated(file, "ssm.conv_kernel"),
         "mamba_expand": stated(file, "ssm.inner_size") // stated(file, "embedding_length"),
+    }
+
+
+def _kimi(file: GgufFile) -> Settings:
+    """Heads of linear attention are as many as of the other; that scores are divided by their sum is a constant of the
+    architecture."""
+    heads, dense = by_layer(file, "attention.head_count_kv"), stated(file, "leading_dense_block_count", 0)
+    return latent(file) | {
+        "layer_types": [FULL if count else LINEAR for count in heads],
+        "mlp_layer_types": ["dense" if n < dense else "sparse" for n in range(len(heads))],
+        "intermediate_size": stated(file, "feed_forward_length"),
+        "moe_intermediate_size": stated(file, "expert_feed_forward_length"),
+        "num_experts": stated(file, "expert_count"),
+        "num_shared_experts": stated(file, "expert_shared_count"),
+        "routed_scaling_factor": stated(file, "expert_weights_scale", 1.0),
+        "moe_renormalize": True,
+        "num_expert_group": stated(file, "expert_group_count", 1),
+        "topk_group": stated(file, "expert_group_used_count", 1),
+        "linear_head_dim": stated(file, "kda.head_dim"),
+        "linear_num_heads": stated(file, "attention.head_count"),
+        "linear_conv_kernel_dim": stated(file, "ssm.conv_kernel"),
     }
 
 
@@ -128,6 +150,11 @@ def _gate_and_up(file: GgufFile, gate: Tensor, up: Tensor) -> Tensor:
     return torch.cat([gate, up])
 
 
+def _kernels(file: GgufFile, *kernels: Tensor) -> Tensor:
+    """Those of queries, keys and values, as one convolution has them."""
+    return torch.cat([kernel.reshape(-1, 1, kernel.shape[-1]) for kernel in kernels])
+
+
 def _less_one(file: GgufFile, value: Tensor) -> Tensor:
     return value - 1
 
@@ -150,7 +177,7 @@ GRANITE = {
     "ffn_gate_inp": "block_sparse_moe.router", "ffn_gate_shexp": "shared_mlp.input_linear",
     "ffn_down_shexp": "shared_mlp.output_linear",
 }  # fmt: skip
-JOINED_GRANITE = {"ffn_gate_shexp.weight": ("ffn_up_shexp.weight", _gate_and_up)}
+JOINED_GRANITE = {"ffn_gate_shexp.weight": (("ffn_up_shexp.weight",), _gate_and_up)}
 MAMBA = {
     "ssm_in": "in_proj", "ssm_conv1d": "conv1d", "ssm_dt.bias": "dt_bias", "ssm_a": "A_log", "ssm_d": "D",
     "ssm_norm": "norm", "ssm_out": "out_proj",
@@ -170,6 +197,13 @@ LFM2 = {
     "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3",
     "ffn_gate_inp": "feed_forward.gate", "exp_probs_b.bias": "feed_forward.expert_bias",
 }  # fmt: skip
+KIMI = LATENT | {
+    "ssm_conv1d_q": "self_attn.conv1d", "ssm_f_a": "self_attn.forget_gate.f_a_proj",
+    "ssm_f_b": "self_attn.forget_gate.f_b_proj", "ssm_a": "self_attn.forget_gate.A_log",
+    "ssm_dt.bias": "self_attn.forget_gate.dt_bias", "ssm_beta": "self_attn.b_proj", "ssm_g_a": "self_attn.g_a_proj",
+    "ssm_g_b": "self_attn.g_b_proj", "ssm_norm": "self_attn.o_norm",
+}  # fmt: skip
+JOINED_KIMI = JOINED_LATENT | {"ssm_conv1d_q.weight": (("ssm_conv1d_k.weight", "ssm_conv1d_v.weight"), _kernels)}
 QWEN3_NEXT = {
     "post_attention_norm": "post_attention_layernorm", "attn_qkv": "linear_attn.in_proj_qkvz",
     "ssm_in": "linear_attn.in_proj_qkvz", "ssm_ba": "linear_attn.in_proj_ba", "ssm_conv1d": "linear_attn.conv1d",
@@ -199,6 +233,14 @@ def _granite_with_experts(file: GgufFile) -> Family | None:
 
 HYBRIDS = {
     "granitehybrid": _granite_with_experts,
+    "kimi-linear": Family(
+        "kimi_linear",
+        _kimi,
+        KIMI,
+        {"ssm_a": lambda file, value: _log(file, value).view(1, 1, -1, 1)},
+        JOINED_KIMI,
+        SIGMOID,
+    ),
     "lfm2moe": Family("lfm2_moe", _lfm2, LFM2, {"shortconv.conv.weight": _one_channel}, gating=SIGMOID),
     "nemotron_h_moe": Family(
         "nemotron_h",
@@ -212,6 +254,6 @@ HYBRIDS = {
         _qwen3_next,
         QWEN3_NEXT,
         UNDONE_QWEN3_NEXT,
-        {"attn_qkv.weight": ("attn_gate.weight", _gates_by_head)},
+        {"attn_qkv.weight": (("attn_gate.weight",), _gates_by_head)},
     ),
 }
