@@ -127,6 +127,17 @@ def test_attention_that_is_something_else_is_left_alone(checkpoint, monkeypatch)
     assert model.config._attn_implementation == "eager"
 
 
+def test_tokens_that_an_indexer_chose(tmp_path, float32_products):
+    """Transformers has them in masks for its own implementations alone; prompts and answers attend to no others."""
+    stock = tiny_models.make("glm_moe_dsa", index_topk=4).float()  # weights that are bf16's
+    stock.save_pretrained(tmp_path)
+    model = coterie.from_pretrained(tmp_path, experts="bf16", dtype=torch.float32)
+    assert model.config._attn_implementation == "sdpa"
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    found, expected = (torch.stack(each.generate(tiny_models.prompt(), **options).logits) for each in (model, stock))
+    assert (found - expected).norm() < 0.005 * expected.norm()
+
+
 def test_gradients_go_through_sdpa(calls):
     model = opened()
     cache = model(PROMPTS[1:]).past_key_values

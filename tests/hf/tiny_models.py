@@ -130,6 +130,14 @@ FAMILIES: dict[str, dict] = {
     },
     "dots1": {**DENSE_FIRST, "n_routed_experts": 8, "n_shared_experts": 1},
     "glm4_moe_lite": {"n_routed_experts": 8, "moe_intermediate_size": 96, **LATENT_ATTENTION},
+    "glm_moe_dsa": {
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 96,
+        **LATENT_ATTENTION,
+        "index_n_heads": 4,
+        "index_head_dim": 16,
+        "index_topk": 128,
+    },
     "solar_open": {"n_routed_experts": 8, "n_shared_experts": 1, "moe_intermediate_size": 96, "head_dim": 16},
     "kimi_linear": {
         "num_experts": 8,

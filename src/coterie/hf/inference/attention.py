@@ -5,6 +5,7 @@ a kernel; prompts are taken in bf16, where experts do not compute as in training
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -95,7 +96,10 @@ def _attend_on_gpu(
 
 
 def attend_here(model: PreTrainedModel) -> None:
-    """Has a model that uses SDPA, or that SDPA does not serve, attend by the engine."""
+    """Has a model that uses SDPA, or that SDPA does not serve, attend by the engine. Not where attention itself asks
+    which implementation it has: the tokens that an indexer chose are in the mask of Transformers' own alone."""
+    if any(hasattr(module, "num_key_value_groups") and _asks(module) for module in model.modules()):
+        return
     packed = next((packed for _, packed in packed_modules(model)), None)
     for module in model.modules():
         if packed is not None and hasattr(module, "num_key_value_groups"):
@@ -114,6 +118,12 @@ def attend_as_before(model: PreTrainedModel) -> None:
     before = {NAME: SDPA, NAME_EAGER: EAGER}.get(model.config._attn_implementation)
     if before is not None:
         model.set_attn_implementation(before)
+
+
+def _asks(module: nn.Module) -> bool:
+    """Whether the forward of a module's class names SDPA."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and any(one == SDPA or (isinstance(one, tuple) and SDPA in one) for one in code.co_consts)
 
 
 def own_attention(module: nn.Module, *arguments: Any, **options: Any) -> Any:
