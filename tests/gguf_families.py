@@ -15,7 +15,7 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek2", "ernie4_5_moe": "ernie4_5-moe", "hunyuan_v1_moe": "hunyuan-moe",
     "qwen3_next": "qwen3next", "dots1": "dots1", "exaone_moe": "exaone-moe", "afmoe": "afmoe", "lfm2_moe": "lfm2moe",
     "granitemoeshared": "granitemoe", "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h_moe",
-    "kimi_linear": "kimi-linear",
+    "kimi_linear": "kimi-linear", "glm_moe_dsa": "glm-dsa",
 }  # fmt: skip
 # What is another model under its own name, and opens as that one: DeepSeek-V3, GLM-4.5.
 ALIASES = {"glm4_moe_lite": "deepseek2", "solar_open": "glm4moe"}
@@ -236,6 +236,14 @@ def _mla(config) -> dict:
     }  # fmt: skip
 
 
+def _glm_dsa(config) -> dict:
+    return _routed(config, 2) | _mla(config) | {
+        "attention.indexer.head_count": config.index_n_heads, "attention.indexer.key_length": config.index_head_dim,
+        "attention.indexer.top_k": config.index_topk,
+        "attention.indexer.types": [kind == "full" for kind in config.indexer_types],
+    }  # fmt: skip
+
+
 def _ernie(config) -> dict:
     return _experts(config, config.moe_num_experts, config.moe_k) | _head(config) | {
         "expert_feed_forward_length": config.moe_intermediate_size,
@@ -271,5 +279,6 @@ OWN = {
     "ernie4_5_moe": _ernie, "hunyuan_v1_moe": _hunyuan,
     "qwen3_next": _qwen3_next, "dots1": _dots, "exaone_moe": _exaone, "afmoe": _afmoe, "lfm2_moe": _lfm2,
     "granitemoeshared": _granite, "granitemoehybrid": _granite_hybrid, "nemotron_h": _nemotron,
-    "kimi_linear": _kimi, "glm4_moe_lite": _deepseek, "solar_open": _glm4, "qwen3_vl_moe": _qwen3_vl,
+    "kimi_linear": _kimi, "glm_moe_dsa": _glm_dsa, "glm4_moe_lite": _deepseek, "solar_open": _glm4,
+    "qwen3_vl_moe": _qwen3_vl,
 }  # fmt: skip

@@ -51,6 +51,16 @@ VARIANTS = {
     "biases of q, k and v": (
         "dots1", {"attention_bias": True, "norm_topk_prob": True, "routed_scaling_factor": 2.5}, {},
     ),
+    "few tokens attended to": (
+        "glm_moe_dsa",
+        {"index_topk": 8, "indexer_types": ["full", "shared", "full"], "norm_topk_prob": True},
+        {},
+    ),
+    "layers that choose are not named": (
+        "glm_moe_dsa",
+        {"index_topk": 8, "indexer_types": ["full", "shared", "full"]},
+        {"attention.indexer.types": None},
+    ),
     "a layer that drafts": (
         "exaone_moe", {"n_group": 4, "topk_group": 2}, {"block_count": 4, "nextn_predict_layers": 1},
     ),
@@ -190,6 +200,13 @@ def test_converted_planned_and_read(family, tmp_path):
             r"rope\.scaling\.odd",
         ),
         ("dots1", {"attention.sliding_window": 16}, UnsupportedModelError, r"attention\.sliding_window of dots1"),
+        (
+            "glm_moe_dsa",
+            {"attention.indexer.types": None, "context_length": 1 << 20},
+            CheckpointError,
+            "every layer has an indexer: which of them choose",
+        ),
+        ("glm_moe_dsa", {"attention.indexer.top_k": None}, CheckpointError, r"no glm-dsa\.attention\.indexer\.top_k"),
         ("dots1", {"expert_gating_func": 1}, UnsupportedModelError, "expert_gating_func of dots1"),
         ("exaone_moe", {"attention.sliding_window_pattern": None}, CheckpointError, "no exaone-moe.attention.sliding"),
         (
@@ -228,6 +245,8 @@ def test_metadata_that_is_missing_or_not_read(family, more, error, message, tmp_
         ("granitemoehybrid", {"attention.head_count_kv": [2, 0]}),
         ("granitemoeshared", {"expert_shared_feed_forward_length": 64}),
         ("kimi_linear", {"kda.head_dim": 8}),
+        ("glm_moe_dsa", {"attention.indexer.key_length": 8}),
+        ("glm_moe_dsa", {"attention.indexer.types": [True, False, True]}),
         ("kimi_linear", {"ssm.conv_kernel": 3}),
         ("kimi_linear", {"attention.head_count_kv": [1, 0, 0]}),
         ("lfm2_moe", {"shortconv.l_cache": 4}),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from coterie.checkpoints.gguf_file import GgufFile
-from coterie.errors import UnsupportedModelError
+from coterie.errors import CheckpointError, UnsupportedModelError
 from coterie.hf.gguf.family import (
     SIGMOID,
     SOFTMAX_OF_CHOSEN,
     Family,
     Settings,
+    blocks,
     by_layer,
     head_dim,
     rope,
@@ -153,6 +154,25 @@ def _qwen3_vl(file: GgufFile) -> Settings:
     }
 
 
+def _glm_dsa(file: GgufFile) -> Settings:
+    """Layers without what chooses the tokens to attend to take the choice of the layer before."""
+    choosing = [f"blk.{n}.indexer.attn_k.weight" in file.names for n in range(blocks(file))]
+    if stated(file, "attention.indexer.types", None) is not None:
+        choosing = by_layer(file, "attention.indexer.types")
+    elif all(choosing) and stated(file, "context_length") >= LONG:
+        raise CheckpointError(
+            f"{file.path}: the metadata has no {file.architecture}.attention.indexer.types, and every layer has an "
+            "indexer: which of them choose?"
+        )
+    found = _routed(file) | latent(file)
+    return found | {
+        "index_n_heads": stated(file, "attention.indexer.head_count"),
+        "index_head_dim": stated(file, "attention.indexer.key_length"),
+        "index_topk": stated(file, "attention.indexer.top_k"),
+        "indexer_types": ["full" if chooses else "shared" for chooses in choosing],
+    }
+
+
 def _ernie(file: GgufFile) -> Settings:
     return {
         "intermediate_size": stated(file, "feed_forward_length"),
@@ -178,6 +198,12 @@ def _hunyuan(file: GgufFile) -> Settings:
 # Groups that experts are chosen from, and how many of them a token takes, of models by their number of experts: older
 # files do not say so, and llama.cpp chooses among all experts of such.
 GROUPS = {("deepseek2", 256): (8, 4), ("deepseek2", 160): (8, 3)}
+# The context of GLM-5.2, not all of whose layers choose tokens; all of those before it do.
+LONG = 1 << 20
+GLM_DSA = LATENT | {
+    "indexer.k_norm": "self_attn.indexer.k_norm", "indexer.proj": "self_attn.indexer.weights_proj",
+    "indexer.attn_k": "self_attn.indexer.wk", "indexer.attn_q_b": "self_attn.indexer.wq_b",
+}  # fmt: skip
 HUNYUAN = {
     "attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm", "ffn_gate_inp": "mlp.gate.wg",
     "ffn_gate_shexp": "mlp.shared_mlp.gate_proj", "ffn_up_shexp": "mlp.shared_mlp.up_proj",
@@ -223,6 +249,7 @@ FAMILIES: dict[str, Family | Callable[[GgufFile], Family | None]] = {
     "olmoe": Family("olmoe", _olmoe, reads="attention.clamp_kqv"),
     "granitemoe": _either_granite,
     "glm4moe": Family("glm4_moe", _glm4, {"post_attention_norm": "post_attention_layernorm"}, gating=SIGMOID),
+    "glm-dsa": Family("glm_moe_dsa", _glm_dsa, GLM_DSA, joined=JOINED_LATENT, gating=SIGMOID),
     "deepseek2": _either_deepseek,
     "ernie4_5-moe": Family(
         "ernie4_5_moe",
