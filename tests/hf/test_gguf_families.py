@@ -234,6 +234,13 @@ def test_metadata_that_is_missing_or_not_read(family, more, error, message, tmp_
         read_config(GgufFile(file))
 
 
+def test_a_model_that_transformers_does_not_know(tmp_path, monkeypatch):
+    file = write_family(tmp_path / "model.gguf", make("dots1"))
+    monkeypatch.setattr("coterie.hf.gguf.config.CONFIG_MAPPING", {})
+    with pytest.raises(UnsupportedModelError, match=r"'dots1' opens as dots1, which Transformers .* does not know"):
+        read_config(GgufFile(file))
+
+
 @pytest.mark.parametrize(
     ("family", "more"),
     [

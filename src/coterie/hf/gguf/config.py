@@ -42,6 +42,11 @@ def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict
     _check_blocks(file)
     family = family_of(file)
     if family is not None:
+        if family.model_type not in CONFIG_MAPPING:
+            raise UnsupportedModelError(
+                f"{file.path}: GGUF architecture {shown(file.architecture)} opens as {family.model_type}, which "
+                f"Transformers {transformers.__version__} does not know: a newer one does"
+            )
         try:
             made, values = CONFIG_MAPPING[family.model_type], settings_of(file, family)
             config, unused = made.from_dict(values, return_unused_kwargs=True, **settings)
