@@ -15,7 +15,7 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek2", "ernie4_5_moe": "ernie4_5-moe", "hunyuan_v1_moe": "hunyuan-moe",
     "qwen3_next": "qwen3next", "dots1": "dots1", "exaone_moe": "exaone-moe", "afmoe": "afmoe", "lfm2_moe": "lfm2moe",
     "granitemoeshared": "granitemoe", "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h_moe",
-    "kimi_linear": "kimi-linear", "glm_moe_dsa": "glm-dsa",
+    "kimi_linear": "kimi-linear", "glm_moe_dsa": "glm-dsa", "jamba": "jamba",
 }  # fmt: skip
 # What is another model under its own name, and opens as that one: DeepSeek-V3, GLM-4.5.
 ALIASES = {"glm4_moe_lite": "deepseek2", "solar_open": "glm4moe"}
@@ -64,7 +64,9 @@ def _parts(name: str, value: Tensor, config, stem: str, names, split_latent: boo
     if base.endswith("shared_mlp.input_linear"):
         gate, up = value.chunk(2)
         return {f"{stem}ffn_gate_shexp.weight": gate, f"{stem}ffn_up_shexp.weight": up}
-    if "mixer." in name or "mamba." in name:
+    if config.model_type == "jamba" and suffix in ("A_log", "D"):
+        return {f"{stem}ssm_{suffix[0].lower()}": -value.exp() if suffix == "A_log" else value}
+    if config.model_type != "jamba" and ("mixer." in name or "mamba." in name):
         if suffix == "dt_bias":
             return {f"{stem}ssm_dt.bias": value}
         if suffix in ("A_log", "D"):
@@ -153,6 +155,14 @@ def _granite_hybrid(config) -> dict:
 
 def _of_attention(config) -> list[int]:
     return [config.num_key_value_heads if kind == "full_attention" else 0 for kind in config.layer_types]
+
+
+def _jamba(config) -> dict:
+    return _experts(config, config.num_experts) | {
+        "attention.head_count_kv": _of_attention(config), "rope.freq_base": None,
+        "ssm.conv_kernel": config.mamba_d_conv, "ssm.state_size": config.mamba_d_state,
+        "ssm.time_step_rank": config.mamba_dt_rank, "ssm.inner_size": config.mamba_expand * config.hidden_size,
+    }  # fmt: skip
 
 
 def _kimi(config) -> dict:
@@ -280,5 +290,6 @@ OWN = {
     "qwen3_next": _qwen3_next, "dots1": _dots, "exaone_moe": _exaone, "afmoe": _afmoe, "lfm2_moe": _lfm2,
     "granitemoeshared": _granite, "granitemoehybrid": _granite_hybrid, "nemotron_h": _nemotron,
     "kimi_linear": _kimi, "glm_moe_dsa": _glm_dsa, "glm4_moe_lite": _deepseek, "solar_open": _glm4,
+    "jamba": _jamba,
     "qwen3_vl_moe": _qwen3_vl,
 }  # fmt: skip

@@ -28,9 +28,10 @@ def logits(model) -> torch.Tensor:
 
 def one_moe_layer(family: str) -> dict:
     """What leaves one MoE layer: no router then sees rounding before it, which could send a token elsewhere."""
-    names = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
-    dense = next((tiny_models.FAMILIES[family][name] for name in names if name in tiny_models.FAMILIES[family]), 0)
-    kinds = {"layer_types": ["full_attention"] * (dense + 1)} if "layer_types" in tiny_models.FAMILIES[family] else {}
+    own, names = tiny_models.FAMILIES[family], ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
+    dense = next((own[name] for name in (*names, "expert_layer_offset") if name in own), 0)
+    kinds = {"layer_types": ["full_attention"] * (dense + 1)} if "layer_types" in own else {}
+    kinds |= {"attn_layer_period": 1, "attn_layer_offset": 0} if "attn_layer_period" in own else {}
     return {"num_hidden_layers": dense + 1, **kinds}
 
 

@@ -120,6 +120,17 @@ FAMILIES: dict[str, dict] = {
         "n_groups": 2,
         "head_dim": 16,
     },
+    "jamba": {
+        "num_experts": 8,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 16,
+        "mamba_dt_rank": 8,
+    },
     "lfm2_moe": {
         "num_experts": 8,
         "moe_intermediate_size": 96,

@@ -21,8 +21,8 @@ EXPERTS = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?:gate|up|down|gate_up)_exps\.(
 # The metadata does not say what the experts compute. Architectures that are known to compute silu(gate) * up:
 SILU = {
     "afmoe", "bailingmoe", "bailingmoe2", "deepseek", "deepseek2", "dots1", "ernie4_5-moe", "exaone-moe", "glm-dsa",
-    "glm4moe", "granitehybrid", "granitemoe", "hunyuan-moe", "kimi-linear", "lfm2moe", "llama", "minimax-m2", "olmoe",
-    "phimoe", "qwen2moe", "qwen35moe", "qwen3moe", "qwen3next", "qwen3vlmoe",
+    "glm4moe", "granitehybrid", "granitemoe", "hunyuan-moe", "jamba", "kimi-linear", "lfm2moe", "llama", "minimax-m2",
+    "olmoe", "phimoe", "qwen2moe", "qwen35moe", "qwen3moe", "qwen3next", "qwen3vlmoe",
 }  # fmt: skip
 ACTIVATIONS = {
     **dict.fromkeys(SILU, Activation()),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from coterie.checkpoints.gguf_file import GgufFile
+from coterie.errors import CheckpointError
 from coterie.hf.gguf.family import (
     SIGMOID,
     Family,
@@ -52,6 +53,35 @@ def _granite_hybrid(file: GgufFile) -> Settings:
         "mamba_d_conv": stated(file, "ssm.conv_kernel"),
         "mamba_expand": stated(file, "ssm.inner_size") // stated(file, "embedding_length"),
     }
+
+
+def _jamba(file: GgufFile) -> Settings:
+    heads = by_layer(file, "attention.head_count_kv")
+    routers = [f"blk.{n}.ffn_gate_inp.weight" in file.names for n in range(len(heads))]
+    attends, routes = _period(file, heads), _period(file, routers)
+    return {
+        "num_key_value_heads": max(heads),
+        "attn_layer_period": attends[0],
+        "attn_layer_offset": attends[1],
+        "expert_layer_period": routes[0],
+        "expert_layer_offset": routes[1],
+        "intermediate_size": stated(file, "feed_forward_length"),
+        "num_experts": stated(file, "expert_count"),
+        "mamba_d_conv": stated(file, "ssm.conv_kernel"),
+        "mamba_d_state": stated(file, "ssm.state_size"),
+        "mamba_dt_rank": stated(file, "ssm.time_step_rank"),
+        "mamba_expand": stated(file, "ssm.inner_size") // stated(file, "embedding_length"),
+    }
+
+
+def _period(file: GgufFile, of: list) -> tuple[int, int]:
+    """Every how many layers there is one of a kind, and the first of them: `of` has something for those that are.
+    Raises CheckpointError where that is not even."""
+    found = [n for n, one in enumerate(of) if one]
+    every = found[1] - found[0] if len(found) > 1 else len(of)
+    if not found or found != list(range(found[0], len(of), every)):
+        raise CheckpointError(f"{file.path}: layers {found} have attention or experts, expected every so many of them")
+    return every, found[0]
 
 
 def _kimi(file: GgufFile) -> Settings:
@@ -178,6 +208,14 @@ GRANITE = {
     "ffn_down_shexp": "shared_mlp.output_linear",
 }  # fmt: skip
 JOINED_GRANITE = {"ffn_gate_shexp.weight": (("ffn_up_shexp.weight",), _gate_and_up)}
+JAMBA = {
+    "output_norm": "model.final_layernorm", "ffn_norm": "pre_ff_layernorm", "ffn_gate_inp": "feed_forward.router",
+    "ffn_gate": "feed_forward.gate_proj", "ffn_up": "feed_forward.up_proj", "ffn_down": "feed_forward.down_proj",
+    "ssm_in": "mamba.in_proj", "ssm_conv1d": "mamba.conv1d", "ssm_x": "mamba.x_proj", "ssm_dt": "mamba.dt_proj",
+    "ssm_dt_norm": "mamba.dt_layernorm", "ssm_b_norm": "mamba.b_layernorm", "ssm_c_norm": "mamba.c_layernorm",
+    "ssm_a": "mamba.A_log", "ssm_d": "mamba.D", "ssm_out": "mamba.out_proj",
+}  # fmt: skip
+UNDONE_JAMBA = {"ssm_a": lambda file, value: (-value).log(), "ssm_conv1d.weight": _one_channel}
 MAMBA = {
     "ssm_in": "in_proj", "ssm_conv1d": "conv1d", "ssm_dt.bias": "dt_bias", "ssm_a": "A_log", "ssm_d": "D",
     "ssm_norm": "norm", "ssm_out": "out_proj",
@@ -233,6 +271,7 @@ def _granite_with_experts(file: GgufFile) -> Family | None:
 
 HYBRIDS = {
     "granitehybrid": _granite_with_experts,
+    "jamba": Family("jamba", _jamba, JAMBA, UNDONE_JAMBA),
     "kimi-linear": Family(
         "kimi_linear",
         _kimi,
