@@ -236,6 +236,14 @@ def test_metadata_that_is_missing_or_not_read(family, more, error, message, tmp_
         read_config(GgufFile(file))
 
 
+@pytest.mark.parametrize("name", ["blk.x.attn_norm.weight", "blk.0_attn_norm_weight"])
+def test_tensors_of_no_layer(name, tmp_path):
+    file = write_family(tmp_path / "model.gguf", make("dots1"))
+    file.write_bytes(file.read_bytes().replace(b"blk.0.attn_norm.weight", name.encode()))
+    with pytest.raises(CheckpointError, match=f"{name}': Transformers does not know what it is to"):
+        coterie.from_pretrained(file)
+
+
 def test_a_model_that_transformers_does_not_know(tmp_path, monkeypatch):
     file = write_family(tmp_path / "model.gguf", make("dots1"))
     monkeypatch.setattr("coterie.hf.gguf.config.CONFIG_MAPPING", {})

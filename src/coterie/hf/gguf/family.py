@@ -81,7 +81,7 @@ def parameters(
     read_with_another = {other for others, _ in family.joined.values() for other in others}
     for name in tensors:
         stem, leaf, layer = "", name, ""
-        if name.startswith("blk."):
+        if _in_a_layer(name):
             _, block, leaf = name.split(".", 2)
             stem, layer = f"blk.{block}.", f"model.layers.{block}."
         if leaf in read_with_another:
@@ -89,6 +89,10 @@ def parameters(
         base, _, suffix = leaf.rpartition(".")
         found = names.get(leaf) or (f"{names[base]}.{suffix}" if base in names else "")
         yield name, found and layer + found, partial(_made, file, family, name, stem, leaf)
+
+
+def _in_a_layer(tensor: str) -> bool:
+    return tensor.startswith("blk.") and tensor.count(".") > 1
 
 
 def _made(

@@ -143,7 +143,7 @@ def _makers(file: GgufFile, model: PreTrainedModel) -> Iterator[tuple[str, str, 
     count, names = model.config.get_text_config().num_hidden_layers, []
     for name in file.names:
         block, *_ = name.removeprefix("blk.").split(".") if name.startswith("blk.") else ("",)
-        if not (block and int(block) >= count) and "_exps." not in name:
+        if not (block.isdecimal() and int(block) >= count) and "_exps." not in name:
             names.append(name)
         if name.endswith(".scale") and "_exps." not in name:
             raise CheckpointError(
