@@ -188,26 +188,12 @@ FAMILIES: dict[str, dict] = {
 
 # Families whose checkpoints are tried quantised too, for their names of experts: qwen3_moe in every way, these in one.
 QUANTISED = {"mixtral": "fp8 by blocks", "deepseek_v3": "fp8 by blocks", "minimax_m2": "fp8 by blocks"}
-# Those whose experts are DeepSeek-V3's and whose attention goes to latents.
-INDEX = {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 8}
-LATENT_FAMILIES: dict[str, dict] = {
-    name: {"n_routed_experts": 8, "moe_intermediate_size": 96, **LATENT_ATTENTION, **own}
-    for name, own in {
-        "glm4_moe_lite": {},
-        "deepseek_v32": INDEX,
-        "glm_moe_dsa": INDEX | {"indexer_types": ["full"] * 3},
-        "kimi_linear": {
-            "num_experts": 8,
-            "linear_attn_config": {"kda_layers": [1], "full_attn_layers": [2, 3], "head_dim": 16, "num_heads": 4},
-        },
-    }.items()
-}
 
 
 def make(family: str, dtype: torch.dtype = torch.bfloat16, **changes) -> PreTrainedModel:
     """A model of that family with random weights, in eval mode, its experts strong enough to matter."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**COMMON, **(FAMILIES | LATENT_FAMILIES)[family], **changes})
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
     config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     strengthen(model)

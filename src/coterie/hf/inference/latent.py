@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 from torch.utils import _pytree as pytree
 
@@ -120,11 +121,11 @@ class Expansion:
 
 
 class Expanded(Tensor):
-    """The keys or values of an expansion: shape, dtype and device are there before they are."""
+    """The keys or values of an expansion: shape, dtype and device are there before they are. Torch's attention of one
+    token, which models choose whose mask says what an indexer chose, goes to the latents too."""
 
     expansion: Expansion
     kind: str
-    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, expansion: Expansion, heads: int, width: int, kind: str) -> Expanded:
@@ -135,9 +136,32 @@ class Expanded(Tensor):
         return found
 
     @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            out = _attended(*args, **(kwargs or {})) if function is functional.scaled_dot_product_attention else None
+            return function(*args, **(kwargs or {})) if out is None else out
+
+    @classmethod
     def __torch_dispatch__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = pytree.tree_map_only(cls, made, (args, kwargs or {}))
         return function(*args, **kwargs)
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """What torch's attention of one token gives, by latents; None for what the engine does not take."""
+    if type(key) is not Expanded or query.shape[-2] != 1 or dropout_p or is_causal:
+        return None
+    out = key.expansion.attend(query, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale, None)
+    return None if out is None else out.transpose(1, 2)
 
 
 def made(states: Tensor) -> Tensor:
