@@ -17,6 +17,7 @@ from tiny_models import make, prompt
 import coterie
 from coterie import plan
 from coterie.adapters.merge import merge_adapter
+from coterie.checkpoints.gguf import GgufReader
 from coterie.checkpoints.gguf_file import GgufFile
 from coterie.errors import ArgumentError
 from coterie.hf.converting import convert, verify_linears
@@ -189,6 +190,17 @@ def test_converted_as_opened(dense, file, tmp_path):
     assert report.linear_errors.count == 9
     worst = verify_linears(tmp_path / "out", file[0]).worst
     assert worst < (4e-3 if dense == "own" else 0.05)
+
+
+@pytest.mark.parametrize("dense", ["own", "q6_k"])
+def test_codes_are_read_once_by_a_conversion(dense, file, tmp_path, monkeypatch):
+    """And what keeps its codes is not dequantised."""
+    read, dequantize, codes, kept = [], GgufFile.dequantize, GgufReader.codes, []
+    monkeypatch.setattr(GgufFile, "dequantize", lambda *what: (read.append(what[1]), dequantize(*what))[1])
+    monkeypatch.setattr(GgufReader, "codes", lambda *what: (kept.append(what[1]), codes(*what))[1])
+    convert(file[0], tmp_path / "out", dense=dense)
+    assert {"blk.0.attn_v.weight", "output.weight"}.isdisjoint(read) and "token_embd.weight" in read
+    assert len(kept) == len(set(kept)) == 9
 
 
 def test_a_head_that_is_the_embedding_converted(tmp_path):

@@ -73,7 +73,8 @@ def cpu(
     their codes and scales unless another format is asked for, and so do linear layers outside the experts: attention,
     shared experts, the head. What else is quantised is dequantised.
 
-    Of a GGUF file both keep their codes where a format holds them; Transformers reads the rest, into memory.
+    Of a GGUF file both keep their codes where a format holds them; the rest lies dequantised beside the output until it
+    is done.
 
     --dense packs those linear layers in one format, whatever they are stored in.
 

@@ -29,6 +29,22 @@ from coterie.linear import Linear
 
 
 @dataclass(frozen=True, slots=True)
+class KeptLinear:
+    """A linear layer whose codes `Dense.codes` has, so that its numbers need not be in the folder: its name there, its
+    shape, and the bytes of its codes."""
+
+    source: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    def release(self, folder: Folder) -> None:
+        """Reading codes lets go of what it took."""
+
+
+Weight = Written | KeptLinear
+
+
+@dataclass(frozen=True, slots=True)
 class Dense:
     """How linear layers are to be packed: as `spec`, but for those that `skip`, regular expressions, leave out.
 
@@ -36,7 +52,8 @@ class Dense:
     format of these.
     tensors: given the names of a checkpoint's tensors, which are packed: {name when packed: the tensor that has the
     weight}. The two differ where a head shares its weight with the embedding. Only a model knows: see `coterie.hf`.
-    codes: those of a tensor in a format, or in any, if it has them elsewhere: in a GGUF file.
+    codes: those of a tensor in a format, or in any, if it has them elsewhere: in a GGUF file. format: that of these,
+    without reading them. kept: the tensors that are there alone, by name.
     """
 
     spec: Format | None
@@ -44,6 +61,8 @@ class Dense:
     tensors: Callable[[Collection[str]], dict[str, str]]
     own: Mapping[str, Format] = field(default_factory=dict)
     codes: Callable[[str, Format | None], Codes | None] | None = None
+    format: Callable[[str, Format | None], Format | None] | None = None
+    kept: Mapping[str, KeptLinear] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -58,26 +77,29 @@ class Dense:
     def spec_of(self, name: str) -> Format:
         return self.spec or self.own[name]
 
-    def codes_of(self, weight: Written, folder: Folder, spec: Format | None) -> Codes | None:
-        return self.codes(weight.source, spec) if self.codes else weight.codes(folder, spec)
+    def codes_of(self, weight: Weight, folder: Folder, spec: Format | None) -> Codes | None:
+        if self.codes:
+            return self.codes(weight.source, spec)
+        return weight.codes(folder, spec) if isinstance(weight, Written) else None
 
-    def with_own(self, weights: Mapping[str, Written], folder: Folder) -> Dense:
-        """The same where `own` is known: of those `weights` that have codes, which are read for it."""
+    def with_own(self, weights: Mapping[str, Weight], folder: Folder) -> Dense:
+        """The same where `own` is known: of those `weights` that have codes, which are not read for it."""
         if self.spec is not None or self.own:
             return self
-        own = {}
-        for name, weight in weights.items():
-            if codes := self.codes_of(weight, folder, None):
-                own[name] = codes.spec
-                weight.release(folder)
-        return replace(self, own=own)
+        own = {name: self._format_of(weight, folder) for name, weight in weights.items()}
+        return replace(self, own={name: spec for name, spec in own.items() if spec is not None})
+
+    def _format_of(self, weight: Weight, folder: Folder) -> Format | None:
+        if self.format:
+            return self.format(weight.source, None)
+        return weight.format(folder, None) if isinstance(weight, Written) else None
 
 
 class LinearPacking:
     """Linear layers of a checkpoint, {name when packed: tensor}, packed as `dense` says one at a time, and what that
     cost. Those that are quantised so already keep their codes."""
 
-    def __init__(self, folder: Folder, dense: Dense, weights: Mapping[str, Written]):
+    def __init__(self, folder: Folder, dense: Dense, weights: Mapping[str, Weight]):
         for name, weight in weights.items():
             if len(weight.shape) != 2:
                 raise CheckpointError(f"{folder.path}, tensor {name}: shape {list(weight.shape)}, expected a matrix")
@@ -96,7 +118,11 @@ class LinearPacking:
         linear = Linear.empty(*self._shapes[name], format=spec)
         codes = self._dense.codes_of(weight, self._folder, spec)
         try:
-            error = linear.pack_codes(codes) if codes else linear.pack_weight(weight.tensor(self._folder))
+            if codes is None:
+                assert isinstance(weight, Written)
+                error = linear.pack_weight(weight.tensor(self._folder))
+            else:
+                error = linear.pack_codes(codes)
         except ArgumentError as problem:
             raise CheckpointError(f"{name}: {problem}; --dense-skip leaves layers out") from problem
         if codes:

@@ -42,7 +42,8 @@ class Rest:
         tensors = {tensor.name: tensor for tensor in written_tensors(folder, names, schemes)}
         self.linears = None
         if dense is not None:
-            weights = {name: tensors[source] for name, source in dense.tensors(tensors.keys()).items()}
+            found = tensors | dict(dense.kept)
+            weights = {name: found[source] for name, source in dense.tensors(found.keys()).items()}
             dense = dense.with_own(weights, folder)
             weights = {name: weight for name, weight in weights.items() if dense.spec or name in dense.own}
             self.linears = LinearPacking(folder, dense, weights) if weights else None
@@ -51,6 +52,7 @@ class Rest:
         self._tensors = list(tensors.values())
         self._files = list(other_files(folder.root))
         self.source_bytes = sum(folder.nbytes(name) for name in names)
+        self.source_bytes += sum(weight.nbytes for weight in dense.kept.values()) if dense else 0
         self.tensor_bytes = sum(tensor.nbytes for tensor in self._tensors)
         self.tensor_bytes += self.linears.nbytes if self.linears else 0
         self.nbytes = self.tensor_bytes + sum((folder.root / name).stat().st_size for name in self._files)

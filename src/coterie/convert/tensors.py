@@ -55,8 +55,8 @@ class Made:
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], Iterator[Tensor]]
-    taken: int
-    quantised: bool
+    taken: int = 0
+    quantised: bool = False
 
     @property
     def nbytes(self) -> int:

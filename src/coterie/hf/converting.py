@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -21,16 +20,19 @@ from coterie.checkpoints.gguf_file import GgufFile, find_gguf
 from coterie.checkpoints.packed_formats import OWN
 from coterie.checkpoints.packed_linears import LINEARS_FILE
 from coterie.checkpoints.quantised import says_quantised
+from coterie.checkpoints.tensorfile import DTYPES, PLAIN_DTYPES
+from coterie.checkpoints.tensorwriter import check_room
 from coterie.convert import ConversionReport, Progress, convert_cpu, verify
 from coterie.convert import compare as comparing
 from coterie.convert import dequantize as dequantizing
 from coterie.convert.compare import Comparison
 from coterie.convert.dequantize import Dequantized
-from coterie.convert.linears import Dense
+from coterie.convert.linears import Dense, KeptLinear
 from coterie.convert.merge import Merged
 from coterie.convert.merge import merge as merge_layers
 from coterie.convert.report import LinearErrors
-from coterie.convert.rest import into_shards
+from coterie.convert.rest import into_shards, write_shard
+from coterie.convert.tensors import Made
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.formats import resolve
 from coterie.hf.config import NO_FORMAT, check_skip
@@ -38,7 +40,8 @@ from coterie.hf.dense import chosen_linears
 from coterie.hf.empty import empty_model
 from coterie.hf.gguf.config import read_config, save_tokenizer
 from coterie.hf.gguf.plain import plain_tensors
-from coterie.hf.gguf.weights import kept_tensors, rest_weights
+from coterie.hf.gguf.weights import RestWeight, kept_tensors, rest_weights
+from coterie.hf.linears import kept_linears
 from coterie.hf.names import parameters_in, stored_name, tied_names
 from coterie.hf.skeleton import make_config
 
@@ -53,8 +56,8 @@ def convert(
 ) -> ConversionReport:
     """`convert_cpu`, with its arguments, for any source, and with `dense` and `dense_skip` as in `from_pretrained`.
 
-    Of a GGUF file Transformers makes config, tokenizer and all weights but the experts' first, in memory and in a
-    temporary folder beside `output`.
+    Of a GGUF file Transformers makes config, tokenizer and all weights but the experts' first, in a temporary folder
+    beside `output`; not those of linear layers that keep their codes.
     """
     if dense not in (None, OWN):
         resolve(dense)
@@ -70,9 +73,17 @@ def convert(
     model = model_of_gguf(reader.file)
     if dense is None and dense_skip:
         raise ArgumentError(NO_FORMAT)
+    weights = rest_weights(reader.file, model)
+    reader.parameters = kept_tensors(weights)
     if dense is not None:
-        options["dense"] = replace(dense_of(model, dense, dense_skip), codes=reader.codes)
-    with rest_of_gguf(reader.file, model, Path(output)) as (rest, reader.parameters):
+        kept = {}
+        for name in kept_linears(model, reader, dense, check_skip(dense_skip)):
+            weight = weights.pop(f"{name}.weight")
+            nbytes = reader.file.nbytes(weight.tensors[0])
+            kept[f"{name}.weight"] = KeptLinear(f"{name}.weight", weight.shape, nbytes)
+        found = dense_of(model, dense, dense_skip)
+        options["dense"] = replace(found, codes=reader.codes, format=reader.format_of, kept=kept)
+    with rest_of_gguf(reader.file, model, weights, Path(output)) as rest:
         return convert_cpu(source, output, rest=rest, **options)
 
 
@@ -87,7 +98,8 @@ def merge(
     if gguf is None:
         return merge_layers(inputs, output, original, max_tensors)
     file = GgufFile(gguf)
-    with rest_of_gguf(file, model_of_gguf(file), Path(output)) as (rest, _):
+    model = model_of_gguf(file)
+    with rest_of_gguf(file, model, rest_weights(file, model), Path(output)) as rest:
         return merge_layers(inputs, output, original, max_tensors, rest)
 
 
@@ -99,7 +111,8 @@ def verify_linears(packed: str | os.PathLike, source: str | os.PathLike) -> Line
     if gguf is None:
         return verify.verify_linears(Path(packed), Path(source), tied)
     file = GgufFile(gguf)
-    with rest_of_gguf(file, model_of_gguf(file), Path(packed)) as (rest, _):
+    model = model_of_gguf(file)
+    with rest_of_gguf(file, model, rest_weights(file, model), Path(packed)) as rest:
         return verify.verify_linears(Path(packed), Path(source), tied, rest)
 
 
@@ -150,19 +163,24 @@ def model_of_gguf(file: GgufFile) -> PreTrainedModel:
 
 
 @contextmanager
-def rest_of_gguf(file: GgufFile, model: PreTrainedModel, beside: Path) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A folder with all of a GGUF file but its experts, as Transformers has it; gone afterwards. And its
-    `kept_tensors`."""
-    weights = rest_weights(file, model)
+def rest_of_gguf(
+    file: GgufFile, model: PreTrainedModel, weights: Mapping[str, RestWeight], beside: Path
+) -> Iterator[Path]:
+    """A folder with `weights` of a GGUF file, by parameter, as Transformers has them, and all that is no weight; gone
+    afterwards."""
+    names = {dtype: name for name, (_, dtype) in DTYPES.items() if name in PLAIN_DTYPES}
+    tensors = [
+        Made(parameter, names[weight.dtype(model.dtype)], weight.shape, partial(weight.pieces, model.dtype))
+        for parameter, weight in weights.items()
+    ]
     parent = beside.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
+    check_room(parent, sum(tensor.nbytes for tensor in tensors))
     with tempfile.TemporaryDirectory(prefix=f".{beside.name}-", dir=parent) as rest:
-        dense = {parameter: weight.dense(model.dtype) for parameter, weight in weights.items()}
-        save_file(dense, Path(rest, "model.safetensors"), {"format": "pt"})
         model.config.save_pretrained(rest)
         save_tokenizer(file, rest)
-        del dense
-        yield Path(rest), kept_tensors(weights)
+        write_shard(None, tensors, Path(rest, "model.safetensors"))
+        yield Path(rest)
 
 
 def _dense_of_folder(folder: Path, dense: str | None, skip: Sequence[str] | str) -> Dense | None:
