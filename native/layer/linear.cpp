@@ -83,6 +83,30 @@ void linear(const Linear& layer, const Kernels& kernels, int64_t rows, const Str
   linears({&layer}, kernels, rows, x, {out}, out_dtype, integer);
 }
 
+void linear_parts(const Linear& layer, const Kernels& kernels, const std::vector<int64_t>& first, int64_t count, int64_t rows, const void* x, void* out, DType dtype,
+                  bool integer) {
+  Workspace& w = workspace();
+  std::lock_guard<std::mutex> lock(w.turn);
+  const int64_t parts = static_cast<int64_t>(first.size());
+  Layout layout = layer.layout;
+  layout.rows = count;
+  const int64_t scratch_bytes = round_up(block_scratch_bytes(layout.padded_cols()), 4096);
+  uint8_t* scratch = w.scratch.at_least(scratch_bytes * thread_count());
+  const Staged staged = staged_rows(w.input, kernels, layout, {x, dtype, layout.cols}, layout.cols, layout.padded_cols(), parts * rows, integer);
+  Tokens tokens = each_row(w, parts * rows);
+  tokens.count = rows;
+  std::vector<Product> products(parts);
+  std::vector<Sum> sums;
+  for (int64_t i = 0; i < parts; i++, tokens.input += rows) {
+    products[i].layout = &layout;
+    products[i].matrix[0] = layer.matrix + layout.block_start(first[i] / kBlockRows);
+    products[i].x = staged;
+    products[i].tokens = tokens;
+    sums.push_back({&products[i], 1, rows_of(out, i * rows, rows, count, dtype)});
+  }
+  multiply_sums(kernels, sums, w.result, scratch, scratch_bytes);
+}
+
 void linear_backward(const Linear& layer, const Kernels& kernels, int64_t rows, const Strided& grad_out, void* grad_x, DType grad_x_dtype) {
   Workspace& w = workspace();
   std::lock_guard<std::mutex> lock(w.turn);

@@ -21,6 +21,11 @@ void linear(const Linear& layer, const Kernels& kernels, int64_t rows, const Str
 void linears(const std::vector<const Linear*>& layers, const Kernels& kernels, int64_t rows, const Strided& x, const std::vector<void*>& outs, DType out_dtype,
              bool integer);
 
+// Parts of a matrix, `count` rows of it from each of `first` on, which are whole blocks, with an input of their own each: x [parts][rows][inputs] to
+// `out` [parts][rows][count], without bias.
+void linear_parts(const Linear& layer, const Kernels& kernels, const std::vector<int64_t>& first, int64_t count, int64_t rows, const void* x, void* out, DType dtype,
+                  bool integer);
+
 // grad_x [rows, inputs], contiguous, from grad_out [rows, outputs].
 void linear_backward(const Linear& layer, const Kernels& kernels, int64_t rows, const Strided& grad_out, void* grad_x, DType grad_x_dtype);
 

@@ -16,6 +16,7 @@ from coterie import _native
 from coterie.hf.inference.latent import EXPANSION, Expanded, Expansion, QuickLatent
 
 SIZES = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 24}
+BLOCKS = {"qk_nope_head_dim": 128, "v_head_dim": 64}  # of which heads are whole blocks of a packed matrix
 # What each layer of a family becomes where all is packed.
 FAMILIES = {
     "deepseek_v2": ["block", EXPERTS, EXPERTS],
@@ -35,7 +36,7 @@ def opened(tmp_path_factory):
         key = family, dense, dtype, *sorted(changes.items())
         if key not in kept:
             folder = tmp_path_factory.mktemp(family)
-            make(family, **SIZES, **changes).save_pretrained(folder)
+            make(family, **SIZES | changes).save_pretrained(folder)
             kept[key] = coterie.from_pretrained(folder, experts="bf16", dense=dense, dtype=dtype)
         return kept[key]
 
@@ -107,6 +108,17 @@ def test_ways_to_make_queries_and_to_turn_them(changes, opened, float32_products
     assert taken(model) == FAMILIES["deepseek_v3"]
     with own(model):
         assert_same(found, decode(model, 3))
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_matrix_is_read_as_it_is_packed(sequences, opened, float32_products):
+    model = opened("glm4_moe_lite", "bf16", **BLOCKS)
+    found = decode(model, sequences)
+    assert taken(model) == FAMILIES["glm4_moe_lite"]
+    assert all(isinstance(module.latent_weight[0], _native.Linear) for module in modules(model))
+    for other in (own, by_own_code):
+        with other(model):
+            assert_same(found, decode(model, sequences))
 
 
 @pytest.mark.parametrize("dense", [None, "bf16"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coterie import _native, cpu, reference
+from coterie import Linear, _native, cpu, reference
 
 # Sequences, heads, positions, width of a latent, of keys and values made of it, of what is cached beside it.
 SHAPES = [
@@ -26,6 +26,15 @@ def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, .
     weight = torch.randn(heads * (key_dim + value_dim), rank, generator=random).mul(rank**-0.5).to(dtype)
     cached = (torch.randn(sequences, 1, positions + 9, width, generator=random).to(dtype) for width in (rank, turned))
     return query, weight, *(t[:, :, :positions] for t in cached)
+
+
+def attend(query, matrix, latents, turned, *options):
+    """By a matrix that is packed, the rows that make keys go beside it."""
+    of_keys = None
+    if isinstance(matrix, Linear):
+        by_head = matrix.dequantize().to(query.dtype).unflatten(0, (query.shape[1], -1))
+        matrix, of_keys = matrix.weight, by_head[:, : query.shape[3] - turned.shape[3]].flatten(0, 1)
+    return _native.attend_latents(query, (matrix, of_keys), latents, turned, *options)
 
 
 def expected_of(query, weight, latents, turned, mask, sinks=None) -> torch.Tensor:
@@ -49,23 +58,39 @@ def test_beside_plain_torch(shape, dtype, each_isa):
     expected = [expected_of(*given, mask, sink) for _, mask, sink in cases]
     for isa in each_isa:
         for (mask, _, sink), out in zip(cases, expected, strict=True):
-            found = _native.attend_latents(*given, mask, 0.3, sink)
+            found = attend(*given, mask, 0.3, sink)
             assert found.dtype == dtype and found.shape == out.shape
             assert (found - out).norm() / out.norm() < ERROR[dtype], isa
 
 
-def test_the_same_bits_for_any_number_of_threads(isa, threads):
-    given = tensors((1, 20, 300, 64, 32, 32, 16), torch.bfloat16)
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4", "fp8_block", "mxfp4", "q4_k", "q6_k"])
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_packed_matrix(sequences, format, dtype, each_isa):
+    query, weight, *cached = tensors((sequences, 5, 40, 256, 64, 128, 16), dtype)
+    packed = Linear.pack(weight, format=format)
+    expected = expected_of(query, packed.dequantize(), *cached, None)
+    for isa in each_isa:
+        for integer in {False, packed.spec.int8_activations}:
+            found = attend(query, packed, *cached, None, 0.3, None, integer)
+            assert found.dtype == dtype and found.shape == expected.shape
+            assert (found - expected).norm() / expected.norm() < (0.03 if integer else 0.008), isa
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_same_bits_for_any_number_of_threads(packed, isa, threads):
+    query, weight, *cached = tensors((1, 5, 300, 64, 64, 64, 16), torch.bfloat16)
+    linear = Linear.pack(weight, format="int4")
     found = []
     for count in (1, 2, 5):
         cpu.set_threads(count)
-        found.append(_native.attend_latents(*given, None, 0.3))
+        found.append(attend(query, linear if packed else weight, *cached, None, 0.3))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_tensors_that_do_not_fit_are_not_taken():
     query, weight, latents, turned = given = tensors((2, 4, 10, 32, 16, 16, 16), torch.float32)
-    assert _native.attend_latents(*given, None, 1.0) is not None
+    assert attend(*given, None, 1.0) is not None
     others = [
         (query.double(), weight, latents, turned),
         (query[:1], weight, latents, turned),
@@ -83,6 +108,10 @@ def test_tensors_that_do_not_fit_are_not_taken():
         (query, weight, latents[:, :, :0], turned[:, :, :0]),
     ]
     for case in others:
-        assert _native.attend_latents(*case, None, 1.0) is None
-    assert _native.attend_latents(*given, torch.ones(2, 1, 1, 9, dtype=torch.bool), 1.0) is None
-    assert _native.attend_latents(*given, None, 1.0, torch.ones(3)) is None
+        assert attend(*case, None, 1.0) is None
+    assert attend(*given, torch.ones(2, 1, 1, 9, dtype=torch.bool), 1.0) is None
+    assert attend(*given, None, 1.0, torch.ones(3)) is None
+    for dims in ((16, 64), (64, 16), (64, 64)):  # heads of a packed matrix are whole blocks of it
+        query, weight, *cached = tensors((2, 4, 10, 32, *dims, 16), torch.float32)
+        found = attend(query, Linear.pack(weight), *cached, None, 1.0)
+        assert (found is not None) == (dims == (64, 64))

@@ -25,6 +25,7 @@ from coterie.hf.mixed import mixed
 EXPANSION = "kv_b_proj"  # latents to keys and values, of each head first the one, then the other
 ATTRIBUTES = "expand_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
 KINDS = "keys", "values"
+BLOCK = 64  # rows of a packed matrix
 LANES = 16  # columns of a latent, and of what is cached beside it, are a multiple of
 
 
@@ -40,36 +41,37 @@ class QuickLatent(nn.Module):
     """Mixed into the class of an attention module that caches latents.
 
     latent_proved: the layer that makes keys and values of them, its packed matrix, and the dtype that it was tried
-    with; latent_weight: its weight as the engine reads it, None where it does something else.
+    with; latent_weight: its weight as the engine reads it; None where the layer does something else.
     """
 
     latent_proved: tuple[Any, ...] | None = None
-    latent_weight: Tensor | None = None
+    latent_weight: Any = None
 
     def expand_kv(self, latents: Tensor, turned: Tensor) -> Any:
         """[B, 1, S, R] and [B, 1, S, D] -> keys and values [B, heads, S, K + D] and [B, heads, S, V]."""
-        weight = self.expansion_of(latents.dtype) if _is_taken(self, latents, turned) else None
-        if weight is None:
+        matrix = self.expansion_of(latents.dtype) if _is_taken(self, latents, turned) else None
+        if matrix is None:
             return super().expand_kv(latents, turned)
-        expansion = Expansion(super().expand_kv, weight, latents, turned)
-        heads = len(weight) // (self.qk_nope_head_dim + self.v_head_dim)
+        expansion = Expansion(super().expand_kv, matrix, latents, turned)
+        heads = self._modules[EXPANSION].out_features // (self.qk_nope_head_dim + self.v_head_dim)
         widths = self.qk_nope_head_dim + turned.shape[-1], self.v_head_dim
         return tuple(Expanded(expansion, heads, width, kind) for width, kind in zip(widths, KINDS, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("latent_proved", "latent_weight")}
 
-    def expansion_of(self, dtype: torch.dtype) -> Tensor | None:
-        """The matrix [heads (K + V), R] that makes keys and values; None where they are not made by that alone."""
+    def expansion_of(self, dtype: torch.dtype) -> Any:
+        """The matrix [heads (K + V), R] that makes keys and values, a tensor of that dtype, and None; or packed, where
+        heads are whole blocks of it, and the rows that make keys. None where they are not made by that alone."""
         layer = self._modules[EXPANSION]
         tried = layer, layer.__dict__.get("packed"), dtype
         if self.latent_proved is None or any(a is not b for a, b in zip(self.latent_proved, tried, strict=True)):
             self.latent_proved, self.latent_weight = tried, self._proved(dtype)
         if self.latent_weight is None or not is_silent(layer):
             return None
-        return self.latent_weight if tried[1] is not None else layer._parameters["weight"]
+        return self.latent_weight if tried[1] is not None else (layer._parameters["weight"], None)
 
-    def _proved(self, dtype: torch.dtype) -> Tensor | None:
+    def _proved(self, dtype: torch.dtype) -> Any:
         layer = self._modules[EXPANSION]
         if not isinstance(layer, PackedLinear | QuickLinear) and type(layer) is not nn.Linear:
             return None
@@ -90,7 +92,12 @@ class QuickLatent(nn.Module):
             found = super().expand_kv(latents, turned)
         except Exception:
             return None
-        return weight.detach() if all(same(e, f) for e, f in zip(expected, found, strict=True)) else None
+        if not all(same(e, f) for e, f in zip(expected, found, strict=True)):
+            return None
+        if not packed or key_dim % BLOCK or value_dim % BLOCK:
+            return weight.detach(), None
+        of_keys = weight.unflatten(0, (-1, key_dim + value_dim))[:, :key_dim]
+        return layer.packed.linear.weight, of_keys.flatten(0, 1)
 
 
 def _is_taken(module: nn.Module, latents: Any, turned: Any) -> bool:
@@ -102,11 +109,16 @@ def _is_taken(module: nn.Module, latents: Any, turned: Any) -> bool:
     return latents.shape[-1] % LANES == 0 and turned.shape[-1] % LANES == 0 and latents.dtype == turned.dtype
 
 
+def rounds(matrix: tuple[Any, Tensor | None]) -> bool:
+    """Whether weighted sums are rounded to int8, to be multiplied with a matrix."""
+    return matrix[1] is not None and matrix[0].uses_int8()
+
+
 class Expansion:
     """Latents and what is cached beside them, and the keys and values that are made of both once something asks."""
 
-    def __init__(self, expand: Callable, weight: Tensor, latents: Tensor, turned: Tensor) -> None:
-        self.weight, self.latents, self.turned = weight, latents, turned
+    def __init__(self, expand: Callable, matrix: Any, latents: Tensor, turned: Tensor) -> None:
+        self.matrix, self.latents, self.turned = matrix, latents, turned
         self._expand, self._made = expand, None
 
     def made(self) -> dict[str, Tensor]:
@@ -117,7 +129,8 @@ class Expansion:
 
     def attend(self, query: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None) -> Tensor | None:
         """query [B, heads, 1, K + D] -> [B, 1, heads, V]; None for what the engine does not take."""
-        return _native.attend_latents(query, self.weight, self.latents, self.turned, mask, scale, sinks)
+        matrix = self.matrix
+        return _native.attend_latents(query, matrix, self.latents, self.turned, mask, scale, sinks, rounds(matrix))
 
 
 class Expanded(Tensor):

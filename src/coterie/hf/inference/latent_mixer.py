@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from coterie import _native
 from coterie.hf.dense import PackedLinear
 from coterie.hf.inference.attention_mixer import AttentionMixer
-from coterie.hf.inference.latent import EXPANSION, LANES, QuickLatent
+from coterie.hf.inference.latent import EXPANSION, LANES, QuickLatent, rounds
 from coterie.hf.inference.norms import QuickNorm
 
 QUERIES, QUERY_LATENTS = ("q_proj",), ("q_a_proj", "q_b_proj")  # made of the input, or of latents of their own
@@ -68,5 +68,5 @@ class LatentMixer(AttentionMixer):
         if matrix is None or type(angles) is not tuple:
             return None
         norms = [None if n is None else n._parameters["weight"] for n in self._norms]
-        flags = integer, self._queries.uses_int8(), output
+        flags = integer, self._queries.uses_int8(), rounds(matrix), output
         return self._engine(x, *norms, matrix, *angles, keys, values, used, mask, *flags)
