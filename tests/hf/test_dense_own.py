@@ -176,6 +176,15 @@ def test_nothing_that_is_kept_and_layers_left_out(tmp_path):
     assert torch.equal(logits(coterie.from_pretrained(tmp_path / "saved")), logits(model))
 
 
+def test_training_a_packed_layer_is_refused(file):
+    model = coterie.from_pretrained(file[0])
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(ArgumentError, match="to be trained: open the model with dense=None"):
+        adapted(input_ids=prompt(1)).logits.sum().backward()
+    with torch.no_grad():
+        assert adapted(input_ids=prompt(1)).logits.isfinite().all()
+
+
 def test_plan_without_the_files(file, tmp_path):
     coterie.from_pretrained(file[0], dense="own").save_pretrained(tmp_path / "saved")
     source = plan.open_source(str(tmp_path / "saved" / "config.json"))

@@ -59,14 +59,16 @@ FLOATS = {
 def test_the_checkpoint_that_a_file_was_made_of(family, tmp_path):
     """Names, shapes and numbers."""
     rope = {"rope_parameters": ROPE} if family in ("qwen2_moe", "qwen3_moe") else {}
-    stock = make(family, torch.float32, tie_word_embeddings=False, **rope)
+    stock = make(family, torch.float32, tie_word_embeddings=family == "lfm2_moe", **rope)
     stock.save_pretrained(tmp_path / "original")
     file = FLOATS[family](tmp_path / "model.gguf", stock)
     done = dequantize(file, tmp_path / "out")
     assert done.whole and done.matrices == 0
     for made in (file, tmp_path / "out"):
         found = compare(tmp_path / "original", made, 1e-6)
-        assert found.same, (found.only_a, found.only_b, found.shapes, found.beyond)
+        renamed = family == "kimi_linear"  # whose checkpoints have three convolutions for one
+        assert found.same != renamed and not found.shapes and not found.beyond, (found.only_a, found.only_b)
+        assert all("conv1d" in name for name in (*found.only_a, *found.only_b))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert type(again) is type(stock)
     for found, expected in zip(again.parameters(), stock.parameters(), strict=True):
@@ -118,7 +120,7 @@ def test_quantised_weights(kinds, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.get_vocab() == open_tokenizer(stored).get_vocab()
     model = coterie.from_pretrained(tmp_path / "out", experts="bf16")
-    opened = coterie.from_pretrained(file, experts="bf16")
+    opened = coterie.from_pretrained(file, experts="bf16", dense=None)
     with torch.no_grad():
         assert torch.equal(model(prompt()).logits, opened(prompt()).logits)
 
@@ -174,8 +176,8 @@ def test_mistakes(tmp_path, monkeypatch):
     cut.write_bytes(whole.read_bytes()[:-1000])
     files = {
         cut: (CheckpointError, "cut.gguf is not a whole GGUF file: .*ends at byte"),
-        write_gguf(tmp_path / "other.gguf", tensors, {"block_count": 1}, arch="dots1"): (
-            UnsupportedModelError, "does not open GGUF architecture 'dots1'",
+        write_gguf(tmp_path / "other.gguf", tensors, {"block_count": 1}, arch="phimoe"): (
+            UnsupportedModelError, "does not open GGUF architecture 'phimoe'",
         ),
         write_qwen(tmp_path / "less.gguf", qwen3(), change=("blk.1.attn_k.weight", None)): (
             CheckpointError, "has no tensor for model.layers.1.self_attn.k_proj.weight",

@@ -9,7 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_step import EXPERTS, assert_same, by_own_code, decode, taken
-from tiny_models import make, prompt
+from tiny_models import COMMON, LATENT_ATTENTION, make, prompt, strengthen
+from tiny_models import FAMILIES as TINY
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Mistral4ForCausalLM
 
 import coterie
 from coterie import _native
@@ -140,6 +144,21 @@ def test_prompts_in_parts_have_their_keys_made(opened, float32_products, calls):
         assert_same(torch.cat([first.logits, second.logits], 1), model(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v2", "glm_moe_dsa"])
+def test_few_tokens_behind_many(family, opened, float32_products, calls):
+    """Those of speculation, or the end of a conversation that is read anew: by latents, with the mask of each."""
+    model, ids = opened(family), prompt(2, 60)
+    mask = torch.ones(2, 60, dtype=torch.int64)
+    mask[1, :9] = 0
+    with torch.inference_mode():
+        whole = model(input_ids=ids, attention_mask=mask).logits
+        cache = model(input_ids=ids[:, :55], attention_mask=mask[:, :55], use_cache=True).past_key_values
+        assert not calls
+        found = model(input_ids=ids[:, 55:], attention_mask=mask, past_key_values=cache).logits
+    assert len(calls) == 3 * 5
+    assert_same(found, whole[:, 55:])
+
+
 def test_gradients_are_the_models_own(opened, calls):
     model = opened("deepseek_v3")
     model(input_ids=prompt(1, 1)).logits.sum().backward()
@@ -180,6 +199,69 @@ def test_hooks_and_other_expansions_are_heard(opened, float32_products, calls):
     decode(model)
     handle.remove()
     assert len(seen) == 6 and len(calls) == 2 * 5
+
+
+def test_a_hook_hears_no_trial(tmp_path, float32_products):
+    make("deepseek_v3", **SIZES).save_pretrained(tmp_path)
+    model, seen = coterie.from_pretrained(tmp_path, experts="bf16", dtype=torch.float32), []
+    handle = modules(model)[0]._modules[EXPANSION].register_forward_pre_hook(lambda *given: seen.append(given))
+    expected = decode(model, 1)
+    assert len(seen) == 6 and not any(latents[0].shape[-2] == 3 for _, latents in seen)
+    handle.remove()
+    assert_same(decode(model, 1), expected)
+
+
+def test_a_matrix_that_becomes_another_is_seen(tmp_path, float32_products, calls):
+    make("deepseek_v3", **SIZES).save_pretrained(tmp_path)
+    model = coterie.from_pretrained(tmp_path, experts="bf16", dtype=torch.float32)
+    decode(model)
+    layers = [module._modules[EXPANSION] for module in modules(model)]
+    layers[0].bias = nn.Parameter(torch.ones(layers[0].out_features), requires_grad=False)
+    parametrize.register_parametrization(layers[1], "weight", nn.Identity())
+    calls.clear()
+    found = decode(model)
+    assert len(calls) == 5
+    with own(model):
+        assert_same(found, decode(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_cached_is_what_the_model_caches(family, tmp_path):
+    """Small weights, as Transformers makes them: of scores so small any turn of queries and keys answers alike."""
+    config = AutoConfig.for_model(family, **COMMON | TINY[family] | SIZES)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = coterie.from_pretrained(tmp_path, experts="bf16", dense="bf16").eval()
+    found, expected = cached(model), None
+    assert any(taken(model))
+    with own(model):
+        expected = cached(model)
+    for layer, other in zip(found.layers, expected.layers, strict=True):
+        for a, b in ((layer.keys, other.keys), (layer.values, other.values)):
+            assert (a.float() - b.float()).norm() < 0.03 * b.float().norm()
+
+
+def cached(model) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        for ids in (prompt(2, 12), *prompt(2, 4).split(1, dim=1)):
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def test_a_layer_that_scales_queries_by_their_positions_is_left_alone(tmp_path, float32_products):
+    positions = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+    positions |= {"llama_4_scaling_beta": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
+    sizes = COMMON | LATENT_ATTENTION | SIZES | {"n_routed_experts": 8, "moe_intermediate_size": 96}
+    config = AutoConfig.for_model("mistral4", **sizes, rope_parameters=positions)
+    theirs = Mistral4ForCausalLM._from_config(config, dtype=torch.float32)
+    strengthen(theirs)
+    theirs.save_pretrained(tmp_path)
+    options = {"experts": "bf16", "dense": "bf16", "dtype": torch.float32, "auto_class": Mistral4ForCausalLM}
+    model = coterie.from_pretrained(tmp_path, **options).eval()
+    found = decode(model)
+    assert not any(taken(model))
+    with own(model):
+        assert_same(found, decode(model))
 
 
 def test_another_attention_gets_ordinary_tensors(opened, float32_products, calls):

@@ -123,6 +123,18 @@ def test_what_is_predicted():
     assert found.prefill == pytest.approx(plan.PROMPT / seconds)
 
 
+def test_queries_that_meet_latents():
+    """A decoded token's, of all positions: the sums of keys' products and of values'."""
+    config = make("deepseek_v3").config
+    rates = plan.Rates(bandwidth=1e9, bf16=2e9, int8=4e9, attention=3e9)
+    near, far = (plan.inspect(config, context) for context in (10, 1000))
+    assert near.latent_operations == 2 * 10 * 3 * 4 * (2 * 16 + 8)  # layers, heads, widths
+    soon, late = (1 / plan.estimate(anatomy, one("int4"), 10**10, rates).decode for anatomy in (near, far))
+    read = (far.cache_nbytes - near.cache_nbytes) / 1e9
+    assert late - soon == pytest.approx(read + (far.latent_operations - near.latent_operations) / 3e9)
+    assert plan.inspect(make("mixtral").config).latent_operations == 0
+
+
 def test_overhead_and_rates_are_measured():
     layer, forward = plan.overhead()
     assert 0 <= layer < 1 and 0 <= forward < 1 and layer + forward > 1e-5

@@ -48,9 +48,11 @@ class GgufReader(Reader):
         self.file = file
         self.experts_per_token = file.own_value("expert_used_count")
         blocks, drafts = file.own_value("block_count"), file.own_value("nextn_predict_layers", 0)
+        if not isinstance(blocks, int | None) or not isinstance(drafts, int):
+            raise CheckpointError(f"{file.path}: block_count is {shown(blocks)}, of which {shown(drafts)} are drafts'")
         names = [name for name in file.names if (match := EXPERTS.fullmatch(name)) and match["kind"] == "weight"]
         layers = {int(name.split(".")[1]) for name in names}
-        self._layers = tuple(sorted(n for n in layers if blocks is None or n < int(blocks) - int(drafts)))
+        self._layers = tuple(sorted(n for n in layers if blocks is None or n < blocks - drafts))
         if not self._layers:
             raise MissingTensorError(
                 f"{file.path}: no experts found; the names tried: blk.{{L}}.ffn_{{gate,up,down,gate_up}}_exps.weight"
@@ -129,7 +131,8 @@ class GgufExperts(LayerReader):
 
     def parts_of(self, tensor: str) -> tuple[str, ...]:
         """The projections that a tensor has."""
-        return tuple(part for part in ("gate", "up", "down") if self.tensor_of(part) == tensor)
+        parts = ("gate", "up", "down") if self.has_gate else ("up", "down")
+        return tuple(part for part in parts if self.tensor_of(part) == tensor)
 
     def stored(self, expert: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         raise CheckpointError(f"{self.file.path}: GGUF files are read, not written; convert it first")

@@ -77,7 +77,7 @@ def convert(
     reader.parameters = kept_tensors(weights)
     if dense is not None:
         kept = {}
-        for name in kept_linears(model, reader, dense, check_skip(dense_skip)):
+        for name in kept_linears(model, reader.format_of, dense, check_skip(dense_skip)):
             weight = weights.pop(f"{name}.weight")
             nbytes = reader.file.nbytes(weight.tensors[0])
             kept[f"{name}.weight"] = KeptLinear(f"{name}.weight", weight.shape, nbytes)
@@ -128,6 +128,8 @@ def dequantize(
     gguf = find_gguf(source)
     if gguf is None:
         return dequantizing.dequantize(source, output, files, overwrite, progress)
+    if Path(output).is_dir() and Path(output).samefile(gguf.parent):
+        raise ArgumentError(f"output and source are both {output}: choose another output")
     reader = GgufReader(GgufFile(gguf))
     model = model_of_gguf(reader.file)
     shards = into_shards(plain_tensors(reader, model, dequantizing.DTYPE))

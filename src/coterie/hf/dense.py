@@ -47,6 +47,11 @@ class PackedLinear(nn.Linear):
     packed: PackedMatrix
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            raise ArgumentError(
+                f"{self}: packed weights are frozen, and this one is to be trained: open the model with dense=None, or "
+                "train it through LoRA"
+            )
         return self.packed.linear(x)
 
     def extra_repr(self) -> str:

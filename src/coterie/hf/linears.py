@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from coterie.checkpoints.codes import Codes
-from coterie.checkpoints.gguf import GgufReader
 from coterie.checkpoints.packed_formats import OWN
 from coterie.checkpoints.packed_linears import LINEARS_FILE, LinearsFile, open_linears, write_linears
 from coterie.checkpoints.tensorfile import shown
@@ -19,6 +18,8 @@ from coterie.hf.dense import attach, chosen_linears, pack_linears, packed_linear
 from coterie.hf.modules import hide_parameters, remove_hooks
 from coterie.hf.names import parameters_in, stored_name
 from coterie.linear import Linear
+
+FormatOf = Callable[[str, Format | None], Format | None]  # of a parameter's codes, if they are in that one, or in any
 
 
 class ModelLinears:
@@ -35,15 +36,15 @@ class ModelLinears:
         dense: str | None,
         skip: Sequence[str],
         files: Sequence[Path],
-        gguf: GgufReader | None = None,
+        format_of: FormatOf | None = None,
     ):
-        """`dense` and `skip`: see CoterieConfig; `files` are those of the checkpoint, `gguf` that of a GGUF file.
+        """`dense` and `skip`: see CoterieConfig; `files` are those of the checkpoint, `format_of` of a quantised one.
         Raises ArgumentError where they do not fit the model, CheckpointError for packed layers that are broken or
         another model's."""
         self._spec = None if dense in (None, OWN) else resolve(dense)
         self.packed = stored_linears(model, [file for file in files if LINEARS_FILE.fullmatch(file.name)], dense)
         self.left = chosen_linears(model, self._spec, skip) if dense is not None and not self.packed else []
-        self.kept = kept_linears(model, gguf, dense, skip) if gguf is not None else {}
+        self.kept = kept_linears(model, format_of, dense, skip) if format_of is not None else {}
         self._model = model
 
     def hide(self) -> None:
@@ -54,12 +55,6 @@ class ModelLinears:
                 module = self._model.get_submodule(name)
                 hide_parameters(module, {"weight"})
                 module.weight._is_hf_initialized = True
-
-    def keeps(self, parameter: str, format_of: Callable[[Format | None], Format | None]) -> bool:
-        """Whether a weight is packed of the codes that it has, as `format_of` says: nobody needs its numbers."""
-        tied = self._model.all_tied_weights_keys
-        wanted = parameter.removesuffix(".weight") in self.left and parameter not in {*tied, *tied.values()}
-        return wanted and format_of(self._spec) is not None
 
     def load(self, mmap: bool, activations: str, codes: Callable[[str, Format | None], Codes | None]) -> None:
         """Opens the layers that are packed, packs those that are to be: see `pack_linears` for `codes`.
@@ -91,19 +86,20 @@ class ModelLinears:
 
 
 def kept_linears(
-    model: PreTrainedModel, reader: GgufReader, dense: str | None, skip: Sequence[str]
+    model: PreTrainedModel, format_of: FormatOf, dense: str | None, skip: Sequence[str]
 ) -> dict[str, Format]:
-    """The linear layers of a model that `dense` packs with the codes which a GGUF file has, by module name. Not a head
-    that is the embedding, which needs its numbers. Raises ArgumentError as `chosen_linears` does."""
+    """The linear layers of a model that `dense` packs with the codes which a checkpoint has, by module name. Not those
+    that share a weight, whose numbers the others need. Raises ArgumentError as `chosen_linears` does."""
     if dense is None:
         return {}
-    found = linear_formats(model, reader.format_of, None if dense == OWN else resolve(dense), skip)
-    return {name: spec for name, spec in found.items() if f"{name}.weight" not in model.all_tied_weights_keys}
+    found = linear_formats(model, format_of, None if dense == OWN else resolve(dense), skip)
+    tied = model.all_tied_weights_keys
+    return {name: spec for name, spec in found.items() if f"{name}.weight" not in {*tied, *tied.values()}}
 
 
 def linear_formats(
     model: PreTrainedModel,
-    format_of: Callable[[str, Format | None], Format | None],
+    format_of: FormatOf,
     spec: Format | None = None,
     skip: Sequence[str] = (),
 ) -> dict[str, Format]:

@@ -132,7 +132,7 @@ def _from_gguf(path: Path, asked: CoterieConfig, auto_class: Any, kwargs: dict[s
     empty = empty_model(config, auto_class, dtype=dtype)
     weights = rest_weights(file, empty)
     asked.gguf.parameters = kept_tensors(weights)
-    packed = {f"{name}.weight" for name in kept_linears(empty, asked.gguf, asked.dense, asked.dense_skip)}
+    packed = {f"{name}.weight" for name in kept_linears(empty, asked.gguf.format_of, asked.dense, asked.dense_skip)}
     rest = {name: weight.dense(empty.dtype) for name, weight in weights.items() if name not in packed}
     model = type(empty).from_pretrained(
         None, config=config, state_dict=rest, quantization_config=asked, **unused | {"dtype": dtype}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.experts import Experts
 from coterie.formats import Format, Formats
 from coterie.hf.layout import Layout
-from coterie.hf.linears import linear_formats
+from coterie.hf.linears import FormatOf
 from coterie.hf.modules import hide_parameters, number_layers
 from coterie.hf.names import parameters_in
 
@@ -56,8 +56,8 @@ class Quantised:
         except ArgumentError as error:
             raise CheckpointError(f"{name}: {error}") from error
 
-    def linear_formats(self, model: PreTrainedModel) -> dict[str, Format]:
-        """The linear layers of `model` whose codes a format holds, by module name, and that format."""
+    def formats_of(self, model: PreTrainedModel) -> FormatOf:
+        """What says in which format the codes of a parameter of `model` beside the experts are; nothing is read."""
         weights, known = {weight.name: weight for weight in self.rest}, model.state_dict().keys()
         found = parameters_in(model, get_model_conversion_mapping(model), weights, known)
         sources = {parameter: weights[tensor] for tensor, parameter, converter, _ in found if converter is None}
@@ -65,19 +65,20 @@ class Quantised:
         def format_of(parameter: str, spec: Format | None) -> Format | None:
             return sources[parameter].format(self.folder, spec) if parameter in sources else None
 
-        return linear_formats(model, format_of)
+        return format_of
 
     def load_rest(
-        self, model: PreTrainedModel, conversions: list[WeightTransform], keeps: Callable[[str, Written], bool]
+        self, model: PreTrainedModel, conversions: list[WeightTransform], kept: Collection[str]
     ) -> dict[str, Written]:
         """Puts the dequantised weights into `model`, which is without weights yet, and out of its state dict, so that
-        Transformers looks for the others alone; but those that `keeps`, given parameter and weight, has packed later.
+        Transformers looks for the others alone; but those of the modules `kept`, which are packed of their codes later.
         Returns them all by parameter.
 
         Raises UnsupportedModelError for a weight that Transformers would join with others, CheckpointError for one of
         another shape than the model's.
         """
-        weights, known = {weight.name: weight for weight in self.rest}, model.state_dict().keys()
+        weights = {weight.name: weight for weight in self.rest}
+        known = model.state_dict().keys() | {f"{name}.weight" for name in kept}  # which are out of it already
         loaded: dict[str, Written] = {}
         for tensor, parameter, converter, _ in parameters_in(model, copy.deepcopy(conversions), weights, known):
             if parameter not in known:
@@ -95,7 +96,7 @@ class Quantised:
                     f"{self.folder.path}, tensor {weight.source}: shape {list(weight.shape)}, "
                     f"expected {list(empty.shape)}"
                 )
-            if not keeps(parameter, weight):
+            if name not in kept:
                 dense = weight.tensor(self.folder).to(empty.dtype)
                 module._parameters[leaf] = nn.Parameter(dense, requires_grad=empty.requires_grad)
             module._parameters[leaf]._is_hf_initialized = True

@@ -8,7 +8,6 @@ is dequantised and leaves the state dict too; Transformers loads the rest; exper
 from __future__ import annotations
 
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from coterie.checkpoints.packed import UNFINISHED, layer_file, read_layout
 from coterie.checkpoints.packed_formats import OWN
 from coterie.checkpoints.packed_read import open_layer
 from coterie.checkpoints.tensorfile import TensorFile
-from coterie.convert.tensors import Written
 from coterie.errors import ArgumentError, CheckpointError, UnsupportedModelError
 from coterie.experts import Experts
 from coterie.formats import Format
@@ -132,10 +130,14 @@ class CoterieQuantizer(HfQuantizer):
         if options.dense is not None and self._device.type != "cpu":
             raise ArgumentError(
                 f"dense={options.dense!r}: packed linear layers compute on the CPU alone, found device {self._device}: "
-                "use device='cpu', or a checkpoint whose linear layers are not packed, without dense"
+                "use device='cpu', or a checkpoint whose linear layers are not packed, without dense "
+                "(`coterie convert cpu --dense none`)"
             )
         packed = files if self.pre_quantized else []
-        self._linears = ModelLinears(model, options.dense, options.dense_skip, packed, options.gguf)
+        format_of = options.gguf.format_of if options.gguf is not None else None
+        if format_of is None and not self.pre_quantized and self._quantised is not None:
+            format_of = self._quantised.formats_of(model)
+        self._linears = ModelLinears(model, options.dense, options.dense_skip, packed, format_of)
         needed = loaded_nbytes(
             model,
             self._layouts,
@@ -162,7 +164,7 @@ class CoterieQuantizer(HfQuantizer):
         if self._quantised is None:
             self._sources = Sources(self._model, self._layouts, weight_conversions, self._files)
         else:
-            self._hidden = self._quantised.load_rest(self._model, weight_conversions, self._keeps)
+            self._hidden = self._quantised.load_rest(self._model, weight_conversions, self._linears.kept)
         return weight_conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
@@ -236,9 +238,6 @@ class CoterieQuantizer(HfQuantizer):
         found = self._hidden[weight].codes(self._quantised.folder, spec)
         self._hidden[weight].release(self._quantised.folder)
         return found
-
-    def _keeps(self, parameter: str, weight: Written) -> bool:
-        return self._linears.keeps(parameter, partial(weight.format, self._quantised.folder))
 
     def _pack(self, name: str, layout: Layout) -> Experts:
         config = self.quantization_config

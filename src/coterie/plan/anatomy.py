@@ -12,6 +12,7 @@ from coterie.errors import ArgumentError
 from coterie.hf import skeleton
 from coterie.hf.dense import linear_names
 from coterie.hf.empty import empty_model
+from coterie.hf.inference.latent import operations
 from coterie.hf.layout import Layout
 from coterie.hf.modules import number_layers, read_layouts
 from coterie.hf.sizes import expert_nbytes, expert_parameters, rest_of
@@ -59,6 +60,7 @@ class Anatomy:
     linears: tuple[LinearLayer, ...] = ()
     layers: int = 0
     prompt_operations: int = 0  # of PROMPT tokens with each other, in attention
+    latent_operations: int = 0  # of a decoded token with `context` latents, where attention goes to such
 
     @property
     def expert_parameters(self) -> int:
@@ -125,6 +127,7 @@ def inspect(config: Any, context: int = 4096) -> Anatomy:
         cache_nbytes=cache,
         layers=config.get_text_config().num_hidden_layers,
         prompt_operations=skeleton.attention_operations(model, PROMPT),
+        latent_operations=operations(model, context),
         linears=tuple(
             LinearLayer(
                 name,

@@ -86,12 +86,13 @@ def estimate(
         products += sum(count / rates.of(spec) for spec, count in dense.prompt.items())
     besides = anatomy.layers * rates.layer + rates.forward
     seconds = 2 * PROMPT * (products + rest / rates.bf16) + anatomy.prompt_operations / rates.attention + besides
+    reading = (packed / rates.bandwidth + besides) / rates.reached + plain / (rates.row or rates.bandwidth)
     return Estimate(
         format=formats.name,
         experts=experts,
         ram=needed,
         ram_short=max(0, needed - ram),
-        decode=1 / ((packed / rates.bandwidth + besides) / rates.reached + plain / (rates.row or rates.bandwidth)),
+        decode=1 / (reading + anatomy.latent_operations / rates.attention),
         prefill=rates.reached * PROMPT / seconds,
         problem=_problem(anatomy, formats),
     )

@@ -159,7 +159,7 @@ def _linear_formats(folder: Path, config: Any) -> dict[str, Format]:
 def _quantised_linears(folder: Path, config: Any) -> dict[str, Format]:
     model = empty_model(config)
     found = open_quantised(folder, read_layouts(model))
-    return found.linear_formats(model) if found else {}
+    return linear_formats(model, found.formats_of(model)) if found else {}
 
 
 def _gguf_linears(reader: GgufReader, config: Any) -> dict[str, Format]:

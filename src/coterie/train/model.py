@@ -105,8 +105,9 @@ def find_unfrozen(model: Any, patterns: list[str], experts: tuple[str, ...] = ()
         packed = next((name for name, p in matched if isinstance(p, PackedWeight) or name in experts), None)
         if packed:
             raise ArgumentError(
-                f"unfrozen_parameters: {pattern!r} matches {packed}, whose packed weights are frozen; "
-                "train experts through lora_target_parameters"
+                f"unfrozen_parameters: {pattern!r} matches {packed}, whose packed weights are frozen; train experts "
+                "through lora_target_parameters, convert a checkpoint whose linear layers are to be trained with "
+                "--dense none"
             )
         names |= dict.fromkeys(name for name, _ in matched)
     return list(names)

@@ -60,6 +60,8 @@ def read_config(file: GgufFile, **settings: Any) -> tuple[PretrainedConfig, dict
         _check_positions(file, settings)
         config, unused = _by_transformers(file, settings)
     ends = [file.value(f"tokenizer.ggml.{end}_token_id") for end in ENDS]
+    if odd := [end for end in ends if type(end) not in (int, type(None))]:
+        raise CheckpointError(f"{file.path}: a text ends with token {shown(odd[0])}, expected a number")
     ends = [end for end in dict.fromkeys(ends) if end is not None]
     if ends and "eos_token_id" not in settings:
         config.eos_token_id = ends if len(ends) > 1 else ends[0]

@@ -19,7 +19,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from coterie import _native, cpu
 from coterie.border import runs_now
 from coterie.gpu import fast
-from coterie.hf.inference.latent import Expanded, made
+from coterie.hf.inference.latent import are_of_one, made
 from coterie.hf.modules import packed_modules
 
 NAME, NAME_EAGER = "coterie", "coterie_eager"
@@ -72,8 +72,10 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not query.is_cpu:
         return _attend_on_gpu(query, key, value, mask, scale, options.get(SINKS))
-    if query.shape[2] == 1 and type(key) is Expanded:
-        return key.expansion.attend(query, mask, scale, options.get(SINKS))
+    if are_of_one(key, value):
+        out = key.expansion.attend(query, mask, scale, options.get(SINKS))
+        if out is not None or query.shape[2] == 1:
+            return out
     if query.shape[2] == 1:
         return _native.attend(query, key, value, mask, scale, options.get(SINKS))
     causal = options.get("is_causal")

@@ -74,7 +74,7 @@ class AttentionMixer:
     def found(
         cls, module: Any, norm: QuickNorm, random: Tensor, kwargs: dict[str, Any], memory: Growing
     ) -> AttentionMixer | None:
-        """The one that answers as the module does, with the norm before it; None for neither.
+        """The one that answers as the module does and caches the same, with the norm before it; None for neither.
 
         Rows as large as the second's show whether the module limits them. All but the token itself would drown there.
         """
@@ -82,11 +82,16 @@ class AttentionMixer:
         itself = random.new_full((len(random), 1, 1, memory.keys.shape[-2] + 1), least)
         itself[..., -1] = 0
         trials = [(random, kwargs), (random * LARGE, {**kwargs, MASK: itself})]
-        answers = [module(hidden_states=x, **cls.on_trial(module, given, memory)) for x, given in trials]
+        asked = [(x, cls.on_trial(module, given, memory)) for x, given in trials]
+        answers = [module(hidden_states=x, **given) for x, given in asked]
+        cached = [next(v for v in given.values() if isinstance(v, TrialCache)).new for _, given in asked]
+        if any(len(answer) != 2 or answer[1] is not None for answer in answers):
+            return None
+        expected = [(answer[0], *new) for answer, new in zip(answers, cached, strict=True)]
         for way in cls.WAYS:
             mixer = cls(module, None, way)
-            found = [mixer.tried(x, given, memory) for x, given in trials]
-            if all(same(f, a[0]) and a[1] is None for f, a in zip(found, answers, strict=True)):
+            found = [mixer._tried(x, given, memory) for x, given in trials]
+            if all(same(f, e) for pair in zip(found, expected, strict=True) for f, e in zip(*pair, strict=True)):
                 return cls(module, norm, way)
         return None
 
@@ -118,8 +123,13 @@ class AttentionMixer:
 
     def tried(self, x: Tensor, kwargs: dict[str, Any], memory: Growing) -> Tensor | None:
         """The same with a copy of the cache."""
+        return self._tried(x, kwargs, memory)[0]
+
+    def _tried(self, x: Tensor, kwargs: dict[str, Any], memory: Growing) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The same, and what that got: keys and values of a position."""
         keys, values = (torch.cat([t, t[:, :, :1]], dim=2) for t in (memory.keys, memory.values))
-        return self._attend(x, kwargs[POSITIONS], keys, values, memory.keys.shape[-2], kwargs.get(MASK))
+        found = self._attend(x, kwargs[POSITIONS], keys, values, memory.keys.shape[-2], kwargs.get(MASK))
+        return found, keys[:, :, -1:], values[:, :, -1:]
 
     @staticmethod
     def on_trial(module: nn.Module, kwargs: dict[str, Any], memory: Growing) -> dict[str, Any]:
@@ -145,11 +155,14 @@ def _gates(module: nn.Module) -> bool | None:
 
 
 class TrialCache:
-    """A cache of one layer that stays as it was."""
+    """A cache of one layer that stays as it was. new: the keys and values that came."""
+
+    new: tuple[Tensor, ...] = ()
 
     def __init__(self, layer: Growing) -> None:
         self.keys, self.values = layer.keys, layer.values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What was there and what comes."""
+        self.new = key_states, value_states
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)

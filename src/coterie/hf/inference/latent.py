@@ -1,4 +1,4 @@
-"""Attention to latents (DeepSeek-V2, arXiv:2405.04434) of a decoded token. Transformers caches latents, and makes the
+"""Attention to latents (DeepSeek-V2, arXiv:2405.04434) of decoded tokens. Transformers caches latents, and makes the
 keys and values of all positions of them for each token; here the query meets the latents themselves.
 
 A module's keys and values are made when something asks for them: prompts, other attention. Modules are found by their
@@ -19,13 +19,14 @@ from coterie import _native
 from coterie.border import runs_now
 from coterie.hf.dense import PackedLinear
 from coterie.hf.inference.plain import QuickLinear
-from coterie.hf.inference.proving import TOLERANCE, is_silent, same
+from coterie.hf.inference.proving import FEW, TOLERANCE, is_silent, same
 from coterie.hf.mixed import mixed
 
 EXPANSION = "kv_b_proj"  # latents to keys and values, of each head first the one, then the other
-ATTRIBUTES = "expand_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"
+ATTRIBUTES = "expand_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "num_heads"
 KINDS = "keys", "values"
 BLOCK = 64  # rows of a packed matrix
+PER_TOKEN = 8  # positions, from which few tokens, that are verified or read anew, go to latents too
 LANES = 16  # columns of a latent, and of what is cached beside it, are a multiple of
 
 
@@ -37,11 +38,18 @@ def attend_to_latents(model: nn.Module) -> None:
             module.__class__ = mixed(QuickLatent, type(module))
 
 
+def operations(model: nn.Module, positions: int) -> int:
+    """Those, two a multiply-add, in which a token's queries meet so many cached latents, in all layers of a model."""
+    built = [module for module in model.modules() if all(hasattr(module, name) for name in ATTRIBUTES)]
+    widths = [module.num_heads * (2 * module.kv_lora_rank + module.qk_rope_head_dim) for module in built]
+    return 2 * positions * sum(widths)
+
+
 class QuickLatent(nn.Module):
     """Mixed into the class of an attention module that caches latents.
 
-    latent_proved: the layer that makes keys and values of them, its packed matrix, and the dtype that it was tried
-    with; latent_weight: its weight as the engine reads it; None where the layer does something else.
+    latent_proved: the layer that makes keys and values of them, its class, its packed matrix, and the dtype that it was
+    tried with; latent_weight: None where the layer does something else; a packed one's as the engine reads it.
     """
 
     latent_proved: tuple[Any, ...] | None = None
@@ -64,12 +72,13 @@ class QuickLatent(nn.Module):
         """The matrix [heads (K + V), R] that makes keys and values, a tensor of that dtype, and None; or packed, where
         heads are whole blocks of it, and the rows that make keys. None where they are not made by that alone."""
         layer = self._modules[EXPANSION]
-        tried = layer, layer.__dict__.get("packed"), dtype
+        own, packed = layer._parameters, layer.__dict__.get("packed")
+        if not is_silent(layer) or own.get("weight") is None or own.get("bias") is not None:
+            return None
+        tried = layer, type(layer), packed, dtype
         if self.latent_proved is None or any(a is not b for a, b in zip(self.latent_proved, tried, strict=True)):
             self.latent_proved, self.latent_weight = tried, self._proved(dtype)
-        if self.latent_weight is None or not is_silent(layer):
-            return None
-        return self.latent_weight if tried[1] is not None else (layer._parameters["weight"], None)
+        return self.latent_weight if packed is not None or self.latent_weight is None else (own["weight"], None)
 
     def _proved(self, dtype: torch.dtype) -> Any:
         layer = self._modules[EXPANSION]
@@ -78,7 +87,7 @@ class QuickLatent(nn.Module):
         packed = isinstance(layer, PackedLinear)
         weight = layer.packed.dense("weight", dtype) if packed else layer.weight
         key_dim, value_dim = self.qk_nope_head_dim, self.v_head_dim
-        if layer.bias is not None or weight.dtype != dtype or dtype not in TOLERANCE:
+        if weight.dtype != dtype or dtype not in TOLERANCE:
             return None
         if not weight.is_contiguous() or len(weight) % (key_dim + value_dim):
             return None
@@ -94,8 +103,10 @@ class QuickLatent(nn.Module):
             return None
         if not all(same(e, f) for e, f in zip(expected, found, strict=True)):
             return None
-        if not packed or key_dim % BLOCK or value_dim % BLOCK:
-            return weight.detach(), None
+        if not packed:
+            return ()
+        if key_dim % BLOCK or value_dim % BLOCK:
+            return weight, None
         of_keys = weight.unflatten(0, (-1, key_dim + value_dim))[:, :key_dim]
         return layer.packed.linear.weight, of_keys.flatten(0, 1)
 
@@ -128,14 +139,21 @@ class Expansion:
         return self._made
 
     def attend(self, query: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None) -> Tensor | None:
-        """query [B, heads, 1, K + D] -> [B, 1, heads, V]; None for what the engine does not take."""
-        matrix = self.matrix
-        return _native.attend_latents(query, matrix, self.latents, self.turned, mask, scale, sinks, rounds(matrix))
+        """query [B, heads, T, K + D] -> [B, T, heads, V], a token at a time; None where making keys and values costs
+        less, and for what the engine does not take: tokens of which no mask says what they see."""
+        tokens, positions = query.shape[2], self.latents.shape[2]
+        if tokens > 1 and (tokens > FEW or positions < PER_TOKEN * tokens or mask is None):
+            return None
+        flags, found = (scale, sinks, rounds(self.matrix)), []
+        for token in range(tokens):
+            one, seen = query[:, :, token : token + 1], None if mask is None else mask[:, :, token : token + 1]
+            found.append(_native.attend_latents(one, self.matrix, self.latents, self.turned, seen, *flags))
+        return None if any(out is None for out in found) else found[0] if tokens == 1 else torch.cat(found, dim=1)
 
 
 class Expanded(Tensor):
-    """The keys or values of an expansion: shape, dtype and device are there before they are. Torch's attention of one
-    token, which models choose whose mask says what an indexer chose, goes to the latents too."""
+    """The keys or values of an expansion: shape, dtype and device are there before they are. Torch's attention of few
+    tokens, which models choose whose mask says what an indexer chose, goes to the latents too."""
 
     expansion: Expansion
     kind: str
@@ -170,11 +188,16 @@ def _attended(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """What torch's attention of one token gives, by latents; None for what the engine does not take."""
-    if type(key) is not Expanded or query.shape[-2] != 1 or dropout_p or is_causal:
+    """What torch's attention gives, by latents; None for what does not go to them."""
+    if not are_of_one(key, value) or dropout_p or is_causal:
         return None
     out = key.expansion.attend(query, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale, None)
     return None if out is None else out.transpose(1, 2)
+
+
+def are_of_one(key: Tensor, value: Tensor) -> bool:
+    """Whether keys and values are those of one expansion."""
+    return type(key) is Expanded and type(value) is Expanded and key.expansion is value.expansion
 
 
 def made(states: Tensor) -> Tensor:

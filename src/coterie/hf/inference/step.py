@@ -7,6 +7,7 @@ attention can be had so, the layer's own modules do the rest; any other layer go
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from coterie.hf.inference.routers import QuickRouter
 from coterie.hf.mixed import mixed
 from coterie.hf.modules import packed_module
 
-# What a layer may be called with beside its rows; position_ids say nothing where there are embeddings of positions.
+# What a layer may be called with beside its rows; position_ids say nothing to what mixes tokens and does not take them.
 KNOWN = {POSITIONS, MASK, *ARGUMENTS, "position_ids", "use_cache", "cache_position"}
 Mixer = AttentionMixer | DeltaMixer
 MIXERS: tuple[type[Mixer], ...] = AttentionMixer, LatentMixer, DeltaMixer
@@ -135,8 +136,11 @@ class LayerParts:
 
 
 def mixer_of(layer: nn.Module) -> type[Mixer] | None:
-    """What computes what mixes the tokens of a layer, if that is built as such; its name there is its `PLACE`."""
-    return next((kind for kind in MIXERS if kind.fits(layer._modules.get(kind.PLACE))), None)
+    """What computes what mixes the tokens of a layer, if that is built as such; its name there is its `PLACE`. Not what
+    asks for positions themselves, which may scale queries far from the first one."""
+    kind = next((kind for kind in MIXERS if kind.fits(layer._modules.get(kind.PLACE))), None)
+    taken = () if kind is None else inspect.signature(layer._modules[kind.PLACE].forward).parameters
+    return None if "position_ids" in taken else kind
 
 
 def _places(owner: nn.Module) -> list[tuple[dict, str, nn.Module]]:
