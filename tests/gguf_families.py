@@ -16,9 +16,15 @@ ARCHITECTURES = {
     "qwen3_next": "qwen3next", "dots1": "dots1", "exaone_moe": "exaone-moe", "afmoe": "afmoe", "lfm2_moe": "lfm2moe",
     "granitemoeshared": "granitemoe", "granitemoehybrid": "granitehybrid", "nemotron_h": "nemotron_h_moe",
     "kimi_linear": "kimi-linear", "glm_moe_dsa": "glm-dsa", "jamba": "jamba",
+    "gemma4_text": "gemma4",
 }  # fmt: skip
 # What is another model under its own name, and opens as that one: DeepSeek-V3, GLM-4.5.
 ALIASES = {"glm4_moe_lite": "deepseek2", "solar_open": "glm4moe"}
+# Parameters of Gemma 4 that the package has no names for, or that stay in one piece.
+GEMMA4 = {
+    "gate_up_proj": "ffn_gate_up_exps.weight", "scale": "ffn_gate_inp.scale", "per_expert_scale": "ffn_down_exps.scale",
+    "layer_scalar": "layer_output_scale.weight",
+}  # fmt: skip
 SEEING = {"qwen3_vl_moe": "qwen3vlmoe"}  # of which the language model opens, as a Qwen3-MoE
 # Rows of q and k that turn together are stored beside each other.
 PAIRS = ("mixtral", "granitemoe", "granitemoeshared", "granitemoehybrid")
@@ -38,12 +44,14 @@ def write_family(path: Path, model, split_latent: bool = True, more: dict | None
         stem = f"blk.{name.split('.')[2]}." if ".layers." in name else ""
         for found, part in _parts(name, value.detach().float(), config, stem, names, split_latent).items():
             tensors[found] = np.ascontiguousarray(part.numpy()), "F32"
+    if config.model_type == "gemma4_text":
+        tensors["rope_freqs.weight"] = _factors(config), "F32"
     metadata = {
         "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size, "feed_forward_length": getattr(config, "intermediate_size", None),
-        "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
+        "attention.head_count": config.num_attention_heads, "attention.head_count_kv": _keys(config),
         "attention.layer_norm_rms_epsilon": _epsilon(config), "vocab_size": config.vocab_size,
-        "rope.freq_base": float((getattr(config, "rope_parameters", None) or {"rope_theta": 10000})["rope_theta"]),
+        "rope.freq_base": float(_rope(config)["rope_theta"]),
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": TOKENS, "tokenizer.ggml.merges": ["a b"],
         "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.padding_token_id": 0,
         **OWN[model.config.model_type](config), **(more or {}),
@@ -54,6 +62,8 @@ def write_family(path: Path, model, split_latent: bool = True, more: dict | None
 def _parts(name: str, value: Tensor, config, stem: str, names, split_latent: bool) -> dict[str, Tensor]:
     """What a parameter is in a file."""
     base, _, suffix = name.rpartition(".")
+    if config.model_type == "gemma4_text" and suffix in GEMMA4:
+        return {f"{stem}{GEMMA4[suffix]}": value}
     if suffix == "gate_up_proj":
         gate, up = value.chunk(2, 1)
         return {f"{stem}ffn_gate_exps.weight": gate, f"{stem}ffn_up_exps.weight": up}
@@ -106,6 +116,26 @@ def _parts(name: str, value: Tensor, config, stem: str, names, split_latent: boo
     found = names.get_name(base) or names.get_name(base.replace("model.", "backbone.", 1))
     assert found, name
     return {f"{found}.{suffix}": value}
+
+
+def _keys(config) -> int | list[int]:
+    """Heads of keys, of each layer where layers differ."""
+    if config.model_type != "gemma4_text":
+        return config.num_key_value_heads
+    return [config.per_layer_config[kind].num_key_value_heads for kind in config.layer_types]
+
+
+def _factors(config) -> np.ndarray:
+    """What llama.cpp divides the frequencies of pairs by: those that are not turned have one next to 0."""
+    pairs = config.per_layer_config["full_attention"].head_dim // 2
+    turned = int(pairs * _rope(config)["partial_rotary_factor"])
+    return np.array([1.0] * turned + [1e30] * (pairs - turned), np.float32)
+
+
+def _rope(config) -> dict:
+    """That of layers that attend to all tokens, where kinds of layers differ."""
+    found = getattr(config, "rope_parameters", None) or {"rope_theta": 10000}
+    return found.get("full_attention", found)
 
 
 def _epsilon(config) -> float:
@@ -263,6 +293,20 @@ def _ernie(config) -> dict:
     }  # fmt: skip
 
 
+def _gemma4(config) -> dict:
+    near, of_all = (config.per_layer_config[kind] for kind in ("sliding_attention", "full_attention"))
+    return _experts(config, config.num_experts, config.top_k_experts) | {
+        "expert_feed_forward_length": config.moe_intermediate_size, "attention.sliding_window": config.sliding_window,
+        "attention.shared_kv_layers": 0,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
+        "embedding_length_per_layer_input": 0, "attention.key_length": of_all.head_dim,
+        "attention.value_length": of_all.head_dim, "attention.key_length_swa": near.head_dim,
+        "attention.value_length_swa": near.head_dim, "rope.dimension_count": of_all.head_dim,
+        "rope.dimension_count_swa": near.head_dim, "final_logit_softcapping": config.final_logit_softcapping,
+        "rope.freq_base_swa": float(config.rope_parameters["sliding_attention"]["rope_theta"]),
+    }  # fmt: skip
+
+
 def _hunyuan(config) -> dict:
     return _experts(config, config.num_experts, 2) | _head(config) | {
         "expert_feed_forward_length": config.intermediate_size, "expert_shared_count": 1,
@@ -290,6 +334,6 @@ OWN = {
     "qwen3_next": _qwen3_next, "dots1": _dots, "exaone_moe": _exaone, "afmoe": _afmoe, "lfm2_moe": _lfm2,
     "granitemoeshared": _granite, "granitemoehybrid": _granite_hybrid, "nemotron_h": _nemotron,
     "kimi_linear": _kimi, "glm_moe_dsa": _glm_dsa, "glm4_moe_lite": _deepseek, "solar_open": _glm4,
-    "jamba": _jamba,
+    "jamba": _jamba, "gemma4_text": _gemma4,
     "qwen3_vl_moe": _qwen3_vl,
 }  # fmt: skip

@@ -164,6 +164,23 @@ def test_scales_of_experts_are_multiplied(tmp_path, kind):
     assert max(errors(opened, values)) < limit
 
 
+@pytest.mark.filterwarnings("ignore:some experts have codes")
+@pytest.mark.parametrize("kind", ["NVFP4", "MXFP4", "Q4_K", "BF16"])
+def test_scales_of_a_router_are_not_multiplied(tmp_path, kind):
+    """Gemma 4's files have what its router's weights are multiplied by where others have scales of experts."""
+    tensors, (values,) = experts(dict.fromkeys(PARTS, kind))
+    tensors["blk.0.ffn_gate_up_exps.weight"] = (
+        np.concatenate([tensors.pop(f"blk.0.ffn_{part}_exps.weight")[0] for part in ("gate", "up")], 1), kind
+    )  # fmt: skip
+    for name, scale in (("gate_up", 0.25), ("down", 3.0)):
+        tensors[f"blk.0.ffn_{name}_exps.scale"] = np.full(E, scale, np.float32), "F32"
+    both = {"NVFP4": 1e-6, "MXFP4": 0, "Q4_K": 0.1, "BF16": 0}[kind]
+    opened = Experts.open(write_gguf(tmp_path / "model.gguf", tensors, arch="gemma4"))
+    assert opened.activation == Activation("gelu_tanh")
+    gate, up, down = errors(opened, values | {part: values[part] * 0.25 for part in ("gate", "up")})
+    assert down <= (1e-6 if kind == "NVFP4" else 0) and max(gate, up) <= both
+
+
 def test_biases_and_activation_of_gpt_oss(tmp_path):
     tensors, _ = experts(dict.fromkeys(PARTS, "MXFP4"))
     random = np.random.default_rng(1)

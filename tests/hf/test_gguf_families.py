@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from gguf_families import ARCHITECTURES, write_family
@@ -72,7 +73,25 @@ VARIANTS = {
     ),
     "positions turned in a hybrid": ("granitemoehybrid", {"position_embedding_type": "rope"}, {}),
     "experts of narrower tokens": ("nemotron_h", {"moe_latent_size": 32, "routed_scaling_factor": 2.5}, {}),
+    "values of their own": (
+        "gemma4_text", {"attention_k_eq_v": False, "num_global_key_value_heads": None}, {"attention.head_count_kv": 2},
+    ),
+    "other positions, a head of its own": (
+        "gemma4_text",
+        {
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "sliding_attention": ROPE | {"rope_theta": 5000.0},
+                "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 2e5},
+            },
+        },
+        {},
+    ),
+    "no cap": ("gemma4_text", {"final_logit_softcapping": None}, {"final_logit_softcapping": 0.0}),
 }  # fmt: skip
+
+
+WIDTHS = ["attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa"]
 
 
 def made(family, **changes):
@@ -80,6 +99,10 @@ def made(family, **changes):
     for name, value in model.state_dict().items():
         if "correction_bias" in name or "expert_bias" in name:
             value.copy_(torch.linspace(-0.5, 0.5, value.numel()).view_as(value))
+        elif name.endswith("layer_scalar"):
+            value.fill_(0.5 + 0.1 * int(name.split(".")[2]))
+        elif name.endswith("router.per_expert_scale"):
+            value.copy_(torch.linspace(0.5, 2, value.numel()))
     return model
 
 
@@ -228,12 +251,65 @@ def test_converted_planned_and_read(family, tmp_path):
         ("granitemoehybrid", {"ssm.time_step_rank": 0}, CheckpointError, "no valid granitemoehybrid config"),
         ("nemotron_h", {"feed_forward_length": 96}, CheckpointError, "feed_forward_length is 96, expected a value of"),
         ("nemotron_h", {"attention.head_count_kv": ["a"] * 4}, CheckpointError, "no valid nemotron_h config"),
+        *(
+            ("gemma4_text", more, UnsupportedModelError, message)
+            for more, message in (
+                ({"attention.shared_kv_layers": 1}, r"attention\.shared_kv_layers of gemma4 with experts but as 0"),
+                ({"embedding_length_per_layer_input": 8}, "embedding_length_per_layer_input of gemma4"),
+                ({"attention.causal": False}, r"attention\.causal of gemma4 with experts but as True"),
+                ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping of gemma4"),
+                ({"expert_gating_func": 2}, "expert_gating_func of gemma4"),
+                ({"rope.dimension_count_swa": 8}, r"rope\.dimension_count_swa is 8, this version reads what"),
+                ({"attention.value_length": 16}, r"attention\.value_length is 16, .* attention\.key_length is, 32"),
+                ({"attention.sliding_window_pattern": [False, True]}, "the last layer attends to a window"),
+                ({"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0}, "positions of gemma4 that are scaled"),
+                ({"attention.key_length": 64, "attention.value_length": 64, "rope.dimension_count": 64}, "32 factors"),
+            )
+        ),
+        ("gemma4_text", {"attention.sliding_window_pattern": 2}, CheckpointError, "pattern is 2, expected a value of"),
+        ("gemma4_text", {"attention.head_count_kv": [2]}, CheckpointError, r"head_count_kv is \[2\], expected a value"),
+        ("gemma4_text", {"final_logit_softcapping": None}, CheckpointError, r"no gemma4\.final_logit_softcapping"),
+        ("gemma4_text", {"rope.freq_base_swa": None}, CheckpointError, r"no gemma4\.rope\.freq_base_swa"),
+        ("gemma4_text", {"attention.key_length_swa": None}, CheckpointError, r"no gemma4\.attention\.key_length_swa"),
+        ("gemma4_text", {"feed_forward_length": [96, 192]}, CheckpointError, "no valid gemma4_text config"),
     ],
 )
 def test_metadata_that_is_missing_or_not_read(family, more, error, message, tmp_path):
     file = write_family(tmp_path / "model.gguf", make(family), more=more)
     with pytest.raises(error, match=message):
         read_config(GgufFile(file))
+
+
+@pytest.mark.parametrize(
+    "factors", [[1.0, 1e30, 1.0, *[1e30] * 13], [1.0] * 4 + [2.0] * 12, [1.0] * 8, [1.0] * 4 + [float("nan")] * 12]
+)
+def test_pairs_that_are_turned_otherwise(factors, tmp_path, monkeypatch):
+    """Gemma 4's files have what frequencies are divided by, of which its model knows the first ones alone to be 1."""
+    monkeypatch.setattr("gguf_families._factors", lambda config: np.array(factors, np.float32))
+    file = write_family(tmp_path / "model.gguf", make("gemma4_text"))
+    with pytest.raises(UnsupportedModelError, match=r"rope_freqs.weight: expected 16 factors, 1 of the first pairs"):
+        read_config(GgufFile(file))
+
+
+def test_layers_of_a_kind_with_other_heads(tmp_path):
+    layers = ["sliding_attention", "full_attention", "full_attention"]
+    stock = make("gemma4_text", num_hidden_layers=3, layer_types=layers)
+    file = write_family(tmp_path / "model.gguf", stock, more={"attention.head_count_kv": [2, 1, 2]})
+    with pytest.raises(CheckpointError, match=r"head_count_kv is \[2, 1, 2\], expected one number for a kind of layer"):
+        read_config(GgufFile(file))
+
+
+def test_scales_of_a_router_are_not_its_experts(tmp_path):
+    """Gemma 4's files have them where others have what experts are multiplied by."""
+    stock = made("gemma4_text")
+    file = write_family(tmp_path / "model.gguf", stock)
+    own, layer = stock.model.layers[0], coterie.Experts.open(file, 0)
+    assert torch.equal(layer.dequantize()[2].bfloat16(), own.experts.down_proj.bfloat16())
+    model = coterie.from_pretrained(file, dtype=torch.float32)
+    assert torch.equal(model.model.layers[0].router.per_expert_scale, own.router.per_expert_scale)
+    file.write_bytes(file.read_bytes().replace(b"ffn_down_exps.scale", b"ffn_down_expr.scale"))
+    with pytest.raises(CheckpointError, match=r"ffn_down_expr.scale': Transformers does not multiply by it"):
+        coterie.from_pretrained(file)
 
 
 @pytest.mark.parametrize("name", ["blk.x.attn_norm.weight", "blk.0_attn_norm_weight"])
@@ -271,6 +347,10 @@ def test_a_model_that_transformers_does_not_know(tmp_path, monkeypatch):
         ("lfm2_moe", {"shortconv.l_cache": 4}),
         ("lfm2_moe", {"attention.head_count_kv": [2, 0, 0]}),
         ("exaone_moe", {"leading_dense_block_count": 2}),
+        ("gemma4_text", {"attention.head_count_kv": 2}),
+        ("gemma4_text", dict.fromkeys(WIDTHS, 8)),
+        ("gemma4_text", {"attention.sliding_window_pattern": [False, False]}),
+        ("gemma4_text", {"feed_forward_length": 64}),
     ],
 )
 def test_shapes_that_do_not_go_with_the_metadata(family, more, tmp_path):

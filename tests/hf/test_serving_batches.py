@@ -14,7 +14,7 @@ from coterie.hf.serving.batching import Batches
 
 # Transformers has no pages for the states of linear attention and convolutions, nor for compressed keys and values.
 UNBATCHED = {"qwen3_next", "qwen3_5_moe_text", "granitemoehybrid", "nemotron_h", "lfm2_moe", "kimi_linear", "jamba"}
-UNBATCHED |= {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm_moe_dsa"}
+UNBATCHED |= {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm_moe_dsa", "gemma4_text"}
 GREEDY = {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
 TOKENS = 12
 

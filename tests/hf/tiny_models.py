@@ -184,6 +184,21 @@ FAMILIES: dict[str, dict] = {
         "sliding_window": 16,
         "mup_enabled": True,
     },
+    "gemma4_text": {
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 96,
+        "intermediate_size": 96,
+        "enable_moe_block": True,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "final_logit_softcapping": 30.0,
+    },
 }
 
 # Families whose checkpoints are tried quantised too, for their names of experts: qwen3_moe in every way, these in one.

@@ -26,10 +26,14 @@ SILU = {
 }  # fmt: skip
 ACTIVATIONS = {
     **dict.fromkeys(SILU, Activation()),
+    "gemma4": Activation("gelu_tanh"),
     "gpt-oss": Activation("silu", alpha=1.702, limit=7.0, up_offset=1.0),
     "nemotron_h_moe": Activation("relu2"),
 }
 UNGATED = {"nemotron_h_moe"}  # architectures whose experts have no gate
+# Architectures whose routers have scales, of their input and of the weights that they give to experts, and the tensors
+# beside which these stand as elsewhere what those are multiplied by.
+ROUTER_SCALES = {"gemma4": ("ffn_gate_inp", "ffn_down_exps")}
 PLAIN_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -151,6 +155,13 @@ class GgufExperts(LayerReader):
             self.file.release(name, expert, self.num_experts)
 
 
+def scale_of(file: GgufFile, tensor: str) -> str | None:
+    """The tensor that another is multiplied by, a number an expert; None where there is none."""
+    stem = tensor.removesuffix(".weight")
+    of_router = stem.rpartition(".")[2] in ROUTER_SCALES.get(file.architecture, ())
+    return f"{stem}.scale" if f"{stem}.scale" in file.names and not of_router else None
+
+
 def _bias(name: str) -> str:
     return name.removesuffix(".weight") + ".bias"
 
@@ -240,8 +251,8 @@ def _matrix(file: GgufFile, name: str, expert: int | None = None) -> Tensor | Co
     """A matrix [rows, cols], or one expert's: as it is where it is plain or has codes of a format, else float32."""
     kind = file.type(name)
     stored: Type = TYPES[kind]
-    scale = name.removesuffix(".weight") + ".scale"
-    factor = float(file.data(scale, expert)) if scale in file.names else 1.0
+    scale = scale_of(file, name)
+    factor = 1.0 if scale is None else float(file.data(scale, expert))
     if kind in PLAIN_TORCH and factor == 1.0:
         return torch.from_numpy(file.data(name, expert).copy()).view(PLAIN_TORCH[kind])
     if stored.codes is None or stored.spec is None:

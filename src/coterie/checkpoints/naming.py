@@ -14,7 +14,8 @@ PER_EXPERT = (
     {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
     {"gate": "w1", "up": "w3", "down": "w2"},
 )
-# One row a family: what follows the block in `layers.{L}.{block}.`, gate and up (or up alone) first, then down.
+# One row a family: what follows the block in `layers.{L}.{block}.`, gate and up (or up alone) first, then down. A layer
+# may have "experts" without a block.
 UNGATED = ("experts.up_proj", "experts.down_proj")
 FUSED = (
     ("experts.gate_up_proj", "experts.down_proj"),
@@ -30,7 +31,7 @@ DRAFT = "mtp."
 
 _LEAVES = "|".join(sorted({leaf for row in PER_EXPERT for leaf in row.values()}))
 _STACKS = "|".join(sorted({re.escape(leaf) for row in FUSED for leaf in row}))
-_BLOCK = rf"(?:.*\.)?layers\.(?P<layer>\d+)\.(?:{'|'.join(BLOCKS)})"
+_BLOCK = rf"(?:.*\.)?layers\.(?P<layer>\d+)(?:\.(?:{'|'.join(BLOCKS)})|(?=\.experts\.))"
 _SEPARATE = re.compile(rf"(?P<stem>{_BLOCK}\.experts)\.(?P<expert>\d+)\.(?P<leaf>{_LEAVES})(?P<kind>\.\w+)")
 _FUSED = re.compile(rf"(?P<stem>{_BLOCK})\.(?P<leaf>{_STACKS})(?P<kind>(?:_[a-z0-9_]+)?)")
 # Of a layer's experts as kt-kernel converts them, in tiles of its own for a number of NUMA nodes.
@@ -105,9 +106,11 @@ def _refuse_kt_kernel(names: Collection[str]) -> None:
         )
 
 
-def names_tried(layer: str = "*.layers.{L}", expert: str = "{e}") -> list[str]:
-    """Every name under which experts are looked for; `layer` is a layer's or a stem's beginning of them."""
-    within = "" if layer.rsplit(".", 1)[-1] in ("experts", *BLOCKS) else "{" + ",".join(BLOCKS) + "}."
-    block = layer.removesuffix(".experts")
-    separate = [f"{block}.{within}experts.{expert}.{leaf}.weight" for row in PER_EXPERT for leaf in row.values()]
-    return separate + list(dict.fromkeys(f"{block}.{within}{leaf}" for row in FUSED for leaf in row))
+def names_tried(stem: str | None = None, expert: str = "{e}") -> list[str]:
+    """Every name under which experts are looked for, or those that begin with the stem of a layer's."""
+    leaves = [f"experts.{expert}.{leaf}.weight" for row in PER_EXPERT for leaf in row.values()]
+    leaves += dict.fromkeys(leaf for row in FUSED for leaf in row)
+    if stem is not None:
+        return [f"{stem.removesuffix('.experts')}.{leaf}" for leaf in leaves]
+    blocks = ",".join(f"{block}." for block in BLOCKS)
+    return [f"*.layers.{{L}}.{{{blocks}{',' if leaf.startswith('experts.') else ''}}}{leaf}" for leaf in leaves]

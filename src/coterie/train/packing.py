@@ -24,6 +24,7 @@ FIRST, SECOND = 13, 11  # tokens of the two samples
 TOLERANCE = 0.01  # of the norm of a token's logits: rounding is 1e-5 of it, a leak about 1
 LAYERS = 4
 INTERMEDIATE = 8
+NARROW = 128
 
 
 def check_packing(base: str, trust_remote_code: bool, device: torch.device) -> bool:
@@ -120,10 +121,13 @@ def shrink(config: Any) -> Any:
 
 
 def divide_heads(text: Any) -> None:
-    """Divides hidden size and numbers of heads by what they have in common, down to a hidden size of 128 or more."""
+    """Divides hidden size and numbers of heads by what they have in common, down to a hidden size of NARROW or more."""
+    if getattr(text, "is_heterogeneous", False):  # layers have their own numbers and widths of heads, which stay
+        text.hidden_size = min(text.hidden_size, NARROW)
+        return
     heads = text.num_attention_heads
     shared = math.gcd(heads, getattr(text, "num_key_value_heads", None) or heads, text.hidden_size)
-    while shared > 1 and text.hidden_size // shared < 128:
+    while shared > 1 and text.hidden_size // shared < NARROW:
         shared //= 2
     if text.hidden_size % shared or heads % shared:
         return

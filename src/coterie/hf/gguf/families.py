@@ -17,6 +17,7 @@ from coterie.hf.gguf.family import (
     rope,
     stated,
 )
+from coterie.hf.gguf.gemma import gemma4
 from coterie.hf.gguf.hybrids import GRANITE, HYBRIDS, JOINED_GRANITE, PAIRS, granite, granite_shared
 from coterie.hf.gguf.latent import JOINED_LATENT, LATENT, latent
 
@@ -244,9 +245,9 @@ def _either_deepseek(file: GgufFile) -> Family:
 
 # By the architecture's name: a family, or what tells which one a file has.
 FAMILIES: dict[str, Family | Callable[[GgufFile], Family | None]] = {
-    "gpt-oss": Family("gpt_oss", _gpt_oss, GPT_OSS, gating=SOFTMAX_OF_CHOSEN, reads="attention.sliding_window"),
+    "gpt-oss": Family("gpt_oss", _gpt_oss, GPT_OSS, gating=SOFTMAX_OF_CHOSEN, reads=("attention.sliding_window",)),
     "llama": _llama_with_experts,
-    "olmoe": Family("olmoe", _olmoe, reads="attention.clamp_kqv"),
+    "olmoe": Family("olmoe", _olmoe, reads=("attention.clamp_kqv",)),
     "granitemoe": _either_granite,
     "glm4moe": Family("glm4_moe", _glm4, {"post_attention_norm": "post_attention_layernorm"}, gating=SIGMOID),
     "glm-dsa": Family("glm_moe_dsa", _glm_dsa, GLM_DSA, joined=JOINED_LATENT, gating=SIGMOID),
@@ -260,7 +261,8 @@ FAMILIES: dict[str, Family | Callable[[GgufFile], Family | None]] = {
     "hunyuan-moe": Family("hunyuan_v1_moe", _hunyuan, HUNYUAN),
     "qwen3vlmoe": Family("qwen3_moe", _qwen3_vl),
     "dots1": Family("dots1", _dots, gating=SIGMOID),
-    "exaone-moe": Family("exaone_moe", _exaone, gating=SIGMOID, reads="attention.sliding_window"),
-    "afmoe": Family("afmoe", _afmoe, AFMOE, gating=SIGMOID, reads="attention.sliding_window"),
+    "exaone-moe": Family("exaone_moe", _exaone, gating=SIGMOID, reads=("attention.sliding_window",)),
+    "afmoe": Family("afmoe", _afmoe, AFMOE, gating=SIGMOID, reads=("attention.sliding_window",)),
+    "gemma4": gemma4,
     **HYBRIDS,
 }

@@ -33,7 +33,7 @@ class Family:
     settings: what config.json says beside what all say. names: tensors, without "blk.{L}.", and the parameters of a
     layer, or of the model, that they are, beside NAMES. undone: what takes back what the converter did to a tensor.
     joined: tensors that are one parameter with others, these, and what joins them. gating: how scores of experts are
-    made. reads: what of UNREAD the settings read.
+    made. reads: what of UNREAD the settings read. in_settings: tensors that they are made of, which are no parameters.
     """
 
     model_type: str
@@ -42,14 +42,15 @@ class Family:
     undone: dict[str, Callable[[GgufFile, Tensor], Tensor]] = field(default_factory=dict)
     joined: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = field(default_factory=dict)
     gating: int = SOFTMAX
-    reads: str = ""
+    reads: tuple[str, ...] = ()
+    in_settings: tuple[str, ...] = ()
 
 
 def settings_of(file: GgufFile, family: Family) -> Settings:
     """What config.json would say. Raises CheckpointError for metadata without what there must be, UnsupportedModelError
     for what changes the model in a way that is not read."""
     gating = stated(file, "expert_gating_func", family.gating)
-    odd = [key for key in UNREAD if key != family.reads and file.own_value(key)]
+    odd = [key for key in UNREAD if key not in family.reads and file.own_value(key)]
     odd += ["expert_gating_func"] if gating not in (0, family.gating) else []
     if odd:
         raise UnsupportedModelError(
@@ -78,13 +79,13 @@ def parameters(
     """(tensor, parameter, what makes it, given what reads a tensor in float32) of each of `tensors`; the parameter is
     "" where it is none."""
     names = NAMES | family.names
-    read_with_another = {other for others, _ in family.joined.values() for other in others}
+    no_own = {*family.in_settings, *(other for others, _ in family.joined.values() for other in others)}
     for name in tensors:
         stem, leaf, layer = "", name, ""
         if _in_a_layer(name):
             _, block, leaf = name.split(".", 2)
             stem, layer = f"blk.{block}.", f"model.layers.{block}."
-        if leaf in read_with_another:
+        if leaf in no_own:
             continue
         base, _, suffix = leaf.rpartition(".")
         found = names.get(leaf) or (f"{names[base]}.{suffix}" if base in names else "")

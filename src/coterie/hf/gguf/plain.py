@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coterie.checkpoints.codes import Codes
-from coterie.checkpoints.gguf import GgufExperts, GgufReader
+from coterie.checkpoints.gguf import GgufExperts, GgufReader, scale_of
 from coterie.checkpoints.gguf_file import GgufFile
 from coterie.checkpoints.tensorfile import DTYPES, PLAIN_DTYPES
 from coterie.convert.tensors import Made
@@ -108,5 +108,5 @@ def _matrix(layer: GgufExperts, projection: str, expert: int) -> Tensor:
 def _own_dtype(file: GgufFile, tensors: Sequence[str]) -> str | None:
     """The dtype of tensors of numbers, the first one's; None where one is stored in blocks, or multiplied by scales."""
     types = [file.type(tensor) for tensor in tensors]
-    scaled = any(tensor.removesuffix(".weight") + ".scale" in file.names for tensor in tensors)
+    scaled = any(scale_of(file, tensor) for tensor in tensors)
     return None if scaled or not set(types) <= set(PLAIN_DTYPES) else types[0]

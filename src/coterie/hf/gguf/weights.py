@@ -140,16 +140,17 @@ def _stand_in(file: GgufFile, made: dict[str, Tensor], name: str) -> Tensor:
 
 def _makers(file: GgufFile, model: PreTrainedModel) -> Iterator[tuple[str, str, Make]]:
     """(tensor, parameter, what makes it) of all but experts and draft layers."""
-    count, names = model.config.get_text_config().num_hidden_layers, []
+    family, count, names = family_of(file), model.config.get_text_config().num_hidden_layers, []
     for name in file.names:
-        block, *_ = name.removeprefix("blk.").split(".") if name.startswith("blk.") else ("",)
-        if not (block.isdecimal() and int(block) >= count) and "_exps." not in name:
+        block, _, leaf = name.removeprefix("blk.").partition(".") if name.startswith("blk.") else ("", "", name)
+        of_experts = "_exps." in name and not (family is not None and leaf in family.names)
+        if not (block.isdecimal() and int(block) >= count) and not of_experts:
             names.append(name)
-        if name.endswith(".scale") and "_exps." not in name:
+        if name.endswith(".scale") and not of_experts and not (family is not None and leaf in family.names):
             raise CheckpointError(
                 f"{file.path}, tensor {shown(name)}: Transformers does not multiply by it; use the original checkpoint"
             )
-    family, by_rules = family_of(file), _rules()
+    by_rules = _rules()
     if family is not None:
         yield from parameters(file, family, names)
     elif by_rules is not None and file.architecture in by_rules.GGUF_ARCHS:
