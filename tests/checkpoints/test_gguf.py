@@ -192,6 +192,18 @@ def test_biases_and_activation_of_gpt_oss(tmp_path):
         assert torch.equal(bias, torch.from_numpy(biases[part]))
 
 
+def test_what_a_model_sees_with_is_not_the_model(tmp_path):
+    write_experts(tmp_path / "model-00001-of-00001.gguf", "MXFP4")
+    tensors = {"v.patch_embd.weight": (np.ones(4, np.float32), "F32")}
+    seeing = write_gguf(tmp_path / "mmproj-F16.gguf", tensors, arch="clip")
+    assert Experts.open(tmp_path).format == "mxfp4"
+    with pytest.raises(UnsupportedModelError, match=r"mmproj-F16.gguf is what a model sees or hears with"):
+        Experts.open(seeing)
+    (tmp_path / "model-00001-of-00001.gguf").unlink()
+    with pytest.raises(UnsupportedModelError, match=r"F16.gguf is what a model sees or hears with"):
+        Experts.open(tmp_path)
+
+
 def test_draft_layers_are_left_out(tmp_path):
     tensors, _ = experts(dict.fromkeys(PARTS, "MXFP4"), layers=2)
     file = write_gguf(tmp_path / "model.gguf", tensors, {"block_count": 2, "nextn_predict_layers": 1})

@@ -36,9 +36,15 @@ def test_families(family):
     assert MIXING[family] in reason if family in MIXING else reason is None
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_configs_of_full_size_are_made_small(family):
-    model = small_model(AutoConfig.for_model(family), trust_remote_code=False)
+HEADS_BY_LAYER = {
+    "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704,
+    "hidden_size_per_layer_input": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes"), [("mixtral", {}), ("gpt_oss", {}), ("gemma4_text", HEADS_BY_LAYER)])
+def test_configs_of_full_size_are_made_small(family, changes):
+    model = small_model(AutoConfig.for_model(family, **changes), trust_remote_code=False)
     assert sum(p.numel() for p in model.parameters()) < 2e7
     assert (mixing(model) is not None) == (family in MIXING)
 

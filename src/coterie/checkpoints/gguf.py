@@ -42,7 +42,8 @@ class GgufReader(Reader):
 
     types: the names of the types that they are stored in. parameters: what other tensors are to a model, if that was
     looked for: by parameter, those that it has as they are.
-    Raises CheckpointError for a broken file, MissingTensorError for one without experts.
+    Raises CheckpointError for a broken file, MissingTensorError for one without experts, UnsupportedModelError for one
+    that is what a model sees with.
     """
 
     folder = None
@@ -57,6 +58,11 @@ class GgufReader(Reader):
         names = [name for name in file.names if (match := EXPERTS.fullmatch(name)) and match["kind"] == "weight"]
         layers = {int(name.split(".")[1]) for name in names}
         self._layers = tuple(sorted(n for n in layers if blocks is None or n < blocks - drafts))
+        if file.architecture == "clip":
+            raise UnsupportedModelError(
+                f"{file.path} is what a model sees or hears with (mmproj), not the model: give the path of the "
+                "model's own file, of which the language model is read"
+            )
         if not self._layers:
             raise MissingTensorError(
                 f"{file.path}: no experts found; the names tried: blk.{{L}}.ffn_{{gate,up,down,gate_up}}_exps.weight"

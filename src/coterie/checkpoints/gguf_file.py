@@ -19,6 +19,7 @@ from coterie.errors import CheckpointError, MissingTensorError
 MAGIC = b"GGUF"
 # Types of tensors that are numbers -> numpy's; others are bytes.
 NUMBERS = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+SEEING = "mmproj"  # in the name of a file beside a model: what makes its inputs of images or sounds
 SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -33,13 +34,15 @@ def is_gguf(path: str | os.PathLike) -> bool:
 
 def find_gguf(path: str | os.PathLike) -> Path | None:
     """The GGUF file at a path: that file itself, or the only GGUF model, in one piece or several, of a folder that has
-    no safetensors files. None where there is none; raises CheckpointError, naming them, where a folder has several."""
+    no safetensors files, what a model sees with left out. None where there is none; raises CheckpointError, naming
+    them, where a folder has several."""
     path = Path(path)
     if not path.is_dir():
         return path if is_gguf(path) else None
     if any(path.glob("*.safetensors")):
         return None
     found = list(dict.fromkeys(file_names(file.name)[0] for file in sorted(path.glob("*.gguf"))))
+    found = [name for name in found if SEEING not in name.lower()] or found
     if len(found) > 1:
         raise CheckpointError(
             f"{path} holds {len(found)} GGUF models, expected one: give the path of a file, {', '.join(found[:4])}"
