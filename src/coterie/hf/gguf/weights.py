@@ -143,10 +143,10 @@ def _makers(file: GgufFile, model: PreTrainedModel) -> Iterator[tuple[str, str, 
     family, count, names = family_of(file), model.config.get_text_config().num_hidden_layers, []
     for name in file.names:
         block, _, leaf = name.removeprefix("blk.").partition(".") if name.startswith("blk.") else ("", "", name)
-        of_experts = "_exps." in name and not (family is not None and leaf in family.names)
-        if not (block.isdecimal() and int(block) >= count) and not of_experts:
+        known = family is not None and leaf in family.names
+        if not (block.isdecimal() and int(block) >= count) and (known or "_exps." not in name):
             names.append(name)
-        if name.endswith(".scale") and not of_experts and not (family is not None and leaf in family.names):
+        if name.endswith(".scale") and not known and "_exps." not in name:
             raise CheckpointError(
                 f"{file.path}, tensor {shown(name)}: Transformers does not multiply by it; use the original checkpoint"
             )
