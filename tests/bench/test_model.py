@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hf.tiny_models import FAMILIES, make
+from hf.tiny_models import STRUCTURES, make
 from typer.testing import CliRunner
 
 import coterie
@@ -54,7 +54,7 @@ def test_a_decoder_goes_back_to_the_end_of_its_prompt(family):
     assert seen == [21, 22, 23, 24, 21, 22, 23, 24, 21, 22, 23, 24, 21]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", STRUCTURES)
 @torch.inference_mode()
 def test_any_family_is_made_as_it_is_loaded(family, tmp_path):
     """The weights of the made model, saved and loaded by Transformers, are packed to the same logits."""

@@ -205,6 +205,13 @@ FAMILIES: dict[str, dict] = {
 QUANTISED = {"mixtral": "fp8 by blocks", "deepseek_v3": "fp8 by blocks", "minimax_m2": "fp8 by blocks"}
 
 
+# Of those, some that are built each in another way.
+STRUCTURES = [
+    "qwen2_moe", "qwen3_next", "mixtral", "deepseek_v3", "gpt_oss", "ernie4_5_moe", "phimoe", "granitemoehybrid",
+    "nemotron_h", "jamba", "lfm2_moe", "kimi_linear", "gemma4_text",
+]  # fmt: skip
+
+
 def make(family: str, dtype: torch.dtype = torch.bfloat16, **changes) -> PreTrainedModel:
     """A model of that family with random weights, in eval mode, its experts strong enough to matter."""
     torch.manual_seed(0)

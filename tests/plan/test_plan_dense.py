@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hf.tiny_models import FAMILIES, make
+from hf.tiny_models import STRUCTURES, make
 from typer.testing import CliRunner
 
 import coterie
@@ -25,7 +25,7 @@ def anatomy_of(path):
     return plan.inspect(plan.open_source(str(path)).config)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", STRUCTURES)
 def test_bytes_are_those_of_the_packed_model(family, tmp_path):
     make(family).save_pretrained(tmp_path)
     anatomy, plain = anatomy_of(tmp_path), coterie.from_pretrained(tmp_path)
