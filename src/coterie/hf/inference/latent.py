@@ -26,7 +26,7 @@ EXPANSION = "kv_b_proj"  # latents to keys and values, of each head first the on
 ATTRIBUTES = "expand_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "num_heads"
 KINDS = "keys", "values"
 BLOCK = 64  # rows of a packed matrix
-PER_TOKEN = 8  # positions, from which few tokens, that are verified or read anew, go to latents too
+PER_TOKEN = 8  # positions to a token, from which on few tokens, that are verified or read anew, go to latents too
 LANES = 16  # columns of a latent, and of what is cached beside it, are a multiple of
 
 
