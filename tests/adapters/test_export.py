@@ -19,7 +19,7 @@ from coterie.adapters.merge import merge_adapter
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 UNGATED = ["experts.up_proj", "experts.down_proj"]
 # Their checkpoints store a layer's experts as one tensor.
-STACKED = ("gpt_oss", "granitemoe", "granitemoeshared", "granitemoehybrid")
+STACKED = ("gemma4_text", "gpt_oss", "granitemoe", "granitemoeshared", "granitemoehybrid")
 
 
 def of_module(name: str, config: dict, pattern: str, default: str) -> float:
