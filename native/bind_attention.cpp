@@ -31,7 +31,7 @@ nb::object attend_to(nb::handle queries, nb::handle keys, nb::handle values, nb:
                    n[3] % 16 == 0 && v->shape[3] % 16 == 0 && q->shape[1] % n[1] == 0;
   if (!fit) return nb::none();
   Attention a{n[0], n[1], q->shape[1] / n[1], n[2], n[3], v->shape[3], static_cast<DType>(k->element), heads_of(*q), heads_of(*k), heads_of(*v),
-              nullptr, 0, scale, nullptr};
+              nullptr, 0, scale, nullptr, {}, 0};
   Mask read;
   if (!read.of(mask, n[0], 1, n[2])) return nb::none();
   a.mask = read.data;

@@ -98,7 +98,7 @@ double attention_step(const Kernels& kernels, const StepWeights& weights, const 
   for (int64_t b = 0; b < s.sequences; b++)
     for (int64_t h = 0; h < s.kv_heads; h++) memcpy(place_in(s.values, b, h, s.cached), values.data() + (b * s.kv_heads + h) * value_bytes, value_bytes);
   const Attention attention{s.sequences,   s.kv_heads, s.group, s.cached + 1, s.key_dim, s.value_dim, s.dtype, {queries.data(), heads * query_bytes, query_bytes, 0},
-                            heads_of(s.keys), heads_of(s.values), s.mask, s.mask_stride, s.scale, s.sinks};
+                            heads_of(s.keys), heads_of(s.values), s.mask, s.mask_stride, s.scale, s.sinks, {}, 0};
   const auto begun = std::chrono::steady_clock::now();
   attend(kernels, attention, attended.data());
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begun;
