@@ -130,10 +130,9 @@ class AttentionStep {
     auto made = new_tensor(element, {sequences, 1, w.output->layout.rows});
     if (!made) return nb::none();
     const int64_t size = element == Element::f32 ? 4 : 2;
-    const auto memory = [&](const BorrowedHeads& t) { return CacheMemory{t.data, t.stride[0] * size, t.stride[1] * size, t.stride[2] * size}; };
     const auto dtype = static_cast<DType>(element);
     const Step step{sequences, kv_heads, heads / kv_heads, key_dim_, value_dim_, dtype, {rows->data, dtype, rows->cols}, c->data, s->data, turned,
-                    halved_ ? 0 : turned / 2, c->rows == 1 ? 0 : c->cols * size, memory(*k), memory(*v), cached, read.data, read.sequence, scale_, sink ? sink->data() : nullptr};
+                    halved_ ? 0 : turned / 2, c->rows == 1 ? 0 : c->cols * size, cache_of(*k), cache_of(*v), cached, read.data, read.sequence, scale_, sink ? sink->data() : nullptr};
     {
       nb::gil_scoped_release released;
       attending_ += attention_step(kernels(), w, step, made->second);

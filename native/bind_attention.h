@@ -7,8 +7,7 @@
 #include <vector>
 
 #include "formats/bfloat16.h"
-#include "layer/attention.h"
-#include "layer/norm.h"
+#include "layer/step.h"
 #include "tensors.h"
 
 namespace coterie {
@@ -56,6 +55,11 @@ struct Mask {
     return set(made.data(), tokens * positions, positions);
   }
 };
+
+inline CacheMemory cache_of(const BorrowedHeads& t) {
+  const Heads heads = heads_of(t);
+  return {t.data, heads.sequence, heads.head, heads.position};
+}
 
 using NormTuple = std::optional<std::tuple<float, bool, bool>>;  // epsilon, rounded, from_one, as `rms_norm` takes them; or None
 

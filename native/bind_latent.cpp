@@ -144,9 +144,8 @@ class LatentAttentionStep {
     auto out = new_tensor(element, {sequences, 1, w.output->layout.rows});
     if (!out) return nb::none();
     const int64_t size = element == Element::f32 ? 4 : 2;
-    const auto memory = [&](const BorrowedHeads& m) { return CacheMemory{m.data, m.stride[0] * size, m.stride[1] * size, m.stride[2] * size}; };
     const auto dtype = static_cast<DType>(element);
-    LatentStep step{{}, {rows->data, dtype, rows->cols}, c->data, s->data, halved ? 0 : turned_dim_ / 2, c->rows == 1 ? 0 : c->cols * size, memory(*l), memory(*t), cached};
+    LatentStep step{{}, {rows->data, dtype, rows->cols}, c->data, s->data, halved ? 0 : turned_dim_ / 2, c->rows == 1 ? 0 : c->cols * size, cache_of(*l), cache_of(*t), cached};
     LatentAttention& a = step.attention;
     a.sequences = sequences, a.heads = heads, a.rank = rank, a.key_dim = key_dim_, a.value_dim = value_dim_, a.turned_dim = turned_dim_;
     a.dtype = dtype, a.integer = matrix_integer, a.mask = read.data, a.mask_stride = read.sequence, a.scale = scale_;

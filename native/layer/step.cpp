@@ -39,6 +39,14 @@ uint8_t* place_in(const CacheMemory& cache, int64_t sequence, int64_t head, int6
   return cache.data + sequence * cache.sequence + head * cache.head + position * cache.position;
 }
 
+// Rows of x behind the norm, kept in `normed`; without one as they are.
+Strided normed_input(const RmsNorm& norm, const Strided& x, int64_t rows, int64_t cols, std::vector<uint8_t>& normed) {
+  if (!norm.weight) return x;
+  normed.resize(rows * cols * element_bytes(x.dtype));
+  rms_norm(norm, x.data, x.dtype, rows, cols, normed.data());
+  return {normed.data(), x.dtype, cols};
+}
+
 // to += x
 void add(const void* x, DType dtype, int64_t count, void* to) {
   for (int64_t i = 0; i < count; i++) put_value(to, dtype, i, value_at(to, dtype, i) + value_at(x, dtype, i));
@@ -85,12 +93,8 @@ double attention_step(const Kernels& kernels, const StepWeights& weights, const 
   std::vector<uint8_t> queries(s.sequences * heads * query_bytes), keys(s.sequences * s.kv_heads * key_bytes), values(s.sequences * s.kv_heads * value_bytes),
       attended(s.sequences * heads * value_bytes);
   const int64_t inputs = weights.queries->layout.cols;
-  std::vector<uint8_t> normed(weights.norm.weight ? s.sequences * inputs * size : 0);
-  Strided x = s.x;
-  if (weights.norm.weight) {
-    rms_norm(weights.norm, s.x.data, s.dtype, s.sequences, inputs, normed.data());
-    x = {normed.data(), s.dtype, inputs};
-  }
+  std::vector<uint8_t> normed;
+  const Strided x = normed_input(weights.norm, s.x, s.sequences, inputs, normed);
   linears({weights.queries, weights.keys, weights.values}, kernels, s.sequences, x, {queries.data(), keys.data(), values.data()}, s.dtype, weights.integer);
   turn_heads(kernels, s, weights.query_norm, weights.whole, queries.data(), heads, query_bytes,
              [&](int64_t b, int64_t h) { return queries.data() + (b * heads + h) * query_bytes; });
@@ -114,12 +118,8 @@ double latent_step(const Kernels& kernels, const LatentWeights& weights, const L
   const int64_t size = element_bytes(a.dtype), inputs = weights.latents->layout.cols, sequences = a.sequences;
   const int64_t query_bytes = (a.key_dim + a.turned_dim) * size, latent_bytes = (a.rank + a.turned_dim) * size, attended_cols = a.heads * a.value_dim;
   std::vector<uint8_t> queries(sequences * a.heads * query_bytes), latents(sequences * latent_bytes), attended(sequences * attended_cols * size);
-  std::vector<uint8_t> normed(weights.norm.weight ? sequences * inputs * size : 0);
-  Strided x = s.x;
-  if (weights.norm.weight) {
-    rms_norm(weights.norm, s.x.data, a.dtype, sequences, inputs, normed.data());
-    x = {normed.data(), a.dtype, inputs};
-  }
+  std::vector<uint8_t> normed;
+  const Strided x = normed_input(weights.norm, s.x, sequences, inputs, normed);
   if (const Linear* first = weights.query_latents) {
     const int64_t cols = first->layout.rows;
     std::vector<uint8_t> made(sequences * cols * size), of_queries(made.size());

@@ -193,6 +193,9 @@ def test_mistakes(tmp_path, monkeypatch):
         if "tokenizer" not in message:
             with pytest.raises(error, match=message):
                 compare(whole, file)
+    for options in ({"overwrite": True}, {"files": ["model.safetensors"]}):
+        with pytest.raises(ArgumentError, match="is the source: choose another folder"):
+            dequantize(whole, tmp_path, **options)
     with pytest.raises(ArgumentError, match="--tolerance is -1"):
         compare(whole, whole, -1)
     before = sorted(os.listdir(tmp_path))

@@ -293,7 +293,9 @@ def test_states_are_made_when_something_asks():
 
 
 def test_a_model_is_copied_without_what_was_tried(opened):
-    module = modules(opened("deepseek_v3"))[0]
+    model = opened("deepseek_v3")
+    decode(model, 1)
+    module = modules(model)[0]
     assert module.latent_proved is not None
     assert not {"latent_proved", "latent_weight"} & module.__getstate__().keys()
     assert pickle.dumps(module._modules[EXPANSION])

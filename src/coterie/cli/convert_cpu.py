@@ -81,6 +81,7 @@ def cpu(
     Reads one expert at a time, so it needs little memory. An interrupted conversion never looks finished, and keeps
     the layers that are: the same command with --resume goes on.
     """
+    from coterie.checkpoints.packed_formats import NONE
     from coterie.hf.converting import convert
 
     if threadpool_count is not None:
@@ -97,7 +98,7 @@ def cpu(
                 quant_method=quant_method,
                 group_size=group_size,
                 zero_point=zero_point,
-                dense=None if dense == "none" else dense,
+                dense=None if dense == NONE else dense,
                 dense_skip=dense_skip or (),
                 threads=threads,
                 layers=parse_layers(layers) if layers else None,

@@ -34,7 +34,7 @@ def dequantize(
     names = None if files is None else [name.strip() for name in files.split(",") if name.strip()]
     kept = f"nothing is kept in {output}" if names is None else f"files that are whole stay in {output}"
     with telling_of_ctrl_c(lambda: kept), ConversionProgress("file", "tensor") as progress:
-        done = dequantize(input_path, output, names, overwrite, progress)
+        done = dequantize(input_path, output, files=names, overwrite=overwrite, progress=progress)
     summary = facts("In bf16")
     summary.add_row("folder", str(output))
     summary.add_row("files", str(len(done.files)) + ("" if done.whole else "; others are still to be written"))

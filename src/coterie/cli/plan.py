@@ -123,8 +123,7 @@ def plan(
         )
     if linears is None:
         beside = source.own if source.own in formats else None
-        compared = beside or next((every for every in formats if every.name == "int4"), formats[0])
-        print_sensible(anatomy, compared)
+        print_sensible(anatomy, beside or next((every for every in formats if every.name == "int4"), formats[0]))
     if source.packed is None:
         print_conversion(source, anatomy, formats, packing, given.get("disk") or planning.DISK, linears)
     if train:

@@ -57,7 +57,7 @@ def dequantize(
 ) -> Dequantized:
     """Writes the quantised checkpoint folder `source` to `output`, every weight that is quantised in bf16.
 
-    `opened`: what is at `source`, where it is no folder: `coterie.hf.converting.dequantize` opens GGUF files.
+    `opened`: what is there, where it is no such checkpoint: `coterie.hf.converting.dequantize` opens GGUF files.
     What is plain is copied. Each file of tensors keeps its name. A matrix is in memory at a time, of a stack one
     expert's. `files` None: all of them, into a new folder, which appears whole or not at all; `overwrite` lets it
     replace a checkpoint. Else only those files, each whole or not there; `overwrite` replaces those that are there.

@@ -116,20 +116,12 @@ def verify_linears(packed: str | os.PathLike, source: str | os.PathLike) -> Line
         return verify.verify_linears(Path(packed), Path(source), tied, rest)
 
 
-def dequantize(
-    source: str | os.PathLike,
-    output: str | os.PathLike,
-    files: Sequence[str] | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Dequantized:
-    """`convert.dequantize.dequantize`, for GGUF files too: the original's tensors, in files as Transformers names them,
-    in bf16 but for those that are numbers in the file, its config and its tokenizer."""
+def dequantize(source: str | os.PathLike, output: str | os.PathLike, **options: Any) -> Dequantized:
+    """`convert.dequantize.dequantize`, with its arguments, for GGUF files too: the original's tensors, in files as
+    Transformers names them, in bf16 but for those that are numbers in the file, its config and its tokenizer."""
     gguf = find_gguf(source)
     if gguf is None:
-        return dequantizing.dequantize(source, output, files, overwrite, progress)
-    if Path(output).is_dir() and Path(output).samefile(gguf.parent):
-        raise ArgumentError(f"output and source are both {output}: choose another output")
+        return dequantizing.dequantize(source, output, **options)
     reader = GgufReader(GgufFile(gguf))
     model = model_of_gguf(reader.file)
     shards = into_shards(plain_tensors(reader, model, dequantizing.DTYPE))
@@ -138,7 +130,7 @@ def dequantize(
         model.config.save_pretrained(described)
         save_tokenizer(reader.file, described)
         opened = dequantizing.Opened(shards, None, read_json(described / "config.json"), described)
-        return dequantizing.dequantize(source, output, files, overwrite, progress, opened)
+        return dequantizing.dequantize(gguf.parent, output, **options, opened=opened)
 
 
 def compare(

@@ -47,7 +47,7 @@ class PackedLinear(nn.Linear):
     packed: PackedMatrix
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.requires_grad and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.weight.requires_grad:
             raise ArgumentError(
                 f"{self}: packed weights are frozen, and this one is to be trained: open the model with dense=None, or "
                 "train it through LoRA"

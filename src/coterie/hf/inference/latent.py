@@ -32,17 +32,19 @@ LANES = 16  # columns of a latent, and of what is cached beside it, are a multip
 
 def attend_to_latents(model: nn.Module) -> None:
     """Has the attention modules of a model that cache latents become such."""
-    for module in list(model.modules()):
-        built = all(hasattr(module, name) for name in ATTRIBUTES)
-        if built and isinstance(module._modules.get(EXPANSION), nn.Linear):
+    for module in _caching_latents(model):
+        if isinstance(module._modules.get(EXPANSION), nn.Linear):
             module.__class__ = mixed(QuickLatent, type(module))
 
 
 def operations(model: nn.Module, positions: int) -> int:
     """Those, two a multiply-add, in which a token's queries meet so many cached latents, in all layers of a model."""
-    built = [module for module in model.modules() if all(hasattr(module, name) for name in ATTRIBUTES)]
-    widths = [module.num_heads * (2 * module.kv_lora_rank + module.qk_rope_head_dim) for module in built]
+    widths = [m.num_heads * (2 * m.kv_lora_rank + m.qk_rope_head_dim) for m in _caching_latents(model)]
     return 2 * positions * sum(widths)
+
+
+def _caching_latents(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if all(hasattr(module, name) for name in ATTRIBUTES)]
 
 
 class QuickLatent(nn.Module):
